@@ -1,0 +1,154 @@
+"""Draws the learning curve of one run, or of runs that follow each other, from metrics.jsonl.
+
+`python -m analysis.learning_curve RUN_DIR [RUN_DIR ...] --out PNG [--chance 0.1]`: loss above,
+held-out accuracy with its interval below, over epochs; the stages are shaded. Runs that follow each
+other (CoT, then Coconut with `resume`) share one axis, since epochs are counted through. Reads what
+tracking.py writes (SPEC sections 8 and 10) and computes nothing of its own.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from utils import UserError
+
+TRAIN, HELD_OUT, INK, NOTE = "#e69f00", "#0072b2", "#222222", "#5b616b"
+BANDS = ("#f1f2f4", "#ffffff")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run logged.
+
+    steps: (epoch and the part of it that is done, training loss), one an optimizer step.
+    evaluations: the lines of metrics.jsonl with an evaluation, in order.
+    """
+
+    steps: list[tuple[float, float]]
+    evaluations: list[dict]
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """The curve of the run in `run_dir`.
+
+    Raises: UserError where there is no readable metrics.jsonl, or no evaluation in it.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name the folder of a training run") from None
+    except ValueError as error:
+        raise UserError(f"{path}: broken ({error}); continue the run, which mends it") from None
+    evaluations = [entry for entry in entries if "eval/epoch" in entry]
+    if not evaluations:
+        raise UserError(f"{path}: holds no evaluation yet; let the run finish an epoch")
+    logged = [entry for entry in entries if entry.get("train/loss") is not None]
+    steps = []
+    for epoch, lines in groupby(logged, key=lambda entry: entry["train/epoch"]):
+        losses = [line["train/loss"] for line in lines]
+        steps += [(epoch + (i + 1) / len(losses), loss) for i, loss in enumerate(losses)]
+    return Curve(steps, evaluations)
+
+
+def stage_spans(evaluations: list[dict]) -> list[tuple[int, float, float]]:
+    """(stage, first epoch, epoch after the last) of each run of equal stages."""
+    spans = []
+    for stage, lines in groupby(evaluations, key=lambda line: line["eval/stage"]):
+        epochs = [line["eval/epoch"] for line in lines]
+        spans.append((stage, epochs[0], epochs[-1] + 1))
+    return spans
+
+
+def draw_learning_curve(
+    curves: list[Curve],
+    chance: float | None = None,
+    reference: tuple[str, float] | None = None,
+) -> Figure:
+    """The figure. `reference`: label and accuracy of another run, drawn as a level line.
+
+    Accuracies and `chance` lie between 0 and 1.
+    """
+    steps = [point for curve in curves for point in curve.steps]
+    evaluations = [line for curve in curves for line in curve.evaluations]
+    # An evaluation follows its epoch, so it stands at the epoch's end.
+    ends = [line["eval/epoch"] + 1 for line in evaluations]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, sharex=True, figsize=(8, 5.6), dpi=150, height_ratios=(2, 3), layout="constrained"
+    )
+    top.plot(*zip(*steps, strict=True), color=TRAIN, linewidth=0.8, label="training")
+    losses = [line["eval/loss"] for line in evaluations]
+    top.plot(ends, losses, color=HELD_OUT, marker="o", markersize=4, label="held out")
+    top.set(yscale="log", ylabel="loss per token")
+    top.legend(loc="upper right", ncols=2, fontsize=9)
+    low, high, accuracy = (
+        [100 * line[name] for line in evaluations]
+        for name in ("eval/acc_low", "eval/acc_high", "eval/acc")
+    )
+    bottom.fill_between(ends, low, high, color=HELD_OUT, alpha=0.2, linewidth=0)
+    bottom.plot(ends, accuracy, color=HELD_OUT, marker="o", markersize=4)
+    bottom.set(ylabel="held-out accuracy (%)", ylim=(-3, 103), xlabel="epochs")
+    begin = min(line["eval/epoch"] for line in evaluations)
+    bottom.set(xlim=(begin, max(ends)), xticks=range(int(begin), int(max(ends)) + 1))
+    levels = [] if chance is None else [("chance", chance)]
+    for label, level in levels + ([reference] if reference else []):
+        _draw_level(bottom, label, level)
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        for number, (stage, first, last) in enumerate(stage_spans(evaluations)):
+            axes.axvspan(first, last, color=BANDS[number % 2], zorder=0, linewidth=0)
+            if axes is top:
+                middle = (first + last) / 2
+                place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+                axes.annotate(f"stage {stage}", (middle, 1.02), color=INK, fontsize=10, **place)
+    return figure
+
+
+def _draw_level(axes: Axes, label: str, level: float) -> None:
+    axes.axhline(100 * level, color=NOTE, linewidth=1.2, linestyle="--", zorder=1)
+    axes.annotate(
+        f"{label} {100 * level:.0f} %",
+        (0.01, 100 * level + 1.5),
+        xycoords=("axes fraction", "data"),
+        color=NOTE,
+        fontsize=9,
+    )
+
+
+def save_learning_curve(
+    run_dirs: list[Path],
+    out: Path,
+    chance: float | None = None,
+    reference: tuple[str, float] | None = None,
+) -> None:
+    """Draws the runs, in the order of their epochs, into the PNG `out`."""
+    figure = draw_learning_curve([read_curve(run) for run in run_dirs], chance, reference)
+    figure.savefig(out, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run_dirs", type=Path, nargs="+", help="folders with a metrics.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--chance", type=float, help="accuracy of guessing, 0 to 1")
+    options = parser.parse_args(argv)
+    try:
+        save_learning_curve(options.run_dirs, options.out, options.chance)
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,321 @@
+"""Directories that appear whole or not at all: checkpoints to use, and states to go on from.
+
+A checkpoint (`checkpoint_N/`) is what Hugging Face loads as the base model, with coconut.json
+beside it. A training state (`resume/<optimizer_step>/`) holds weights, optimizer, every rank's
+random generators and the position in the run; it is kept apart, and only the newest two, so that
+many checkpoints do not cost as many optimizer states. Both are written under a temporary name,
+flushed and renamed (SPEC section 9). When to save is training.py's decision.
+
+Tensors lie in safetensors files and everything else in JSON: nothing here unpickles.
+"""
+
+import base64
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+import distributed
+from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha256_file
+
+RESUME_FOLDER = "resume"
+KEPT_STATES = 2
+BASE_PREFIX = "base_causallm."
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Loading copies into tensors that exist already, whole or sharded.
+SCATTERED = StateDictOptions(full_state_dict=True)
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory to fill, which becomes `target` when the block ends well.
+
+    A crash leaves the old `target` or the new one; `recover` finishes what one interrupted.
+    """
+    unfinished = target.with_name(f".{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    for path in unfinished.iterdir():
+        fsync_file(path)
+    fsync_directory(unfinished)
+    replaced = target.with_name(f".{target.name}.old")
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(unfinished, target)
+    fsync_directory(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Tidy `folder` after a crash: put a set-aside directory back, drop unfinished ones."""
+    for replaced in folder.glob(".*.old"):
+        target = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
+        if target.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, target)
+    for unfinished in folder.glob(".*.part"):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.unlink()
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir` for one training run; the lock goes with the process, however it ends.
+
+    Raises: UserError when another process holds it or the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / ".lock", "w")  # noqa: SIM115 (held until the run ends)
+    except OSError as error:
+        raise UserError(
+            f"save_path: {run_dir} cannot be written ({error.strerror}); choose another save_path"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UserError(
+                f"{run_dir}: another training run is using this directory; wait for it, or change"
+                " name or save_path"
+            ) from None
+        yield
+
+
+def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -> None:
+    """Write `target` as a Hugging Face model directory with `settings` in coconut.json.
+
+    model: the Coconut module, wrapped or sharded. Every rank must call; rank 0 writes.
+    """
+    state = get_model_state_dict(model, options=GATHERED)
+    if not distributed.is_main():
+        return
+    base = distributed.unwrap(model).base_causallm
+    state = {name.removeprefix(BASE_PREFIX): tensor for name, tensor in state.items()}
+    with whole_directory(target) as folder:
+        base.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        text = json.dumps(settings, indent=2) + "\n"
+        (folder / "coconut.json").write_text(text, encoding="utf-8")
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(finished epochs, directory) of the checkpoints of a run, oldest first."""
+    found = []
+    for path in run_dir.glob("checkpoint_*"):
+        number = path.name.removeprefix("checkpoint_")
+        if number.isdecimal() and path.is_dir():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def prune_checkpoints(run_dir: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for _, path in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(path)
+
+
+def foreign_files(run_dir: Path) -> list[str]:
+    """Names in `run_dir` that no run of ours writes."""
+    ours = {"config.yaml", "metrics.jsonl", "wandb", RESUME_FOLDER, ".lock"}
+    ours |= {path.name for _, path in checkpoints(run_dir)}
+    prefixes = ("predictions_", "nonfinite_", "eval_")
+    names = sorted(path.name for path in run_dir.iterdir())
+    return [name for name in names if name not in ours and not name.startswith(prefixes)]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A training state on disk whose sums are right.
+
+    progress: the JSON values that training.py stored: position, best accuracy and so on.
+    """
+
+    folder: Path
+    progress: dict
+
+
+def save_state(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer,
+    progress: dict,
+) -> None:
+    """Write `resume/<step>/` and keep the newest two. Every rank must call; rank 0 writes.
+
+    Model configuration and tokenizer go along, so that going on needs nothing but this folder.
+    """
+    weights = get_model_state_dict(model, options=GATHERED)
+    moments = get_optimizer_state_dict(model, optimizer, options=GATHERED)["state"]
+    generators = distributed.gather_to_main(_generator_states())
+    if not distributed.is_main():
+        return
+    folder = run_dir / RESUME_FOLDER
+    with whole_directory(folder / str(step)) as unfinished:
+        save_file(_untied(weights), unfinished / "model.safetensors")
+        flat = {f"{name}|{key}": t for name, state in moments.items() for key, t in state.items()}
+        save_file(_untied(flat), unfinished / "optimizer.safetensors")
+        distributed.unwrap(model).base_causallm.config.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        generators_file = unfinished / "generators.json"
+        generators_file.write_text(json.dumps(generators), encoding="utf-8")
+        sums = {path.name: sha256_file(path) for path in sorted(unfinished.iterdir())}
+        _write_progress(unfinished, {"progress": progress, "sha256": sums})
+    for _, path in _state_folders(run_dir)[:-KEPT_STATES]:
+        shutil.rmtree(path)
+
+
+def update_progress(run_dir: Path, step: int, progress: dict) -> None:
+    """Replace the position stored in `resume/<step>/`, leaving its tensors as they are."""
+    folder = run_dir / RESUME_FOLDER / str(step)
+    content = json.loads((folder / "state.json").read_text(encoding="utf-8"))["content"]
+    _write_progress(folder, content | {"progress": progress})
+
+
+def _write_progress(folder: Path, content: dict) -> None:
+    text = json.dumps({"content": content, "sha256": _sum_of(content)}, indent=2)
+    atomic_write_text(folder / "state.json", text)
+
+
+def _sum_of(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def newest_state(run_dir: Path, notify=print) -> TrainingState | None:
+    """The newest intact training state of a run, or None when there is none at all.
+
+    notify: is told of every damaged state that was passed over.
+
+    Raises: UserError when states exist and none is intact.
+    """
+    folders = _state_folders(run_dir)
+    for _, folder in reversed(folders):
+        try:
+            return TrainingState(folder, _verified_progress(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            notify(f"{folder}: damaged, trying the one before ({error})")
+    if folders:
+        raise UserError(
+            f"{run_dir / RESUME_FOLDER}: no training state is intact; remove the folder to start"
+            " anew, or restore it from a backup"
+        )
+    return None
+
+
+def _verified_progress(folder: Path) -> dict:
+    stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    content = stored["content"]
+    if _sum_of(content) != stored["sha256"]:
+        raise ValueError("state.json does not match its sum")
+    for name, expected in content["sha256"].items():
+        if sha256_file(folder / name) != expected:
+            raise ValueError(f"{name} does not match its sum")
+    return content["progress"]
+
+
+def _state_folders(run_dir: Path) -> list[tuple[int, Path]]:
+    folders = (run_dir / RESUME_FOLDER).glob("*")
+    return sorted((int(path.name), path) for path in folders if path.name.isdecimal())
+
+
+def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Put weights, optimizer and this rank's random generators back.
+
+    Returns whether generators for this rank were stored (not so with more ranks than before).
+    """
+    set_model_state_dict(model, _load(state.folder / "model.safetensors"), options=SCATTERED)
+    moments: dict[str, dict] = {}
+    for name, tensor in _load(state.folder / "optimizer.safetensors").items():
+        parameter, key = name.rsplit("|", 1)
+        moments.setdefault(parameter, {})[key] = tensor
+    groups = get_optimizer_state_dict(model, optimizer, options=GATHERED)["param_groups"]
+    set_optimizer_state_dict(
+        model, optimizer, {"state": moments, "param_groups": groups}, options=SCATTERED
+    )
+    text = (state.folder / "generators.json").read_text(encoding="utf-8")
+    generators = json.loads(text)
+    if distributed.rank() >= len(generators):
+        return False
+    _restore_generators(generators[distributed.rank()])
+    return True
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors that share no storage, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        shared = tensor.numel() > 0 and tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        result[name] = tensor.clone() if shared else tensor.contiguous()
+    return result
+
+
+def _generator_states() -> dict:
+    """The states of Python's, NumPy's and torch's random generators, as JSON values."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in cuda],
+    }
+
+
+def _restore_generators(states: dict) -> None:
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_decode(states["torch"]))
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_decode(state) for state in states["cuda"]])
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

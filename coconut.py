@@ -1,0 +1,267 @@
+"""Coconut: a causal language model that reasons in latent thoughts, over a window of states.
+
+Wherever the input holds the latent token, its embedding is replaced by a thought: the weighted
+average of the last m hidden states (last layer, after the final norm) of the same row,
+
+    e_t = sum_{j=1..m} w_j a_{t-j} h_{t-j} / sum_{j=1..m} w_j a_{t-j}
+
+with w nearest first and a the attention mask. m = 1 is the original Coconut. A thought needs the
+states before it, so a batch whose rows hold at most K latents takes K + 1 passes that extend one
+key-value cache; gradients flow back through thoughts and cache.
+
+This file needs torch and transformers alone and can be lifted out. It knows nothing of tokenizers,
+configuration, ranks or logging. To change the idea, subclass and override `Coconut.thought`.
+Source: Hao et al. 2024, arXiv 2412.06769, section 3; SPEC sections 5 to 7.
+
+Shapes: B batch, T tokens, D width, V vocabulary, N labelled positions, K latents, m window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+IGNORE_INDEX = -100
+WINDOW_SCOPES = ("sequence", "pass")
+THOUGHTS = ("continuous", "pause")
+
+
+# A ModelOutput, not a plain dataclass: FSDP2 finds the tensors to hook only in pytrees it knows.
+@dataclass
+class CoconutOutput(ModelOutput):
+    """What `Coconut.forward` returns.
+
+    loss: () mean cross-entropy over the N labelled positions, 0 where N = 0; None without labels.
+    logits: (N, V) at the labelled positions in row order; without labels (B, 1, V), last column.
+    inputs_embeds: (B, T, D) what the model read, thoughts in their places.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+
+
+class Coconut(nn.Module):
+    """A Hugging Face causal LM whose latent positions read thoughts; adds no parameters.
+
+    base_causallm: model whose `base_model` ends with the final norm (GPT-2, Llama and their kin).
+    latent_token_id: the id whose positions become thoughts.
+    start_latent_id, end_latent_id: the markers around them, kept for whoever builds prompts.
+    eos_token_id: ends and pads generation.
+    latent_window_size: m, at least 1.
+    latent_weights: w, nearest state first; longer than m: the first m count.
+    window_scope: "sequence", the equation above for every thought; "pass": a row's first thought
+        only, later ones are h_{t-1} alone, as in the published contextual code.
+    thought: "continuous", or "pause": latents keep their token embedding and one pass suffices.
+
+    Raises: ValueError for a window, weights, scope or thought outside these.
+    """
+
+    def __init__(
+        self,
+        base_causallm: PreTrainedModel,
+        latent_token_id: int,
+        start_latent_id: int,
+        end_latent_id: int,
+        eos_token_id: int,
+        latent_window_size: int = 3,
+        latent_weights: Sequence[float] = (0.6, 0.3, 0.1),
+        window_scope: str = "sequence",
+        thought: str = "continuous",
+    ):
+        super().__init__()
+        if latent_window_size < 1:
+            raise ValueError(f"latent_window_size={latent_window_size} must be at least 1")
+        if len(latent_weights) < latent_window_size:
+            raise ValueError(
+                f"latent_weights has {len(latent_weights)} entries, fewer than"
+                f" latent_window_size={latent_window_size}"
+            )
+        weights = list(latent_weights[:latent_window_size])
+        if min(weights) < 0 or not 0 < weights[0] < float("inf") or sum(weights) == float("inf"):
+            raise ValueError(
+                f"latent_weights={weights} must be finite, not negative, and the first above 0"
+            )
+        if window_scope not in WINDOW_SCOPES:
+            raise ValueError(f"window_scope={window_scope!r} is none of {WINDOW_SCOPES}")
+        if thought not in THOUGHTS:
+            raise ValueError(f"thought={thought!r} is none of {THOUGHTS}")
+        self.base_causallm = base_causallm
+        self.latent_token_id = latent_token_id
+        self.start_latent_id = start_latent_id
+        self.end_latent_id = end_latent_id
+        self.eos_token_id = eos_token_id
+        self.latent_window_size = latent_window_size
+        self.window_scope = window_scope
+        self.thought_kind = thought
+        # Made in float64 so that a float64 model gets 0.6 itself and not its float32 neighbour.
+        exact = torch.tensor(weights, dtype=torch.float64)
+        embedding = base_causallm.get_input_embeddings().weight
+        # (m,), a buffer so that it follows the model's dtype and device; not part of state_dict.
+        self.register_buffer("latent_weights", exact.to(embedding), persistent=False)
+
+    def thought(self, hidden_states: Tensor, attention_mask: Tensor, is_first: Tensor) -> Tensor:
+        """The thought that follows the given states: (B, D), in the dtype of `hidden_states`.
+
+        hidden_states: (B, n, D), the last n <= m states before the thought, nearest last.
+        attention_mask: (B, n), 0 on padding.
+        is_first: (B,) bool, whether it is the row's first thought.
+        Rows in which this column is no latent get a value that is not used.
+        """
+        n = hidden_states.size(1)
+        weights = self.latent_weights[:n].flip(0).to(hidden_states.dtype) * attention_mask
+        if self.window_scope == "pass":
+            nearest = torch.zeros_like(weights)
+            nearest[:, -1] = 1
+            weights = torch.where(is_first[:, None], weights, nearest)
+        # A row whose window is all padding has no latent here; 1 keeps its unused value finite.
+        total = weights.sum(1, keepdim=True)
+        weights = weights / torch.where(total > 0, total, torch.ones_like(total))
+        # Not a matrix product: autocast would round it to bf16, and h_{t-1} alone must stay exact.
+        return (weights[:, :, None] * hidden_states).sum(1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> CoconutOutput:
+        """Read the batch in max(K) + 1 passes, thoughts in place, and score the labels.
+
+        input_ids: (B, T) long; fewest passes when the first latents share a column (SPEC 4).
+        attention_mask: (B, T), 1 on tokens, 0 on padding.
+        labels: (B, T) long, -100 ignored; labels[:, t] is what column t - 1 should predict.
+        position_ids: (B, T) long; by default counted from 0 at a row's first token.
+
+        Raises: ValueError when a row starts with a latent, which has nothing before it, or when
+            gradient checkpointing would drop the cache that thoughts are read from.
+        """
+        passes = self._read(input_ids, attention_mask, position_ids, input_ids.size(1))
+        hidden_states, inputs_embeds, _ = passes
+        head = self.base_causallm.get_output_embeddings()
+        if labels is None:
+            return CoconutOutput(logits=head(hidden_states[:, -1:]), inputs_embeds=inputs_embeds)
+        targets = labels[:, 1:]
+        labelled = targets != IGNORE_INDEX
+        logits = head(hidden_states[:, :-1][labelled])  # (N, V)
+        exact = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        summed = F.cross_entropy(exact, targets[labelled], reduction="sum")
+        loss = summed / max(len(logits), 1)
+        return CoconutOutput(loss=loss, logits=logits, inputs_embeds=inputs_embeds)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 128, **options
+    ) -> Tensor:
+        """Continue prompts by the base model's own `generate`, over a cache that holds thoughts.
+
+        input_ids: (B, T) long, left-padded so that all prompts end in column T - 1.
+        attention_mask: (B, T), 1 on tokens, 0 on padding.
+        max_new_tokens: at most this many tokens are added; a row that ended is filled with EOS.
+        options: Hugging Face generation options (do_sample, num_beams, streamer, ...); greedy
+            decoding without any. The model folder's generation_config is not consulted.
+        Returns (B * num_return_sequences, T + new) long: prompt and new tokens.
+
+        Raises: ValueError when a prompt starts or ends with a latent, or is padded on the right,
+            and for `generation_config`, whose options are to be given one by one.
+        """
+        if "generation_config" in options:
+            raise ValueError("give generation options one by one, not as generation_config")
+        if not bool(attention_mask[:, -1].all()):
+            raise ValueError("generate needs left-padded prompts: all must end in the last column")
+        defaults = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        defaults |= {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id}
+        options = defaults | options
+        has_latents = bool(self._is_latent(input_ids, attention_mask).any())
+        if has_latents and self.thought_kind == "continuous":
+            # The last prompt column stays out of the cache: generate must read at least one token
+            # itself, and over a complete cache it would return wrong tokens without an error.
+            *_, cache = self._read(input_ids, attention_mask, None, input_ids.size(1) - 1)
+            copies = max(options["num_beams"], options["num_return_sequences"])
+            if copies > 1:
+                cache.batch_repeat_interleave(copies)
+            options["past_key_values"] = cache
+        folder_config = self.base_causallm.generation_config
+        self.base_causallm.generation_config = GenerationConfig()
+        try:
+            return self.base_causallm.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+        finally:
+            self.base_causallm.generation_config = folder_config
+
+    def _read(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, end: int
+    ) -> tuple[Tensor, Tensor, DynamicCache | None]:
+        """Read columns [0, end): hidden states (B, end, D), embeddings (B, end, D), the cache."""
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        token_embeds = self.base_causallm.get_input_embeddings()(input_ids[:, :end])
+        is_latent = self._is_latent(input_ids, attention_mask)
+        starts = self._thought_columns(is_latent, attention_mask, end)
+        if starts and self.training and self.base_causallm.is_gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing drops the cache that latent thoughts need; switch it off"
+            )
+        cache = DynamicCache(config=self.base_causallm.config) if starts else None
+        hidden_passes, embeds_passes = [], []
+        window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
+        bounds = [0, *starts, end]
+        for begin, stop in pairwise(bounds):
+            embeds = token_embeds[:, begin:stop]
+            if begin > 0:
+                embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
+            hidden = self.base_causallm.base_model(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask[:, :stop],
+                position_ids=position_ids[:, begin:stop],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+            window = torch.cat([window.to(hidden.dtype), hidden], 1)[:, -self.latent_window_size :]
+            hidden_passes.append(hidden)
+            embeds_passes.append(embeds)
+        return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache
+
+    def _is_latent(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) bool; whatever id pads a row, padding is never a latent."""
+        return (input_ids == self.latent_token_id) & (attention_mask != 0)
+
+    def _thought_columns(self, is_latent: Tensor, attention_mask: Tensor, end: int) -> list[int]:
+        """The columns at which a new pass must begin, ascending; none for `thought: pause`."""
+        if self.thought_kind == "pause":
+            return []
+        is_row_start = (attention_mask != 0) & (attention_mask.long().cumsum(1) == 1)
+        # One transfer for both questions; it is the only wait for the device in a forward pass.
+        starts_row, holds_latent = torch.stack(
+            [(is_latent & is_row_start).any(0), is_latent.any(0)]
+        ).tolist()
+        if any(starts_row):
+            raise ValueError("a row starts with a latent token: a thought needs a token before it")
+        if any(holds_latent[end:]):
+            raise ValueError("a prompt ends with a latent token: close it with the end marker")
+        return [column for column, holds in enumerate(holds_latent[:end]) if holds]
+
+    def _place_thoughts(
+        self,
+        embeds: Tensor,
+        window: Tensor,
+        column: int,
+        is_latent: Tensor,
+        attention_mask: Tensor,
+    ) -> Tensor:
+        """`embeds` (B, n, D) of columns [column, column + n) with the first one's thoughts in."""
+        recent = attention_mask[:, column - window.size(1) : column]
+        is_first = ~is_latent[:, :column].any(1)
+        thought = self.thought(window, recent, is_first).to(embeds.dtype)
+        first = torch.where(is_latent[:, column, None], thought, embeds[:, 0])
+        return torch.cat([first[:, None], embeds[:, 1:]], 1)

@@ -1,0 +1,599 @@
+"""The settings of one run: schema, strict YAML, command-line overrides, resolved dump.
+
+Carries out SPEC section 10. Every key's meaning, range and default stand at its field in
+`Config` and nowhere else. Reading is strict (YAML 1.2 scalars, no duplicate or unknown keys, no
+silent conversion) and gathers all problems before it raises, so that a user mends a file in one
+go. Whether files, models or checkpoints exist is left to the modules which open them. Imports no
+torch, so a wrong file is reported within a second.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten, wrap
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
+
+# Evaluation takes these from the checkpoint; in training a silent default would change the run.
+_NEEDED_TO_TRAIN = {
+    "train_path": METHODS,
+    "num_epochs": METHODS,
+    "batch_size_training": METHODS,
+    "c_thought": ("coconut",),
+    "epochs_per_stage": ("coconut", "no_thoughts"),
+    "max_latent_stage": ("coconut", "no_thoughts"),
+}
+_UNREADABLE = object()  # stands for a value that YAML itself refused, reported already
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class ConfigError(Exception):
+    """Every problem found in a configuration, one a line, each with its fix."""
+
+
+class Config(BaseModel):
+    """One experiment. Immutable; `model_fields_set` names the keys that were written out.
+
+    Raises pydantic's ValidationError for a wrong type, an unknown key or an impossible
+    combination; `load_config` turns these into one ConfigError with file, key, value and fix.
+    Source: SPEC section 10.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    # General
+    project: Text = "coconut"
+    """Project name in Weights & Biases."""
+    name: Text = Field(examples=["gsm-coconut"])
+    """Name of this run: its folder under save_path, and its name in wandb."""
+    save_path: Text = Field(examples=["exps"])
+    """Folder that holds the runs; this one is save_path/name."""
+    only_eval: bool = False
+    """Evaluate load_model_path on val_path and stop, instead of training."""
+
+    # Method: exactly one is true
+    coconut: bool = False
+    """Train with latent thoughts in place of steps."""
+    cot: bool = False
+    """Train on all reasoning steps as text."""
+    no_thoughts: bool = False
+    """Drop steps by the same curriculum as coconut, with nothing in place."""
+    no_cot: bool = False
+    """Train on question and answer alone, without steps."""
+
+    # Curriculum
+    c_thought: NonNegativeInt = 1
+    """Latent thoughts for each replaced reasoning step."""
+    epochs_per_stage: PositiveInt = 1
+    """Epochs for each stage; one more step becomes latent at each stage."""
+    max_latent_stage: NonNegativeInt = Field(0, examples=["3"])
+    """Most steps that are replaced by thoughts; one stage more drops all steps that are still text
+    and adds no further thoughts."""
+    pad_latent_to_max: bool = True
+    """Whether a record with fewer steps than the stage still gets thoughts for the whole stage, in
+    training and evaluation alike."""
+    uniform_prob: float = Field(0.0, ge=0, le=1)
+    """Probability that a training example takes a stage drawn from 0 to its number of steps instead
+    of the epoch's."""
+    curriculum: bool = True
+    """false: every epoch is the last stage (w/o curriculum); coconut only."""
+
+    # Latent thoughts
+    thought: Literal["continuous", "pause"] = "continuous"
+    """continuous: a thought is made from hidden states. pause: the latent positions keep their
+    learned token embedding; coconut only."""
+    latent_window_size: PositiveInt = 3
+    """Number m of hidden states that are averaged into a thought; 1 is the original Coconut."""
+    latent_weights: tuple[NonNegativeFloat, ...] = (0.6, 0.3, 0.1)
+    """Weights of the window, nearest state first; the first m count."""
+    window_scope: Literal["sequence", "pass"] = "sequence"
+    """sequence: the window covers everything before the thought. pass: later thoughts of a row see
+    one state alone, as in the published contextual code."""
+
+    # Model
+    model_id: Text = Field(examples=["openai-community/gpt2"])
+    """Hugging Face name or local folder of the base model and its tokenizer."""
+    load_model_path: Text | None = Field(None, examples=["exps/gsm-cot/checkpoint_25"])
+    """Weights to evaluate or to start from: a checkpoint directory, a Hugging Face model directory
+    or a single-file state dict. None: model_id's own."""
+    from_scratch: bool = False
+    """Give model_id's architecture random weights; none are loaded."""
+    new_token_init: Text = "<<"
+    """The marker tokens' embeddings start as copies of this token's, where the tokenizer has it as
+    one token; else as the mean of all."""
+    attn_implementation: Text | None = None
+    """Attention kernel as transformers names it (eager, sdpa, flash_attention_2). None: the model's
+    default."""
+
+    # Data
+    train_path: Text | None = Field(None, examples=["data/gsm_train.json"])
+    """Training records; not read by only_eval."""
+    val_path: Text = Field(examples=["data/gsm_valid.json"])
+    """Records evaluated after each epoch, or by only_eval."""
+    num_workers: NonNegativeInt = 2
+    """Processes for tokenising and loading, for each rank."""
+
+    # Training
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of weights, record order, stage mixing and dropout."""
+    resume: NonNegativeInt = 0
+    """First epoch of a new run that starts from load_model_path; with only_eval the epoch whose
+    stage is taken where the checkpoint records none."""
+    num_epochs: PositiveInt = Field(1, examples=["25"])
+    """Epoch count in total, those skipped by resume included."""
+    batch_size_training: PositiveInt = 32
+    """Records in a forward and backward pass, for each process."""
+    batch_size_eval: PositiveInt | None = None
+    """Records generated at once, for each process. None: batch_size_training."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Passes for an optimizer step; overruled by effective_batch_size."""
+    effective_batch_size: PositiveInt | None = None
+    """Records for an optimizer step over all processes; sets the accumulation. None:
+    batch_size_training x gradient_accumulation_steps x processes."""
+    lr: PositiveFloat = Field(1e-4, examples=["1.0e-4"])
+    """Learning rate of AdamW."""
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    """Course of the learning rate after the warmup."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises linearly."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decay of AdamW, on every weight."""
+    max_grad_norm: PositiveFloat | None = None
+    """Gradients are clipped to this norm. None: never."""
+    reset_optimizer: Literal["stage", "epoch", "never"] = "stage"
+    """When AdamW forgets its moments: stage (or true) at each change of the acting stage, epoch at
+    each epoch as the published code does, never (or false)."""
+    bf16: bool = False
+    """Compute in bf16 over fp32 master weights and optimizer state."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the base model with torch.compile."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the model; auto chooses."""
+    deterministic: bool = False
+    """Deterministic kernels only; slower, or an error where none exists."""
+    debug: bool = False
+    """Trial: at most 5,000 training and 32 validation records, no wandb, nothing saved."""
+
+    # Evaluation, checkpoints, logging
+    max_new_tokens: PositiveInt = 128
+    """Most tokens generated for an answer, reasoning text included."""
+    save_only_improve: bool = False
+    """Keep a checkpoint only when validation accuracy improves. For coconut leave it false: early
+    stages still write text and win."""
+    keep_checkpoints: PositiveInt | None = None
+    """Newest checkpoints that are kept. None: all."""
+    save_every_minutes: PositiveFloat | None = None
+    """Save the state to resume from also at this interval. None: each epoch only."""
+    wandb: Literal["online", "offline", "disabled"] = "online"
+    """Weights & Biases; online goes offline where no key is stored. metrics.jsonl is written in any
+    case."""
+
+    @field_validator("latent_weights", mode="before")
+    @classmethod
+    def _list_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("reset_optimizer", mode="before")
+    @classmethod
+    def _reset_bool_as_word(cls, value: Any) -> Any:
+        return {True: "stage", False: "never"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Config":
+        problems = [problem for _, problem in _combination_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def method(self) -> str:
+        """The one method that is true: "coconut", "cot", "no_thoughts" or "no_cot"."""
+        return next(method for method in METHODS if getattr(self, method))
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run, save_path/name."""
+        return Path(self.save_path) / self.name
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches for an optimizer step on each of `world_size` processes.
+
+        Raises ConfigError when effective_batch_size is not a multiple of the records that all
+        processes take at once. Source: SPEC section 10.
+        """
+        if self.effective_batch_size is None:
+            return self.gradient_accumulation_steps
+        at_once = self.batch_size_training * world_size
+        steps, rest = divmod(self.effective_batch_size, at_once)
+        if rest:
+            processes = f" x {world_size} processes" if world_size > 1 else ""
+            raise ConfigError(
+                f"effective_batch_size={self.effective_batch_size} is not a multiple of "
+                f"batch_size_training={self.batch_size_training}{processes}; write "
+                f"effective_batch_size: {(steps + 1) * at_once} or change batch_size_training"
+            )
+        return steps
+
+
+Problem = tuple[tuple[str, ...], str]
+
+
+def _combination_problems(config: Config) -> Iterator[Problem]:
+    """Yields (keys involved, problem with its fix) for settings that cannot stand together."""
+    yield from _method_problems(config)
+    yield from _missing_for_training(config)
+    yield from _latent_problems(config)
+    yield from _run_problems(config)
+
+
+def _method_problems(config: Config) -> Iterator[Problem]:
+    chosen = [method for method in METHODS if getattr(config, method)]
+    if not chosen:
+        yield METHODS, f"no method is chosen; set one of {', '.join(METHODS)} to true"
+        return
+    if len(chosen) > 1:
+        fixes = [
+            f"for {keep} set " + " and ".join(f"{m}: false" for m in chosen if m != keep)
+            for keep in chosen
+        ]
+        yield METHODS, f"{' and '.join(chosen)} are true, only one may be; {', '.join(fixes)}"
+        return
+    method = chosen[0]
+    if config.uniform_prob > 0 and method in ("cot", "no_cot"):
+        yield (
+            (*METHODS, "uniform_prob"),
+            f"uniform_prob={config.uniform_prob} mixes stages, and {method} has only one; "
+            "write uniform_prob: 0.0",
+        )
+    if config.thought == "pause" and method != "coconut":
+        yield (
+            (*METHODS, "thought"),
+            f"thought='pause' needs latent positions, and {method} has none; write thought: "
+            f"continuous, or coconut: true and {method}: false",
+        )
+    if not config.curriculum and method != "coconut":
+        yield (
+            (*METHODS, "curriculum"),
+            f"curriculum=False is for coconut alone, not {method}; write curriculum: true",
+        )
+
+
+def _missing_for_training(config: Config) -> Iterator[Problem]:
+    if config.only_eval:
+        return
+    chosen = {method for method in METHODS if getattr(config, method)}
+    for key, methods in _NEEDED_TO_TRAIN.items():
+        written = key in config.model_fields_set and getattr(config, key) is not None
+        if not written and chosen & set(methods):
+            yield (key,), f"{key} is missing; training needs it: add {key}: {_example(key)}"
+
+
+def _latent_problems(config: Config) -> Iterator[Problem]:
+    if config.coconut and config.c_thought < 1:
+        yield (
+            ("c_thought", *METHODS),
+            f"c_thought={config.c_thought} leaves coconut without thoughts; write c_thought: 1 "
+            "or more, or choose no_thoughts",
+        )
+    if config.coconut and not config.curriculum and config.max_latent_stage < 1:
+        yield (
+            ("max_latent_stage", "curriculum", *METHODS),
+            "max_latent_stage=0 with curriculum=False leaves no thoughts; write "
+            "max_latent_stage: 1 or more",
+        )
+    window, weights = config.latent_window_size, config.latent_weights
+    if len(weights) < window:
+        yield (
+            ("latent_weights", "latent_window_size"),
+            f"latent_weights={list(weights)} has {len(weights)} of the {window} weights that "
+            f"latent_window_size={window} asks for; write {window} weights, nearest state first",
+        )
+    if weights and weights[0] == 0:
+        yield (
+            ("latent_weights",),
+            f"latent_weights={list(weights)} gives the nearest state no weight, so a window of "
+            "one state would be empty; write a first weight above 0",
+        )
+
+
+def _run_problems(config: Config) -> Iterator[Problem]:
+    if config.name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]|^\s|\s$", config.name):
+        yield (
+            ("name",),
+            f"name={config.name!r} is not a plain folder name; write a name without separators, "
+            "and put folders into save_path",
+        )
+    if config.only_eval and config.load_model_path is None:
+        yield (
+            ("only_eval", "load_model_path"),
+            f"only_eval=True needs weights; write load_model_path: {_example('load_model_path')}",
+        )
+    if config.from_scratch and config.load_model_path is not None:
+        yield (
+            ("from_scratch", "load_model_path"),
+            f"from_scratch=True excludes load_model_path={config.load_model_path!r}; write "
+            "from_scratch: false or load_model_path: None",
+        )
+    starts_late = config.resume >= config.num_epochs and "num_epochs" in config.model_fields_set
+    if starts_late and not config.only_eval:
+        yield (
+            ("only_eval", "resume", "num_epochs"),
+            f"resume={config.resume} leaves none of num_epochs={config.num_epochs} to train; "
+            f"write num_epochs: {config.resume + 1} or more, or a smaller resume",
+        )
+    if not config.only_eval:
+        try:
+            config.accumulation_steps(world_size=1)
+        except ConfigError as error:
+            yield ("effective_batch_size", "batch_size_training"), str(error)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads the YAML file at `path`, then `key=value` overrides by the same rules.
+
+    Raises ConfigError with every problem, one a line as `source: key=value problem; fix`, where
+    the source is the file or, for overrides, "command line".
+    """
+    values, problems = _read_file(str(path))
+    overridden, override_problems = _read_overrides(overrides)
+    problems += override_problems
+    values |= overridden
+
+    def source(keys: Sequence[str]) -> str:
+        return "command line" if any(key in overridden for key in keys) else str(path)
+
+    try:
+        config = Config(**values)
+    except ValidationError as error:
+        problems += [
+            f"{source(keys)}: {problem}" for keys, problem in _schema_problems(error, values)
+        ]
+    if "gradient_accumulation_steps" in overridden and "effective_batch_size" not in overridden:
+        effective = values.get("effective_batch_size")
+        if effective is not None:
+            problems.append(
+                "command line: gradient_accumulation_steps is overruled by effective_batch_size="
+                f"{effective} in {path}; write effective_batch_size=None beside it"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML of every key in schema order, which loads back to an equal Config."""
+    return yaml.dump(
+        config.model_dump(),
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=None,
+        allow_unicode=True,
+        width=float("inf"),
+    )
+
+
+def fields_help() -> str:
+    """Every key with its default and meaning, one paragraph a key, for `--help`."""
+    lines = []
+    for key, field in Config.model_fields.items():
+        note = "required" if field.is_required() else f"default {_yaml_text(field.default)}"
+        if key in _NEEDED_TO_TRAIN:
+            note = f"required to train {', '.join(_NEEDED_TO_TRAIN[key])}"
+        lines.append(f"{key} ({note})")
+        lines += wrap(field.description, 96, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _schema_problems(error: ValidationError, values: dict[str, Any]) -> Iterator[Problem]:
+    """Yields what pydantic found, then what is wrong between the keys it found no fault with."""
+    field_errors = [item for item in error.errors() if item["loc"]]
+    for item in field_errors:
+        if item["input"] is not _UNREADABLE:
+            yield (str(item["loc"][0]),), _field_problem(item)
+    wrong = {str(item["loc"][0]) for item in field_errors}
+    stand_ins = {"name": "unknown", "save_path": "unknown", "model_id": "", "val_path": ""}
+    sound = {key: value for key, value in values.items() if key not in wrong}
+    partial = Config.model_construct(_fields_set=set(values), **(stand_ins | sound))
+    for keys, problem in _combination_problems(partial):
+        if wrong.isdisjoint(keys):
+            yield keys, problem
+
+
+def _field_problem(item: dict[str, Any]) -> str:
+    """The words for one of pydantic's errors about a single key: got, wanted, fix."""
+    key, kind, value = str(item["loc"][0]), item["type"], item["input"]
+    if kind == "extra_forbidden":
+        return _unknown_key(key)
+    if kind == "missing":
+        return f"{key} is missing; add {key}: {_example(key)}"
+    shown = f"{key}{''.join(f'[{index}]' for index in item['loc'][1:])}={shorten(repr(value), 80)}"
+    limit = next(iter(item.get("ctx", {}).values()), None)
+    limit = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+    wanted = {
+        "bool_type": "is not true or false",
+        "int_type": "is not a whole number",
+        "int_from_float": "is not a whole number",
+        "float_type": "is not a number",
+        "finite_number": "is not a finite number",
+        "string_type": "is not text",
+        "string_too_short": "is empty",
+        "tuple_type": "is not a list of numbers",
+        "greater_than": f"is not above {limit}",
+        "greater_than_equal": f"is below {limit}",
+        "less_than": f"is not below {limit}",
+        "less_than_equal": f"is above {limit}",
+    }.get(kind, item["msg"])
+    if kind == "literal_error":
+        choices = get_args(Config.model_fields[key].annotation)
+        return f"{shown} is not one of its values; write {key}: {' or '.join(choices)}"
+    if kind == "bool_type":
+        return f"{shown} {wanted}; write {key}: true or {key}: false"
+    if kind == "string_type" and isinstance(value, int | float):
+        return f'{shown} {wanted}; write {key}: "{value}"'
+    return f"{shown} {wanted}; write {key}: {_example(key)}"
+
+
+def _unknown_key(key: str) -> str:
+    if key == "fp16":
+        return "fp16 is refused, its range is too small to train in; write bf16: true or drop it"
+    nearest = get_close_matches(key, Config.model_fields, n=1)
+    fix = f"did you mean {nearest[0]}?" if nearest else "python run.py --help lists the keys"
+    return f"unknown key {key!r}; {fix}"
+
+
+def _example(key: str) -> str:
+    field = Config.model_fields[key]
+    return field.examples[0] if field.examples else _yaml_text(field.default)
+
+
+def _yaml_text(value: Any) -> str:
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True).partition("\n")[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, and None as null: PyYAML's own YAML 1.1 reads 1e-4 as text, `off` as
+    false, 010 as eight and a plain << as a merge."""
+
+    yaml_implicit_resolvers: dict = {}
+    yaml_constructors: dict = {}
+    bool_values = {"true": True, "false": False}
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node))
+
+    def construct_text(self, node: yaml.ScalarNode) -> str | None:
+        text = self.construct_scalar(node)
+        return None if text == "None" else text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would otherwise not read back as text."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|None|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
+        )
+for _tag, _constructor in (
+    ("null", _Loader.construct_yaml_null),
+    ("bool", _Loader.construct_yaml_bool),
+    ("int", _Loader.construct_int),
+    ("float", _Loader.construct_yaml_float),
+    ("str", _Loader.construct_text),
+    ("seq", _Loader.construct_yaml_seq),
+    ("map", _Loader.construct_yaml_map),
+):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor)
+_Loader.add_constructor(None, _Loader.construct_undefined)
+
+
+def _read_file(path: str) -> tuple[dict[str, Any], list[str]]:
+    """The file's values by key and its problems; raises ConfigError where nothing can be read."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror}; name a YAML file such as args/gsm_coconut.yaml"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {_yaml_problem(error, text)}; mend the YAML there") from None
+    if not isinstance(node, yaml.MappingNode):
+        found = "is empty" if node is None else f"holds a {node.id}"
+        raise ConfigError(f"{path}: {found}; write one `key: value` a line")
+    values: dict[str, Any] = {}
+    first_lines: dict[str, int] = {}
+    problems = []
+    for key_node, value_node in node.value:
+        key, line = key_node.value, key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{path}: line {line}: a key is no plain word; write `key: value`")
+        elif key in first_lines:
+            problems.append(
+                f"{path}: line {line}: {key} stands twice, first on line {first_lines[key]}; "
+                "keep one"
+            )
+        else:
+            first_lines[key] = line
+            values[key], problem = _construct(loader, value_node)
+            if problem:
+                problems.append(f"{path}: {key}: {problem}")
+    return values, problems
+
+
+def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of `key=value` arguments by key, and their problems."""
+    values: dict[str, Any] = {}
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(f"command line: {override!r} is not key=value; write {key}=VALUE")
+            continue
+        if key in values:
+            problems.append(f"command line: {key} stands twice; keep one")
+            continue
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+        except yaml.YAMLError as error:
+            values[key] = _UNREADABLE
+            problems.append(
+                f"command line: {override!r}: {_yaml_problem(error, text)}; quote the value"
+            )
+            continue
+        values[key], problem = _construct(loader, node) if node is not None else (None, None)
+        if problem:
+            problems.append(f"command line: {override!r}: {problem}")
+    return values, problems
+
+
+def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
+    try:
+        return loader.construct_object(node, deep=True), None
+    except yaml.YAMLError as error:
+        problem = _yaml_problem(error, "")
+    except (ValueError, KeyError) as error:
+        problem = f"line {node.start_mark.line + 1}: cannot be read: {error}"
+    return _UNREADABLE, f"{problem}; write a plain value"
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        return f"line {mark.line + 1}: {error.problem or error.context}"
+    line = text.count("\n", 0, error.position) + 1
+    return f"line {line}: character {error.character!r} is not allowed"

@@ -1,0 +1,408 @@
+"""Records on disk -> token ids -> the examples of a stage -> padded batches (SPEC sections 1 to 4).
+
+A record is tokenised once, part by part (question, each step, answer), and every stage of the
+curriculum is cut from those ids while batching, so changing the stage costs nothing. The order of
+records, their random stages and their split into effective batches depend on (seed, epoch) alone:
+every rank computes the same plan and takes its share. This room knows no model and downloads
+nothing.
+
+Shapes: B batch, T tokens, n records, S the largest number of steps of a record.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from curriculum import Curriculum
+from utils import END_LATENT, LATENT, MARKERS, START_LATENT, UserError
+
+IGNORE_INDEX = -100
+
+# The tokenizer is done before any worker is forked; without this it warns at every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def read_records(
+    path: str, limit: int | None = None, notify: Callable[[str], None] = print
+) -> list[dict]:
+    """The records of a JSON data file as {"question": str, "answer": str, "steps": [str, ...]}.
+
+    limit: keep at most this many records, the first ones.
+    notify: is told how many blank steps were dropped, if any.
+
+    Raises: UserError naming file, record index, field and what was expected.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            raw = json.load(file)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); README's Data section tells how to make it"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(raw, list) or not raw:
+        got = "an empty list" if raw == [] else f"a {type(raw).__name__}"
+        raise UserError(f"{path}: holds {got}; expected a list of at least one record")
+    records = [_checked_record(path, i, record) for i, record in enumerate(raw[:limit])]
+    num_steps = sum(len(record["steps"]) for record in records)
+    for record in records:
+        record["steps"] = [step for step in record["steps"] if step.strip()]
+    num_blank = num_steps - sum(len(record["steps"]) for record in records)
+    if num_blank:
+        notify(f"{path}: dropped {num_blank} blank steps")
+    return records
+
+
+def _checked_record(path: str, index: int, record: object) -> dict:
+    """The three fields of a raw record, or a UserError that names the one that is wrong."""
+
+    def refuse(field: str, got: str, wanted: str):
+        raise UserError(f"{path}: record {index}: {field}{got}; expected {wanted}")
+
+    def check_text(field: str, text: object, may_be_blank: bool) -> None:
+        if not isinstance(text, str):
+            refuse(field, f" is {_kind(text)}", "text")
+        if not may_be_blank and not text.strip():
+            refuse(field, " is blank", "text")
+        for marker in MARKERS:
+            if marker in text:
+                refuse(field, f" holds the marker {marker}", "text without it")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            refuse(field, " holds half a surrogate pair", "valid Unicode text")
+
+    if not isinstance(record, dict):
+        refuse("the record", f" is {_kind(record)}", "an object with question, answer and steps")
+    for field in ("question", "answer", "steps"):
+        if field not in record:
+            refuse(field, " is missing", "question, answer and steps")
+    check_text("question", record["question"], may_be_blank=False)
+    check_text("answer", record["answer"], may_be_blank=False)
+    if not isinstance(record["steps"], list):
+        refuse("steps", f" is {_kind(record['steps'])}", "a list of texts")
+    for number, step in enumerate(record["steps"]):
+        check_text(f"steps[{number}]", step, may_be_blank=True)
+    return {field: record[field] for field in ("question", "answer", "steps")}
+
+
+def _kind(value: object) -> str:
+    names = {str: "text", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def leading_special_ids(tokenizer, text: str) -> list[int]:
+    """The ids `tokenizer` puts before a text by itself (Llama's BOS), not those it puts after."""
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    dressed = tokenizer(text).input_ids
+    for begin in range(len(dressed) - len(plain) + 1):
+        if dressed[begin : begin + len(plain)] == plain:
+            return dressed[:begin]
+    return []
+
+
+@dataclass(frozen=True)
+class TokenizedRecords:
+    """Records as token ids, with the lengths that planning needs.
+
+    path: the file they came from, for messages.
+    table: Hugging Face data set with columns question, answer, steps (texts) and question_ids,
+        step_ids (one list a step), answer_ids ("### " + answer, then EOS).
+    num_steps: (n,) steps a record has.
+    question_lengths: (n,) tokens of the question, leading special tokens included.
+    kept_lengths: (n, S + 1) tokens of remaining steps and answer once 0..S steps are dropped.
+    """
+
+    path: str
+    table: datasets.Dataset
+    num_steps: np.ndarray
+    question_lengths: np.ndarray
+    kept_lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.num_steps)
+
+
+def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedRecords:
+    """Tokenise each part of each record by itself, as SPEC section 2 lays them out.
+
+    Raises: UserError when a question becomes no tokens at all.
+    """
+    prefix = leading_special_ids(tokenizer, records[0]["question"])
+
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+    def tokenize(batch: dict) -> dict:
+        flat = iter(ids_of([step + "\n" for steps in batch["steps"] for step in steps]))
+        return {
+            "question_ids": [prefix + ids for ids in ids_of([q + "\n" for q in batch["question"]])],
+            "step_ids": [[next(flat) for _ in steps] for steps in batch["steps"]],
+            "answer_ids": [
+                ids + [tokenizer.eos_token_id]
+                for ids in ids_of([f"### {answer}" for answer in batch["answer"]])
+            ],
+        }
+
+    features = datasets.Features(
+        question=datasets.Value("string"),
+        answer=datasets.Value("string"),
+        steps=datasets.List(datasets.Value("string")),
+        question_ids=datasets.List(datasets.Value("int32")),
+        step_ids=datasets.List(datasets.List(datasets.Value("int32"))),
+        answer_ids=datasets.List(datasets.Value("int32")),
+    )
+    datasets.disable_progress_bars()
+    texts = datasets.Dataset.from_list(
+        records, features=datasets.Features({k: features[k] for k in list(features)[:3]})
+    )
+    table = texts.map(tokenize, batched=True, features=features)
+    return TokenizedRecords(path, table, *_lengths(table, path))
+
+
+def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """num_steps (n,), question_lengths (n,), kept_lengths (n, S + 1) of a tokenised table."""
+    steps = [[len(ids) for ids in step_ids] for step_ids in table["step_ids"]]
+    num_steps = np.array([len(lengths) for lengths in steps])
+    question_lengths = np.array([len(ids) for ids in table["question_ids"]])
+    for index in np.flatnonzero(question_lengths == 0):
+        raise UserError(f"{path}: record {index}: question becomes no tokens; expected at least 1")
+    kept = np.zeros((len(steps), num_steps.max() + 1), dtype=np.int64)
+    kept += np.array([len(ids) for ids in table["answer_ids"]])[:, None]
+    for row, lengths in enumerate(steps):
+        for dropped in range(len(lengths)):
+            kept[row, dropped] += sum(lengths[dropped:])
+    return num_steps, question_lengths, kept
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids that examples are built with."""
+
+    start_latent: int
+    end_latent: int
+    latent: int
+    eos: int
+
+    @classmethod
+    def of(cls, tokenizer) -> "SpecialIds":
+        """The ids of the three markers and of EOS in `tokenizer`."""
+        ids = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT, LATENT])
+        return cls(*ids, tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class StagedRecords:
+    """Records together with the stage each of them takes: what one epoch is made of.
+
+    dropped, num_latents: (n,) from Curriculum.plan.
+    with_markers: whether sequences carry start and end markers (Coconut) or none.
+    """
+
+    tokenized: TokenizedRecords
+    dropped: np.ndarray
+    num_latents: np.ndarray
+    with_markers: bool
+
+    @classmethod
+    def of(
+        cls, tokenized: TokenizedRecords, curriculum: Curriculum, stages: np.ndarray
+    ) -> "StagedRecords":
+        """Every record at its own stage; `stages`: (n,) integers."""
+        most_steps = int(tokenized.num_steps.max())
+        plans = np.array(  # (stage, number of steps) -> dropped steps, latents
+            [
+                [curriculum.plan(stage, steps) for steps in range(most_steps + 1)]
+                for stage in range(int(stages.max()) + 1)
+            ]
+        )
+        chosen = plans[stages, tokenized.num_steps]
+        return cls(tokenized, chosen[:, 0], chosen[:, 1], curriculum.method == "coconut")
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """(n,) tokens before the first label: question, markers and latents."""
+        markers = 2 if self.with_markers else 0
+        return self.tokenized.question_lengths + self.num_latents + markers
+
+    @property
+    def num_labels(self) -> np.ndarray:
+        """(n,) labelled tokens: the remaining steps, the answer and EOS."""
+        return self.tokenized.kept_lengths[np.arange(len(self.dropped)), self.dropped]
+
+    @property
+    def sort_keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """What makes records alike in shape: question first, because latents are aligned on it."""
+        return self.num_labels + self.num_latents, self.tokenized.question_lengths
+
+
+def draw_stages(
+    curriculum: Curriculum, num_steps: np.ndarray, epoch: int, uniform_prob: float, seed: int
+) -> np.ndarray:
+    """(n,) the stage of each record: the epoch's, or with `uniform_prob` one of 0..its steps.
+
+    Depends on (seed, epoch, record index) alone: entry i of a counter-based stream stays the same
+    whatever the number of records, workers or ranks.
+    """
+    stages = np.full(len(num_steps), curriculum.stage(epoch))
+    if uniform_prob == 0:
+        return stages
+    draws = np.random.Generator(np.random.Philox(key=[seed, epoch])).random((len(num_steps), 2))
+    random_stages = np.floor(draws[:, 1] * (num_steps + 1)).astype(int)
+    return np.where(draws[:, 0] < uniform_prob, random_stages, stages)
+
+
+def effective_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Records 0..n-1 in the order of (seed, epoch), cut into batches; the last may be shorter."""
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    return [order[i : i + batch_size] for i in range(0, n, batch_size)]
+
+
+def micro_batches(
+    indices: np.ndarray, staged: StagedRecords, batch_size: int, world_size: int
+) -> list[list[np.ndarray]]:
+    """Deal one effective batch: result[micro_step][rank] holds at most `batch_size` indices.
+
+    Records of like shape stand together, which saves padding; the gradient does not notice. All
+    ranks get the same number of micro-steps, so some arrays are empty when records are few.
+    """
+    keys = tuple(key[indices] for key in staged.sort_keys)
+    indices = indices[np.lexsort(keys)]
+    micro_steps = -(-len(indices) // (batch_size * world_size))
+    parts = np.array_split(indices, micro_steps * world_size)
+    return [parts[i : i + world_size] for i in range(0, len(parts), world_size)]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns record indices into the padded batch of SPEC section 4.
+
+    purpose: "train" for whole sequences with labels; "generate" for prompts alone, which end in
+        the same column.
+    """
+
+    staged: StagedRecords
+    ids: SpecialIds
+    purpose: str = "train"
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """input_ids, attention_mask, position_ids, labels (each (B, T) long), indices (B,) long.
+
+        Without indices the batch is one unlabelled token: a rank that has no records left still
+        takes part in the step, and contributes zero.
+        """
+        if len(indices) == 0:
+            return _pad([([self.ids.eos], [IGNORE_INDEX])], [0], self.ids.eos, indices)
+        rows = self.staged.tokenized.table[indices.tolist()]
+        parts = zip(
+            rows["question_ids"], rows["step_ids"], rows["answer_ids"], indices, strict=True
+        )
+        examples = [self._example(*part) for part in parts]
+        if self.purpose == "generate":
+            # All rows end in one column: the whole prompt is what is aligned.
+            widths = [len(tokens) for tokens, _ in examples]
+        else:
+            # The first latents share a column; a row without latents needs no padding before it.
+            widths = [
+                len(question) + 1 if self.staged.num_latents[index] > 0 else None
+                for question, index in zip(rows["question_ids"], indices, strict=True)
+            ]
+        column = max((width for width in widths if width is not None), default=0)
+        left_pads = [0 if width is None else column - width for width in widths]
+        return _pad(examples, left_pads, self.ids.eos, indices)
+
+    def _example(
+        self, question: list[int], steps: list[list[int]], answer: list[int], index: int
+    ) -> tuple[list[int], list[int]]:
+        """(token ids, labels) of one record at its stage; prompts alone have no labelled token."""
+        num_latents = int(self.staged.num_latents[index])
+        prompt = list(question)
+        if self.staged.with_markers:
+            latents = [self.ids.latent] * num_latents
+            prompt += [self.ids.start_latent, *latents, self.ids.end_latent]
+        if self.purpose == "generate":
+            return prompt, [IGNORE_INDEX] * len(prompt)
+        kept = steps[int(self.staged.dropped[index]) :]
+        target = [token for step in kept for token in step] + list(answer)
+        return prompt + target, [IGNORE_INDEX] * len(prompt) + target
+
+
+def _pad(
+    rows: list[tuple[list[int], list[int]]],
+    left_pads: list[int],
+    pad_id: int,
+    indices: np.ndarray,
+) -> dict[str, Tensor]:
+    """Rows of (token ids, labels), each moved right by its padding, as a rectangular batch."""
+    width = max(left + len(tokens) for left, (tokens, _) in zip(left_pads, rows, strict=True))
+    input_ids = torch.full((len(rows), width), pad_id)
+    labels = torch.full((len(rows), width), IGNORE_INDEX)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for row, (left, (tokens, row_labels)) in enumerate(zip(left_pads, rows, strict=True)):
+        columns = slice(left, left + len(tokens))
+        input_ids[row, columns] = torch.tensor(tokens)
+        labels[row, columns] = torch.tensor(row_labels)
+        attention_mask[row, columns] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+        "labels": labels,
+        "indices": torch.as_tensor(np.asarray(indices, dtype=np.int64)),
+    }
+
+
+def batch_loader(
+    collator: Collator, batches: Sequence[np.ndarray], num_workers: int, pin_memory: bool
+) -> Iterable[dict[str, Tensor]]:
+    """The given batches in order, made ahead of time by `num_workers` processes (0: none)."""
+    return DataLoader(
+        collator,
+        sampler=batches,
+        batch_size=None,
+        num_workers=min(num_workers, len(batches)),
+        pin_memory=pin_memory,
+        # Workers are not seeded from the main generator: they draw nothing, and resume must not
+        # depend on how many epochs were started.
+        generator=torch.Generator(),
+    )
+
+
+def check_lengths(
+    staged: StagedRecords, max_positions: int | None, max_new_tokens: int | None = None
+) -> None:
+    """Refuse records that do not fit the model's positions; nothing is ever cut silently.
+
+    max_new_tokens: when given, the prompt and that many generated tokens must fit instead.
+
+    Raises: UserError naming the first such record, its length and how many there are.
+    """
+    if max_positions is None:
+        return
+    generating = max_new_tokens is not None
+    lengths = staged.prompt_lengths + (max_new_tokens if generating else staged.num_labels)
+    too_long = np.flatnonzero(lengths > max_positions)
+    if not len(too_long):
+        return
+    index = too_long[0]
+    what = (
+        f"its prompt of {staged.prompt_lengths[index]} tokens and max_new_tokens={max_new_tokens}"
+        if generating
+        else f"its sequence of {lengths[index]} tokens (question"
+        f" {staged.tokenized.question_lengths[index]})"
+    )
+    fix = "lower max_new_tokens or remove the record" if generating else "remove or shorten it"
+    raise UserError(
+        f"{staged.tokenized.path}: record {index}: {what} exceed the model's {max_positions}"
+        f" positions ({len(too_long)} such records); {fix}"
+    )

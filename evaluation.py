@@ -1,0 +1,208 @@
+"""Evaluation (SPEC section 8): mean token loss, and greedy answers to prompts, batch by batch.
+
+Every rank takes its share of the records, sorted so that those of like length stand together;
+rank 0 puts the predictions back into file order and computes the figures. What counts as right
+is metrics.py's business, where the stage comes from is the caller's.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import distributed
+import metrics
+from coconut import Coconut
+from curriculum import Curriculum
+from dataset import (
+    Collator,
+    SpecialIds,
+    StagedRecords,
+    TokenizedRecords,
+    batch_loader,
+    micro_batches,
+)
+from utils import atomic_write_text
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation's outcome.
+
+    figures: name under "eval/" -> number, None where nothing could be measured. The same on every
+        rank.
+    predictions: one dict a record in file order; None on ranks other than 0.
+    """
+
+    figures: dict[str, float | int | None]
+    predictions: list[dict] | None
+
+
+def autocast(bf16: bool, device: torch.device):
+    """The context in which models compute: bf16 over fp32 weights, or their own precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def evaluate(
+    model: Coconut,
+    tokenizer,
+    records: TokenizedRecords,
+    curriculum: Curriculum,
+    stage: int,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    bf16: bool = False,
+    num_workers: int = 0,
+    progress: Callable | None = None,
+) -> Evaluation:
+    """Loss and greedy accuracy of `model` on `records` at `stage`. Every rank must call.
+
+    batch_size: records at once on each process.
+    progress: made with the number of batches and a description; its `update` is called.
+    """
+    staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
+    shares = micro_batches(np.arange(len(records)), staged, batch_size, distributed.world_size())
+    batches = [share[distributed.rank()] for share in shares]
+    batches = [batch for batch in batches if len(batch)]
+    ids = SpecialIds.of(tokenizer)
+    was_training = model.training
+    model.eval()
+    bar = progress(2 * len(batches), f"evaluating stage {stage}") if progress else None
+    device = distributed.device()
+
+    def loader(purpose: str):
+        collator = Collator(staged, ids, purpose)
+        for batch in batch_loader(collator, batches, num_workers, device.type == "cuda"):
+            yield {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+            if bar is not None:
+                bar.update()
+
+    with (
+        torch.no_grad(),
+        distributed.gathered_parameters(model),
+        autocast(bf16, device),
+    ):
+        loss = _mean_token_loss(model, loader("train"))
+        began = time.perf_counter()
+        decoder = Decoder(model, tokenizer, staged, max_new_tokens)
+        mine = [row for batch in loader("generate") for row in decoder.predict(batch)]
+        seconds = time.perf_counter() - began
+    if bar is not None:
+        bar.close()
+    model.train(was_training)
+    # The run is as slow as its slowest rank; a sum over a one-hot list brings all times together.
+    times = [0.0] * distributed.world_size()
+    times[distributed.rank()] = seconds
+    slowest = max(distributed.sum_over_ranks(times))
+    shares = distributed.gather_to_main(mine)
+    predictions = None
+    figures: dict = {}
+    if shares is not None:
+        predictions = sorted((row for share in shares for row in share), key=lambda r: r["index"])
+        figures = summarize(predictions)
+    figures = distributed.broadcast_from_main(figures)
+    figures |= {"loss": loss, "stage": stage, "seconds_per_record": slowest / len(records)}
+    return Evaluation(figures, predictions)
+
+
+def _mean_token_loss(model: Coconut, batches) -> float:
+    """Cross-entropy over all labelled tokens of all ranks, divided by their number."""
+    summed, num_tokens = 0.0, 0
+    for batch in batches:
+        output = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+            position_ids=batch["position_ids"],
+        )
+        count = len(output.logits)
+        summed += output.loss.item() * count
+        num_tokens += count
+    summed, num_tokens = distributed.sum_over_ranks([summed, num_tokens])
+    return summed / num_tokens
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Answers batches of prompts and describes each answer."""
+
+    model: Coconut
+    tokenizer: object
+    staged: StagedRecords
+    max_new_tokens: int
+
+    def predict(self, batch: dict[str, torch.Tensor]) -> list[dict]:
+        """One prediction record a row of `batch`, which a "generate" Collator made."""
+        prompts = batch["input_ids"]
+        output = self.model.generate(
+            prompts, batch["attention_mask"], max_new_tokens=self.max_new_tokens
+        )
+        rows = output[:, prompts.size(1) :].tolist()
+        return [
+            self._record(int(index), row)
+            for index, row in zip(batch["indices"].tolist(), rows, strict=True)
+        ]
+
+    def _record(self, index: int, new_tokens: list[int]) -> dict:
+        eos = self.tokenizer.eos_token_id
+        ended = eos in new_tokens
+        tokens = new_tokens[: new_tokens.index(eos)] if ended else new_tokens
+        # Markers are special tokens, so a model that writes one cannot leak it into the text.
+        text = self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        source = self.staged.tokenized.table[index]
+        steps_left = source["steps"][int(self.staged.dropped[index]) :]
+        thoughts = int(self.staged.num_latents[index])
+        if self.model.thought_kind == "pause":
+            thoughts = 0
+        return {
+            "index": index,
+            "question": source["question"],
+            "gold": source["answer"],
+            "prediction": metrics.extract_answer(text),
+            "text": text,
+            "correct": metrics.is_correct(text, source["answer"]),
+            "cot_match": metrics.cot_matches(text, steps_left) if steps_left else None,
+            "num_tokens": len(tokens),
+            "num_thoughts": thoughts,
+            "ended": ended,
+            # Alone, the record takes a pass up to each thought, one up to the prompt's last
+            # token, and one for each token written, EOS included.
+            "forward_passes": len(tokens) + ended + (thoughts + 1 if thoughts else 0),
+        }
+
+
+def summarize(predictions: list[dict]) -> dict[str, float | int | None]:
+    """The figures of SPEC section 8 from prediction records."""
+    n = len(predictions)
+    num_correct = sum(row["correct"] for row in predictions)
+    low, high = metrics.wilson_interval(num_correct, n)
+    matches = [row["cot_match"] for row in predictions if row["cot_match"] is not None]
+    mean_tokens = math.fsum(row["num_tokens"] for row in predictions) / n
+    mean_thoughts = math.fsum(row["num_thoughts"] for row in predictions) / n
+    return {
+        "acc": num_correct / n,
+        "acc_low": low,
+        "acc_high": high,
+        "num_correct": num_correct,
+        "num_records": n,
+        "cot_em": sum(matches) / len(matches) if matches else None,
+        "mean_tokens": mean_tokens,
+        "mean_thoughts": mean_thoughts,
+        "mean_tokens_and_thoughts": mean_tokens + mean_thoughts,
+        "num_hit_max_new_tokens": sum(not row["ended"] for row in predictions),
+        "num_without_answer": sum(row["prediction"] is None for row in predictions),
+    }
+
+
+def write_predictions(path: Path, predictions: list[dict]) -> None:
+    """One JSON object a line, whole or not at all."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
+    atomic_write_text(path, "".join(lines))

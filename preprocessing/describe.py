@@ -1,0 +1,445 @@
+"""Describe data files: a table of figures for each file and, on request, a PNG of distributions.
+
+Reads any file of records (question, answer, steps) and, for ProsQA, the graphs in it: sizes, hops,
+shortest paths, persons, degrees, and whether target and distractor are reachable as they should be.
+Two files stand side by side. Lengths are white-space words unless a tokenizer is named. Nothing is
+changed and nothing is repaired; the strict reader of training is dataset.py's.
+
+Carries out SPEC section 1 (the record) and section 2 (the parts that are tokenised).
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+
+GRAPH_FIELDS = ("idx_to_symbol", "edges", "root", "target", "neg_target")
+# Heads are nodes 0 and 1 by the published format; the other nodes' in-degrees are of interest.
+NUM_HEADS = 2
+COLOURS = ("#0072B2", "#E69F00")  # Okabe and Ito: told apart by colour-blind readers, and in grey
+
+Samples = dict[str, list[int]]
+
+
+class DescribeError(Exception):
+    """A file or option that cannot be described; the message names it and the fix."""
+
+
+def read_records(path: Path) -> list[dict]:
+    """Return the records of a data file.
+
+    Raises:
+        DescribeError: the file cannot be read, is no JSON list of records, or is empty; a field is
+            missing or has the wrong type; a graph's node numbers are outside the graph, or its
+            target and distractor are reachable from neither head.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DescribeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise DescribeError(f"{path}: is not UTF-8 JSON ({error})") from error
+    if not isinstance(records, list) or not records:
+        raise DescribeError(f"{path}: wanted a list of at least one record")
+    for index, record in enumerate(records):
+        problem = record_problem(record)
+        if problem:
+            raise DescribeError(f"{path}: record {index}: {problem}")
+    if len({is_graph(record) for record in records}) > 1:
+        raise DescribeError(
+            f"{path}: some records hold a graph ({', '.join(GRAPH_FIELDS)}) and some do not; "
+            "describe them in two files"
+        )
+    return records
+
+
+def is_graph(record: dict) -> bool:
+    """Tell whether the record has any of ProsQA's graph fields."""
+    return any(name in record for name in GRAPH_FIELDS)
+
+
+def is_text(value: object) -> bool:
+    """Tell whether the value is a text that UTF-8 can hold (JSON can spell half a character)."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
+
+
+def record_problem(record: object) -> str | None:
+    """Return what is wrong with one record, or None."""
+    if not isinstance(record, dict):
+        return f"got {type(record).__name__}, wanted an object with question, answer and steps"
+    for name in ("question", "answer"):
+        if not is_text(record.get(name)):
+            return f"{name}: got {record.get(name)!a:.40}, wanted a text"
+    steps = record.get("steps")
+    if not isinstance(steps, list) or not all(map(is_text, steps)):
+        return "steps: wanted a list of texts"
+    return graph_problem(record) if is_graph(record) else None
+
+
+def graph_problem(record: dict) -> str | None:
+    """Return what is wrong with the graph of one record, or None."""
+    symbols, edges = record.get("idx_to_symbol"), record.get("edges")
+    if not isinstance(symbols, list) or not all(map(is_text, symbols)):
+        return "idx_to_symbol: wanted a list of texts"
+
+    def is_node(number: object) -> bool:
+        return type(number) is int and 0 <= number < len(symbols)
+
+    if not isinstance(edges, list) or not all(
+        isinstance(edge, list) and len(edge) == 2 and all(map(is_node, edge)) for edge in edges
+    ):
+        return f"edges: wanted pairs of node numbers from 0 to {len(symbols) - 1}"
+    for name in ("target", "neg_target"):
+        if not is_node(record.get(name)):
+            return f"{name}: got {record.get(name)!a:.40}, wanted a node number"
+    if type(record.get("root")) is not int or record["root"] not in (0, 1) or len(symbols) < 2:
+        return f"root: got {record.get('root')!a:.40}, wanted 0 or 1, the two heads of a graph"
+    children = child_lists(record)
+    root = record["root"]
+    for name, head in (("target", root), ("neg_target", 1 - root)):
+        if record[name] not in distances(children, head):
+            return f"{name}: node {record[name]} cannot be reached from node {head}"
+    return None
+
+
+def child_lists(record: dict) -> list[list[int]]:
+    """Return the children of each node; a doubled edge gives a child twice."""
+    children: list[list[int]] = [[] for _ in record["idx_to_symbol"]]
+    for parent, child in record["edges"]:
+        children[parent].append(child)
+    return children
+
+
+def distances(children: list[list[int]], start: int) -> dict[int, int]:
+    """Return the number of edges from `start` to each node it reaches, nearest first."""
+    found = {start: 0}
+    queue = [start]
+    for node in queue:
+        for child in children[node]:
+            if child not in found:
+                found[child] = found[node] + 1
+                queue.append(child)
+    return found
+
+
+def num_shortest_paths(children: list[list[int]], start: int, end: int) -> int:
+    """Return how many shortest paths lead from `start` to `end`."""
+    distance = distances(children, start)
+    counts = Counter({start: 1})
+    for node in distance:
+        for child in set(children[node]):
+            if distance[child] == distance[node] + 1:
+                counts[child] += counts[node]
+    return counts[end]
+
+
+def text_samples(
+    records: list[dict], count_tokens: Callable[[list[str]], list[int]], unit: str
+) -> Samples:
+    """Return numbers of steps and lengths, one for each record.
+
+    A record's length is that of question, steps and `### ` answer, each counted on its own as
+    training tokenises them, without the end-of-text mark.
+    """
+    steps = [[step for step in record["steps"] if step.strip()] for record in records]
+    questions = count_tokens([record["question"] + "\n" for record in records])
+    answers = count_tokens(["### " + record["answer"] for record in records])
+    step_lengths = iter(count_tokens([step + "\n" for part in steps for step in part]))
+    records_length = [
+        question + answer + sum(next(step_lengths) for _ in part)
+        for question, answer, part in zip(questions, answers, steps, strict=True)
+    ]
+    return {
+        "steps": [len(part) for part in steps],
+        f"{unit} in the question": questions,
+        f"{unit} in the whole record": records_length,
+    }
+
+
+def graph_samples(records: list[dict]) -> Samples:
+    """Return the figures of ProsQA graphs, one for each record.
+
+    Two are other than that: `in-degree` has one for each node but the two heads, and names that
+    end in `?` hold 1 for yes and 0 for no.
+    """
+    samples: Samples = {}
+    for record in records:
+        children = child_lists(record)
+        num_nodes, root, other = len(children), record["root"], 1 - record["root"]
+        target, distractor = record["target"], record["neg_target"]
+        from_root, from_other = distances(children, root), distances(children, other)
+        in_degree = Counter(child for _, child in record["edges"])
+        own = [d for n, d in from_other.items() if not children[n] and n not in from_root]
+        deepest = max(own, default=-1)
+        first_named = record["question"].rsplit(" or ", 1)[0].rsplit(" ", 1)[-1]
+        isolated = sum(not in_degree[n] and not children[n] for n in range(num_nodes))
+        steps = sum(bool(step.strip()) for step in record["steps"])
+        values = {
+            "nodes": num_nodes,
+            "edges": len(record["edges"]),
+            "hops": from_root[target],
+            "shortest paths": num_shortest_paths(children, root, target),
+            "persons": sum(not in_degree[node] for node in range(num_nodes)),
+            "root out-degree": len(children[root]),
+            "distractor hops": from_other[distractor],
+            "in-degree": [in_degree[node] for node in range(NUM_HEADS, num_nodes)],
+            "isolated nodes": isolated,
+            "doubled edges": len(record["edges"]) - len(set(map(tuple, record["edges"]))),
+            "steps are as many as hops?": steps == from_root[target],
+            "target from the root only?": target not in from_other,
+            "distractor from the other head only?": distractor not in from_root,
+            "root is node 0?": root == 0,
+            "target named first?": first_named == record["idx_to_symbol"][target],
+            "distractor is a deepest own leaf?": from_other[distractor] == deepest,
+        }
+        for name, value in values.items():
+            sample = samples.setdefault(name, [])
+            sample += value if isinstance(value, list) else [int(value)]
+    return samples
+
+
+def shares(sample: Sequence, most: int = 8) -> list[tuple]:
+    """Return (value, share) pairs of the commonest values, in order of the value."""
+    common = Counter(sample).most_common(most)
+    return sorted((value, count / len(sample)) for value, count in common)
+
+
+def sample_rows(samples: Samples) -> dict[str, str]:
+    """Return the table's text for each sample: a share, or mean, deviation, extremes and shares."""
+    rows = {}
+    for name, sample in samples.items():
+        if name.endswith("?"):
+            rows[name] = f"{fmean(sample):.1%}"
+            continue
+        if not sample:
+            rows[name] = "none"
+            continue
+        rows[name] = f"{fmean(sample):.2f} sd {pstdev(sample):.2f} ({min(sample)} to {max(sample)})"
+        if 1 < len(set(sample)) <= 10:
+            rows[f"{name}, shares"] = ", ".join(f"{v}: {s:.3f}" for v, s in shares(sample))
+    return rows
+
+
+def record_rows(records: list[dict]) -> dict[str, str]:
+    """Return the table's text for counts of records, repetitions, empty fields and answers."""
+    num_records = len(records)
+    answers = Counter(record["answer"] for record in records)
+    common = "; ".join(
+        f"{answer!a} {count / num_records:.1%}" for answer, count in answers.most_common(3)
+    )
+    no_steps = sum(not any(step.strip() for step in record["steps"]) for record in records)
+    return {
+        "records": f"{num_records:,}",
+        "repeated questions": str(num_records - len({r["question"] for r in records})),
+        "blank questions": str(sum(not record["question"].strip() for record in records)),
+        "blank answers": str(sum(not record["answer"].strip() for record in records)),
+        "blank steps": str(sum(not s.strip() for record in records for s in record["steps"])),
+        "records without steps": str(no_steps),
+        "different answers": f"{len(answers):,}",
+        "commonest answers": common,
+    }
+
+
+def table(columns: dict[str, dict[str, str]]) -> str:
+    """Return a Markdown table with one column for each file, padded so that it reads as text."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    header = ["figure", *columns]
+    lines = [[name, *(column.get(name, "") for column in columns.values())] for name in names]
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in [header, rule, *lines]
+    )
+
+
+def word_counts(texts: list[str]) -> list[int]:
+    """Return the number of white-space words of each text."""
+    return [len(text.split()) for text in texts]
+
+
+def load_token_counter(name: str) -> Callable[[list[str]], list[int]]:
+    """Return a function that counts tokens under a Hugging Face tokenizer.
+
+    Raises:
+        DescribeError: transformers is not installed or finds no tokenizer of that name.
+    """
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        # Hugging Face raises a dozen unrelated types here, and each means the same to the user.
+        reason = " ".join(str(error).split())[:200]
+        raise DescribeError(
+            f"--tokenizer {name}: cannot be loaded ({reason}); give a folder saved by "
+            "save_pretrained or a name on the Hub, or leave it out to count words"
+        ) from error
+
+    def count(texts: list[str]) -> list[int]:
+        if not texts:
+            return []
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    return count
+
+
+def draw_panel(axis, name: str, samples: list[list[int]]) -> None:
+    """Draw one sample of each file: bars for a few values, steps over bins for many."""
+    values = sorted({value for sample in samples for value in sample})
+    low, high = values[0], values[-1]
+    if high - low <= 16:
+        width = 0.8 / len(samples)
+        positions = range(low, high + 1)
+        for index, sample in enumerate(samples):
+            counts = Counter(sample)
+            offset = (index - (len(samples) - 1) / 2) * width
+            axis.bar(
+                [p + offset for p in positions],
+                [counts[p] / max(len(sample), 1) for p in positions],
+                width,
+                color=COLOURS[index],
+            )
+        axis.set_xticks(range(low, high + 1, 1 if high - low <= 9 else 2))
+    else:
+        # Bins of a whole number of values: otherwise some hold more integers than others.
+        size = -(-(high - low + 1) // 24)
+        edges = [low - 0.5 + size * i for i in range((high - low) // size + 2)]
+        for index, sample in enumerate(samples):
+            weights = [1 / len(sample)] * len(sample)
+            axis.hist(sample, edges, weights=weights, color=COLOURS[index], alpha=0.3)
+            axis.hist(sample, edges, weights=weights, color=COLOURS[index], histtype="step", lw=1.6)
+    axis.set_title(name, fontsize=11)
+    axis.set_ylabel("nodes" if name == "in-degree" else "records", fontsize=9)
+    axis.tick_params(labelsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_axisbelow(True)
+    axis.grid(axis="y", color="0.9")
+
+
+def draw_answers(axis, answers: list[list[str]]) -> None:
+    """Draw the shares of the eight answers that are commonest over all files."""
+    top = [answer for answer, _ in Counter(a for part in answers for a in part).most_common(8)]
+    height = 0.8 / len(answers)
+    for index, part in enumerate(answers):
+        counts = Counter(part)
+        offset = (index - (len(answers) - 1) / 2) * height
+        axis.barh(
+            [row + offset for row in range(len(top))],
+            [counts[answer] / len(part) for answer in top],
+            height,
+            color=COLOURS[index],
+        )
+    labels = [answer if len(answer) <= 18 else answer[:17] + "…" for answer in top]
+    axis.set_yticks(range(len(top)), labels, parse_math=False)
+    axis.invert_yaxis()
+    axis.set_title("commonest answers", fontsize=11)
+    axis.set_xlabel("records", fontsize=9)
+    axis.tick_params(labelsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw(path: Path, columns: dict[str, tuple[list[dict], Samples]]) -> None:
+    """Write a PNG with a panel for each sample that both files have.
+
+    Raises:
+        DescribeError: the picture cannot be written there.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import PercentFormatter
+
+    all_samples = [samples for _, samples in columns.values()]
+    names = [
+        name
+        for name in all_samples[0]
+        if not name.endswith("?")
+        and name not in ("isolated nodes", "doubled edges")
+        and all(samples.get(name) for samples in all_samples)
+    ]
+    graphs = "hops" in names
+    if graphs:
+        # The steps are the hops, the record is as long as its question, and no answer is common.
+        names = [name for name in names if name != "steps" and "whole record" not in name]
+    num_panels = len(names) + (not graphs)
+    num_columns = 3 if num_panels > 4 else 2
+    num_rows = -(-num_panels // num_columns)
+    figure = Figure(figsize=(4 * num_columns, 2.9 * num_rows + 0.6), layout="constrained")
+    axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for axis, name in zip(axes, names, strict=False):
+        draw_panel(axis, name, [samples[name] for samples in all_samples])
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if not graphs:
+        answers = [[record["answer"] for record in records] for records, _ in columns.values()]
+        draw_answers(axes[len(names)], answers)
+        axes[len(names)].xaxis.set_major_formatter(PercentFormatter(1.0))
+    for axis in axes[num_panels:]:
+        axis.set_visible(False)
+    handles = [
+        Patch(color=colour, label=f"{name} ({len(records):,} records)")
+        for colour, (name, (records, _)) in zip(COLOURS, columns.items(), strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=11)
+    try:
+        figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise DescribeError(f"--png {path}: cannot be written ({error.strerror})") from error
+
+
+def column_names(paths: Sequence[Path]) -> list[str]:
+    """Return file names, with as many folders before them as tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise DescribeError(f"{paths[0]}: the same file twice; give different files")
+
+
+def describe(options: argparse.Namespace) -> str:
+    """Read the files, draw the picture if one is asked for, and return the table.
+
+    Raises:
+        DescribeError: as read_records, load_token_counter, draw and column_names; or a picture of
+            more than two files is asked for.
+    """
+    if options.png and len(options.files) > len(COLOURS):
+        raise DescribeError("--png: compares two files at most; leave it out, or name fewer files")
+    names = column_names(options.files)
+    file_records = [read_records(path) for path in options.files]
+    count_tokens = load_token_counter(options.tokenizer) if options.tokenizer else word_counts
+    columns, rows = {}, {}
+    for name, records in zip(names, file_records, strict=True):
+        samples = text_samples(records, count_tokens, "tokens" if options.tokenizer else "words")
+        if is_graph(records[0]):
+            samples |= graph_samples(records)
+        columns[name] = (records, samples)
+        rows[name] = record_rows(records) | sample_rows(samples)
+    if len(file_records) == 2:
+        shared = {r["question"] for r in file_records[0]} & {r["question"] for r in file_records[1]}
+        for column in rows.values():
+            column["questions in both files"] = str(len(shared))
+    if options.png:
+        draw(options.png, columns)
+    return table(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; return 2, after one message, on a user's mistake."""
+    parser = argparse.ArgumentParser(description="Describe data files side by side.")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--tokenizer", metavar="FOLDER_OR_NAME", help="count its tokens, not words")
+    parser.add_argument("--png", type=Path, metavar="OUT.png", help="draw one or two files")
+    try:
+        print(describe(parser.parse_args(arguments)))
+    except DescribeError as error:
+        print(f"describe.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

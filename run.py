@@ -1,0 +1,400 @@
+"""Train or evaluate one experiment: `torchrun --nproc_per_node N run.py CONFIG [key=value ...]`.
+
+Arguments -> configuration -> set-up -> train or evaluate -> tear-down. Loops and tensor maths live
+elsewhere. Every mistake that can be known beforehand is reported as one message with exit status
+2 before a model loads. `python run.py CONFIG` is the same for one process; `--dry-run` shows what
+would happen.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Config, ConfigError, dump_config, fields_help, load_config
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+DEBUG_TRAIN_RECORDS = 5000
+DEBUG_VAL_RECORDS = 32
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `--help` explains every configuration key."""
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        description="Train or evaluate a language model that reasons in latent thoughts.",
+        epilog="Configuration keys:\n\n" + fields_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file of the experiment, such as those in args/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replaces a key of the file: lr=5e-5"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show configuration, schedule and sizes, then stop"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one experiment; returns the exit status."""
+    options = parse_arguments(arguments)
+    speaks = os.environ.get("RANK", "0") == "0"
+
+    def complain(text: object) -> None:
+        if speaks:
+            print(text, file=sys.stderr, flush=True)
+
+    try:
+        config = load_config(options.config, options.overrides)
+        # Only now what takes seconds to import: a mistake in the file is told at once.
+        from transformers.utils import logging as transformers_logging
+
+        import distributed
+        from training import Stopped, TrainingFailed
+        from utils import UserError
+
+        # Bars over loading and saving a file would tear the epochs' lines apart.
+        transformers_logging.disable_progress_bar()
+    except ConfigError as error:
+        complain(error)
+        return EXIT_USER_ERROR
+    try:
+        distributed.initialize()
+        if options.dry_run:
+            dry_run(config)
+        elif config.only_eval:
+            evaluate_only(config)
+        else:
+            train(config)
+        return 0
+    except (UserError, ConfigError) as error:
+        complain(error)
+        return EXIT_USER_ERROR
+    except TrainingFailed as error:
+        complain(error)
+        return EXIT_FAILED
+    except Stopped as error:
+        complain(error)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        complain("interrupted; the same command continues from the last saved state")
+        return EXIT_INTERRUPTED
+    finally:
+        distributed.shut_down()
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    import distributed
+
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+@dataclass
+class Data:
+    """Tokenizer and tokenised records; `train` is None in evaluation."""
+
+    tokenizer: object
+    train: object | None
+    val: object
+
+
+def load_data(config: Config) -> Data:
+    """Read, check and tokenise the records of a run; texts first, so that errors come early."""
+    from backbone import load_tokenizer
+    from dataset import read_records, tokenize_records
+
+    limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS) if config.debug else (None, None)
+    train_texts = None
+    if not config.only_eval:
+        train_texts = read_records(config.train_path, limits[0], say)
+    val_texts = read_records(config.val_path, limits[1], say)
+    tokenizer = load_tokenizer(config)
+    train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
+    return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
+
+
+def make_curriculum(config: Config):
+    """The schedule that the configuration describes."""
+    from curriculum import Curriculum
+
+    return Curriculum(
+        method=config.method,
+        c_thought=config.c_thought,
+        epochs_per_stage=config.epochs_per_stage,
+        max_latent_stage=config.max_latent_stage,
+        pad_latent_to_max=config.pad_latent_to_max,
+        enabled=config.curriculum,
+    )
+
+
+def check_positions(config: Config, data: Data, stages: set[int], max_positions: int | None):
+    """Refuse data that the model's positions cannot hold in any of `stages`."""
+    import numpy as np
+
+    from dataset import StagedRecords, check_lengths
+
+    curriculum = make_curriculum(config)
+    for stage in sorted(stages):
+        for records in filter(None, (data.train, data.val)):
+            staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
+            check_lengths(staged, max_positions)
+            if records is data.val:
+                check_lengths(staged, max_positions, config.max_new_tokens)
+
+
+def acting_stages(config: Config) -> set[int]:
+    """Every stage that a training run can come to."""
+    curriculum = make_curriculum(config)
+    if config.uniform_prob > 0:
+        return set(range(curriculum.last_stage + 1))
+    return {curriculum.stage(epoch) for epoch in range(config.resume, config.num_epochs)}
+
+
+def make_model(config: Config, notify=say):
+    """(Coconut module on this rank's device, tokenizer), seeded and ready to train."""
+    import torch
+
+    import distributed
+    from backbone import build_coconut, load_backbone
+    from utils import seed_everything
+
+    if config.bf16 and not distributed.computes_bf16_natively():
+        notify("bf16: this hardware has no native bf16 and emulates it; bf16: false is faster")
+    seed_everything(config.seed, config.deterministic)
+    backbone = load_backbone(config, notify)
+    model = build_coconut(config, backbone).to(distributed.device())
+    if config.compile:
+        model.base_causallm.base_model.compile(dynamic=True)
+    # From here on only dropout draws, and it must differ between ranks.
+    torch.manual_seed(config.seed + distributed.rank())
+    return model, backbone.tokenizer
+
+
+def train(config: Config) -> None:
+    """Train from the beginning, or go on from the newest training state of the run directory."""
+    import contextlib
+
+    import checkpoint
+    import distributed
+
+    # One process holds the directory for all of its run's ranks.
+    holds_lock = distributed.is_main() and not config.debug
+    with checkpoint.run_lock(config.run_dir) if holds_lock else contextlib.nullcontext():
+        if holds_lock:
+            checkpoint.recover(config.run_dir)
+            checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)
+        distributed.barrier()
+        state = None if config.debug else checkpoint.newest_state(config.run_dir, say)
+        if state is None:
+            train_from(config, config, None)
+        else:
+            from settings import reconcile
+
+            config = reconcile(config, state.progress["settings"], continuing=True)
+            say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
+            source = {"model_id": str(state.folder), "load_model_path": None, "from_scratch": True}
+            train_from(config, config.model_copy(update=source), state)
+
+
+def train_from(config: Config, model_config: Config, state) -> None:
+    """Set up and run the training of `config`; `model_config` says where the model comes from."""
+    import distributed
+    from backbone import model_outline
+    from settings import checkpoint_settings, read_checkpoint_settings, reconcile
+    from tracking import Tracker
+    from training import Trainer
+
+    if state is None:
+        config = reconcile(config, read_checkpoint_settings(config.load_model_path))
+        model_config = config
+        if config.resume and not config.load_model_path:
+            say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
+    data = load_data(config if state is None else model_config)
+    outline = model_outline(model_config, data.tokenizer)
+    check_positions(config, data, acting_stages(config), outline.max_positions)
+    model, tokenizer = make_model(model_config, say if state is None else lambda text: None)
+    saves = not config.debug
+    if saves and distributed.is_main():
+        prepare_run_dir(config)
+    tracker = Tracker(
+        config.run_dir if saves else None,
+        config.model_dump(),
+        config.project,
+        config.name,
+        config.wandb if saves else "disabled",
+        distributed.is_main(),
+        state.progress["wandb_id"] if state else None,
+    )
+    settings = checkpoint_settings(config, tokenizer, 0)
+    try:
+        trainer = Trainer(
+            config,
+            model,
+            tokenizer,
+            data.train,
+            data.val,
+            make_curriculum(config),
+            settings,
+            tracker,
+            state,
+        )
+        if state is None:
+            tracker.truncate(0, config.resume)
+        trainer.run()
+    finally:
+        tracker.close()
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Write the resolved configuration; tell what changed in it and what is not ours."""
+    import checkpoint
+    from utils import atomic_write_text
+
+    strangers = checkpoint.foreign_files(config.run_dir)
+    if strangers:
+        say(f"{config.run_dir}: left alone, not files of a run: {', '.join(strangers)}")
+    path, text = config.run_dir / "config.yaml", dump_config(config)
+    if path.exists():
+        before = path.read_text(encoding="utf-8").splitlines()
+        for line in text.splitlines():
+            if line not in before:
+                say(f"{path}: changed since the run began: {line}")
+    atomic_write_text(path, text)
+
+
+def evaluate_only(config: Config) -> None:
+    """Evaluate load_model_path on val_path at the stage it was trained to."""
+    import distributed
+    from backbone import model_outline
+    from evaluation import evaluate, write_predictions
+    from settings import read_checkpoint_settings, reconcile
+    from tracking import Tracker
+
+    settings = read_checkpoint_settings(config.load_model_path)
+    config = reconcile(config, settings)
+    curriculum = make_curriculum(config)
+    stage, epoch = curriculum.stage(config.resume), config.resume
+    if settings is not None:
+        if "resume" in config.model_fields_set and stage != settings["stage"]:
+            say(
+                f"resume: {config.resume} implies stage {stage}, but {config.load_model_path} was"
+                f" trained to stage {settings['stage']}, which is used"
+            )
+        stage, epoch = settings["stage"], settings["epoch"]
+    data = load_data(config)
+    check_positions(config, data, {stage}, model_outline(config, data.tokenizer).max_positions)
+    model, tokenizer = make_model(config)
+    folder = None
+    if not config.debug:
+        source = Path(config.load_model_path)
+        folder = config.run_dir / f"eval_{Path(config.val_path).stem}_{source.name}"
+    tracker = Tracker(
+        folder,
+        config.model_dump(),
+        config.project,
+        f"{config.name}-eval",
+        "disabled" if config.debug else config.wandb,
+        distributed.is_main(),
+    )
+    tracker.truncate(0, epoch)
+    parallel, _ = distributed.choose_parallel(
+        config.parallel, sum(p.numel() for p in model.parameters())
+    )
+    outcome = evaluate(
+        distributed.unwrap(distributed.parallelize(model, parallel)),
+        tokenizer,
+        data.val,
+        curriculum,
+        stage,
+        batch_size=config.batch_size_eval or config.batch_size_training,
+        max_new_tokens=config.max_new_tokens,
+        bf16=config.bf16,
+        num_workers=config.num_workers,
+        progress=tracker.progress,
+    )
+    figures = outcome.figures
+    tracker.log({f"eval/{name}": value for name, value in figures.items()}, step=0)
+    if outcome.predictions is not None and folder is not None:
+        write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)
+    tracker.message(report(config, figures))
+    if folder is not None:
+        tracker.message(f"predictions and figures are in {folder}")
+    tracker.close()
+
+
+def report(config: Config, figures: dict) -> str:
+    """The figures of an evaluation as lines to read."""
+    cot_em = figures["cot_em"]
+    lines = [
+        f"{config.load_model_path} on {config.val_path}, stage {figures['stage']}",
+        f"  accuracy            {100 * figures['acc']:.2f} % ({figures['num_correct']} of"
+        f" {figures['num_records']}), 95 % interval {100 * figures['acc_low']:.2f} to"
+        f" {100 * figures['acc_high']:.2f}",
+        f"  token loss          {figures['loss']:.4f}",
+        "  CoT match           " + ("no steps left" if cot_em is None else f"{100 * cot_em:.2f} %"),
+        f"  tokens + thoughts   {figures['mean_tokens']:.2f} + {figures['mean_thoughts']:.2f} ="
+        f" {figures['mean_tokens_and_thoughts']:.2f}",
+        f"  seconds a record    {figures['seconds_per_record']:.4f}",
+        f"  cut at max_new_tokens {figures['num_hit_max_new_tokens']}, without '#'"
+        f" {figures['num_without_answer']}",
+    ]
+    return "\n".join(lines)
+
+
+def dry_run(config: Config) -> None:
+    """Show the resolved configuration, the schedule and the sizes; train nothing, write nothing."""
+    import distributed
+    from backbone import model_outline
+    from settings import read_checkpoint_settings, reconcile
+
+    config = reconcile(config, read_checkpoint_settings(config.load_model_path))
+    data = load_data(config)
+    outline = model_outline(config, data.tokenizer)
+    say(dump_config(config))
+    if not config.only_eval:
+        check_positions(config, data, acting_stages(config), outline.max_positions)
+        steps = config.accumulation_steps(distributed.world_size())
+        effective = config.batch_size_training * steps * distributed.world_size()
+        per_epoch = -(-len(data.train) // effective)
+        epochs = config.num_epochs - config.resume
+        say(schedule_table(config, data.train))
+        say(
+            f"examples            {len(data.train)} training, {len(data.val)} validation\n"
+            f"effective batch     {effective} = {config.batch_size_training} records x {steps}"
+            f" accumulation x {distributed.world_size()} processes\n"
+            f"optimizer steps     {per_epoch} an epoch, {per_epoch * epochs} in all"
+        )
+    say(f"parameters          {outline.num_parameters:,}\ndry run: nothing trained or written")
+
+
+def schedule_table(config: Config, records) -> str:
+    """Epochs of the same stage in one line: stage, latents and steps kept, over the records."""
+    import numpy as np
+
+    from dataset import StagedRecords
+
+    curriculum = make_curriculum(config)
+    stages = [curriculum.stage(epoch) for epoch in range(config.num_epochs)]
+    lines = [f"{'epochs':>9}  {'stage':>5}  {'latents':>16}  {'steps kept':>16}"]
+    for stage in sorted(set(stages[config.resume :])):
+        epochs = [e for e, s in enumerate(stages) if s == stage and e >= config.resume]
+        staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
+        kept = records.num_steps - staged.dropped
+        cells = [
+            f"{values.mean():.2f} ({values.min()}-{values.max()})"
+            for values in (staged.num_latents, kept)
+        ]
+        span = f"{epochs[0]}-{epochs[-1]}"
+        lines.append(f"{span:>9}  {stage:>5}  {cells[0]:>16}  {cells[1]:>16}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""What a checkpoint records about itself, and how that meets the configuration of a run.
+
+Carries out SPEC section 9's coconut.json: its content, and the rules of what may be loaded into
+what. Reading and writing weights is left to backbone.py and checkpoint.py.
+"""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from transformers import PreTrainedTokenizerBase
+
+from config import Config
+from utils import END_LATENT, LATENT, START_LATENT, UserError
+
+SETTINGS_NAME = "coconut.json"
+WINDOW_FIELDS = ("latent_window_size", "latent_weights", "window_scope")
+THOUGHT_FIELDS = (*WINDOW_FIELDS, "thought", "c_thought")
+
+
+class Schedule(BaseModel):
+    """The curriculum a checkpoint was trained under (SPEC section 3)."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    epochs_per_stage: PositiveInt
+    max_latent_stage: NonNegativeInt
+    pad_latent_to_max: bool
+    curriculum: bool
+
+
+class CheckpointSettings(BaseModel):
+    """The content of a checkpoint's coconut.json (SPEC section 9)."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    format_version: Literal[1]
+    method: Literal["coconut", "cot", "no_cot", "no_thoughts"]
+    latent_token_id: NonNegativeInt
+    start_latent_id: NonNegativeInt
+    end_latent_id: NonNegativeInt
+    eos_token_id: NonNegativeInt
+    latent_window_size: PositiveInt
+    latent_weights: list[float]
+    window_scope: Literal["sequence", "pass"]
+    thought: Literal["continuous", "pause"]
+    c_thought: NonNegativeInt
+    stage: NonNegativeInt
+    epoch: NonNegativeInt
+    schedule: Schedule
+
+    @model_validator(mode="after")
+    def _weights_fit_window(self) -> "CheckpointSettings":
+        weights = self.latent_weights
+        if len(weights) != self.latent_window_size or min(weights) < 0 or weights[0] == 0:
+            raise ValueError(f"{weights} are no weights for {self.latent_window_size} states")
+        return self
+
+
+def checkpoint_settings(
+    config: Config, tokenizer: PreTrainedTokenizerBase, stage: int, epoch: int = 0
+) -> dict:
+    """What coconut.json records about weights last trained in `epoch` (from 0), at `stage`."""
+    fields = ("method", "latent_window_size", "window_scope", "thought", "c_thought")
+    return CheckpointSettings(
+        format_version=1,
+        stage=stage,
+        epoch=epoch,
+        latent_weights=list(config.latent_weights[: config.latent_window_size]),
+        schedule=Schedule(**{field: getattr(config, field) for field in Schedule.model_fields}),
+        **{field: getattr(config, field) for field in fields},
+        **token_ids(tokenizer),
+    ).model_dump()
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids that Coconut needs, by their names in its signature and in coconut.json."""
+    return {
+        "latent_token_id": tokenizer.convert_tokens_to_ids(LATENT),
+        "start_latent_id": tokenizer.convert_tokens_to_ids(START_LATENT),
+        "end_latent_id": tokenizer.convert_tokens_to_ids(END_LATENT),
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def read_checkpoint_settings(path: str | Path | None) -> dict | None:
+    """The coconut.json of checkpoint directory `path`; None where there is no such file.
+
+    Raises: UserError when it is broken or of an unknown format.
+    """
+    file = Path(path, SETTINGS_NAME) if path else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        return CheckpointSettings.model_validate_json(file.read_bytes()).model_dump()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        faults = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
+        raise UserError(
+            f"{file}: broken or of another version: {shorten(faults)}; restore the file or name"
+            " another checkpoint"
+        ) from error
+
+
+def reconcile(config: Config, settings: dict | None, continuing: bool = False) -> Config:
+    """The configuration with a checkpoint's stored settings in place of its defaults.
+
+    Acts in evaluation and where training goes on with the same method (`resume` above 0, or
+    `continuing` a run); else the configuration comes back as it is. Only settings that act under
+    the method count, of latent_weights the first m up to a common factor.
+
+    Raises: UserError showing every explicit value that differs, and for weights of another method.
+    """
+    check_method(config, settings)
+    goes_on = config.only_eval or config.resume > 0 or continuing
+    if settings is None or settings["method"] != config.method or not goes_on:
+        return config
+    update, differences = {}, []
+    for field, stored in _acting_settings(settings).items():
+        own = getattr(config, field)
+        if own == stored or (field == "latent_weights" and _same_weights(own, stored)):
+            continue
+        if field in config.model_fields_set:
+            differences.append(
+                f"{source_name(config)}: {field} was {stored} in training, the configuration says"
+                f" {list(own) if isinstance(own, tuple) else own}; write {field}: {stored} or leave"
+                " the key out"
+            )
+        else:
+            update[field] = type(own)(stored)
+    if differences:
+        raise UserError("\n".join(differences))
+    reconciled = config.model_copy(update=update)
+    # A stored value stands in for a default, so it must not look as if the user had written it.
+    reconciled.__pydantic_fields_set__.intersection_update(config.model_fields_set)
+    return reconciled
+
+
+def check_method(config: Config, settings: dict | None) -> None:
+    """Raise UserError where weights with these settings may not be loaded into this run."""
+    stored = settings and settings["method"]
+    if stored not in (None, config.method) and (stored == "coconut" or config.only_eval):
+        raise UserError(other_method(config, f"was trained as {stored}"))
+
+
+def other_method(config: Config, what: str) -> str:
+    """The message for weights of another method than the run's; `what` completes "it ...\""""
+    return (
+        f"{source_name(config)}: {what}, but this run is {config.method}; name weights of that"
+        " method or change the method"
+    )
+
+
+def require_window(config: Config) -> None:
+    """Raise UserError unless the window is written out, for weights that record none."""
+    missing = [field for field in WINDOW_FIELDS if field not in config.model_fields_set]
+    if missing:
+        raise UserError(
+            f"{source_name(config)}: these Coconut weights record no window; write"
+            f" {', '.join(missing)} out in the YAML as in their training"
+        )
+
+
+def source_name(config: Config) -> str:
+    """The key and value that name where the weights come from, to open a message with."""
+    field = "load_model_path" if config.load_model_path else "model_id"
+    return f"{field} {getattr(config, field)}"
+
+
+def shorten(names: list[str], most: int = 4) -> str:
+    """The first names of a list in words, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _acting_settings(settings: dict) -> dict:
+    """The stored settings, by configuration field, that change what the stored method does."""
+    if settings["method"] in ("cot", "no_cot"):
+        return {}
+    if settings["method"] == "no_thoughts":
+        return settings["schedule"]
+    return {field: settings[field] for field in THOUGHT_FIELDS} | settings["schedule"]
+
+
+def _same_weights(own: tuple[float, ...], stored: list[float]) -> bool:
+    """Whether both make the same thoughts: the average divides by the sum of the weights."""
+    own = own[: len(stored)]
+    if len(own) < len(stored):
+        return False
+    pairs = zip(own, stored, strict=True)
+    return all(math.isclose(a / sum(own), b / sum(stored), abs_tol=1e-9) for a, b in pairs)

@@ -1,0 +1,721 @@
+"""Which weights load into which run, how the vocabulary grows, and every refusal by its message."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, GPT2Config, MistralConfig
+
+import backbone as backbone_module
+from backbone import build_coconut, load_backbone, load_tokenizer, model_outline
+from config import load_config
+from settings import checkpoint_settings
+from utils import MARKERS, UserError
+
+MODEL_TOKENS = 37
+WINDOW = {"latent_window_size": 1, "latent_weights": [1.0], "window_scope": "sequence"}
+GPT2_TOKENIZER = Path(__file__).parents[2] / "shared" / "models" / "gpt2-tokenizer"
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """`configure(model_id, **keys)`: a Config read from YAML; coconut unless keys name a method."""
+
+    def build(model_id, **keys):
+        values = {
+            "name": "run", "save_path": str(tmp_path / "exps"), "model_id": str(model_id),
+            "train_path": "train.json", "val_path": "val.json", "batch_size_training": 2,
+            "num_epochs": 9, "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 2,
+        }  # fmt: skip
+        if not {"coconut", "cot", "no_cot", "no_thoughts"} & keys.keys():
+            values["coconut"] = True
+        values |= {key: str(v) if isinstance(v, Path) else v for key, v in keys.items()}
+        path = tmp_path / "config.yaml"
+        path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items()))
+        return load_config(str(path))
+
+    return build
+
+
+def load_quietly(config):
+    """The backbone, where the user must get no notice."""
+    return load_backbone(config, notify=lambda text: pytest.fail(f"unexpected notice: {text}"))
+
+
+def save_checkpoint(folder, backbone, config, **changes):
+    """A checkpoint directory of ours."""
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    settings = checkpoint_settings(config, backbone.tokenizer, stage=1) | changes
+    (folder / "coconut.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def trained(configure, tiny_folder, tmp_path):
+    """`trained(family, **keys)`: (backbone, model folder, checkpoint) with marker rows 7, 8, 9."""
+
+    def build(family="gpt2", **keys):
+        folder = tiny_folder(family)
+        config = configure(folder, **keys)
+        backbone = load_backbone(config)
+        if config.method == "coconut":
+            with torch.no_grad():
+                for value, marker_id in zip((7, 8, 9), marker_ids(backbone), strict=True):
+                    backbone.model.get_input_embeddings().weight[marker_id] = value
+                    backbone.model.get_output_embeddings().weight[marker_id] = value
+        checkpoint = save_checkpoint(tmp_path / "checkpoint_1", backbone, config)
+        return backbone, folder, checkpoint
+
+    return build
+
+
+def marker_ids(backbone):
+    return backbone.tokenizer.convert_tokens_to_ids(list(MARKERS))
+
+
+def published_state(model):
+    """The state dict as the published wrapper module has it."""
+    state = {f"base_causallm.{name}": tensor for name, tensor in model.state_dict().items()}
+    return state | {"embedding.weight": model.get_input_embeddings().weight.detach()}
+
+
+def assert_same_weights(model, other):
+    state, expected = model.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# The tokenizer
+
+
+def test_markers_are_special_and_vanish_in_decoding(configure, tiny_folder):
+    tokenizer = load_tokenizer(configure(tiny_folder()))
+    assert tokenizer.convert_tokens_to_ids(list(MARKERS)) == [37, 38, 39]
+    assert (tokenizer.padding_side, tokenizer.pad_token_id) == ("right", tokenizer.eos_token_id)
+    text = f"{MARKERS[0]} {MARKERS[2]} {MARKERS[1]} 3 + 4"
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True).strip() == "3 + 4"
+
+
+def test_markers_that_a_tokenizer_had_as_plain_tokens_become_special(
+    configure, tiny_folder, word_tokenizer
+):
+    folder = tiny_folder()
+    word_tokenizer.add_tokens(list(MARKERS))
+    word_tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(configure(folder))
+    assert len(tokenizer) == 40
+    assert tokenizer.decode([37, 39, 38, 5], skip_special_tokens=True).strip() == "3"
+
+
+def test_tokenizer_special_tokens_of_its_own_stay_special(configure, tiny_folder, word_tokenizer):
+    folder = tiny_folder()
+    word_tokenizer.add_special_tokens({"extra_special_tokens": ["wumpus"]})
+    word_tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(configure(folder))
+    assert "wumpus" in tokenizer.all_special_tokens
+
+
+def test_tokenizer_of_the_checkpoint_comes_before_that_of_model_id(
+    configure, tiny_folder, trained, word_tokenizer
+):
+    _, folder, checkpoint = trained()
+    word_tokenizer.add_tokens(["extra"])
+    word_tokenizer.save_pretrained(folder)
+    assert len(load_tokenizer(configure(folder))) == 41
+    assert len(load_tokenizer(configure(folder, load_model_path=checkpoint))) == 40
+
+
+def test_tokenizer_without_eos_is_refused(configure, tiny_folder, word_tokenizer):
+    folder = tiny_folder()
+    word_tokenizer.eos_token = None
+    word_tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="model_id: the tokenizer of .* has no EOS token"):
+        load_tokenizer(configure(folder))
+
+
+def test_hub_name_out_of_reach_is_told_with_the_way_out(configure):
+    wanted = r"model_id: 'no/such-model' is no local folder .*HF_HUB_OFFLINE is set.*local folder"
+    with pytest.raises(UserError, match=wanted):
+        load_tokenizer(configure("no/such-model"))
+
+
+def test_folder_that_wants_to_run_its_own_code_is_refused(configure, tiny_folder):
+    folder = tiny_folder()
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}
+    (folder / "config.json").write_text(json.dumps(own))
+    (folder / "mine.py").write_text("raise SystemExit('code of a model folder was run')")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_quietly(configure(folder))
+
+
+# Growing
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_new_rows_copy_the_named_token_on_both_sides(configure, tiny_folder, family):
+    folder = tiny_folder(family)
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    backbone = load_quietly(configure(folder, new_token_init="="))
+    model, source = backbone.model, backbone.tokenizer.convert_tokens_to_ids("=")
+    assert not backbone.has_markers and model.config.vocab_size == 40
+    pairs = (
+        (model.get_input_embeddings().weight, before.get_input_embeddings().weight),
+        (model.get_output_embeddings().weight, before.get_output_embeddings().weight),
+    )
+    for weight, old in pairs:
+        assert torch.equal(weight[:37], old)
+        assert torch.equal(weight[37:], old[source].expand(3, -1))
+    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert is_tied == (family == "gpt2")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_new_rows_are_the_mean_with_a_notice_where_the_token_is_unknown(
+    configure, tiny_folder, family
+):
+    folder = tiny_folder(family)
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    notices = []
+    model = load_backbone(configure(folder, new_token_init="no such word"), notices.append).model
+    for weight, old in (
+        (model.get_input_embeddings().weight, before.get_input_embeddings().weight),
+        (model.get_output_embeddings().weight, before.get_output_embeddings().weight),
+    ):
+        torch.testing.assert_close(weight[37:], old.mean(0).expand(3, -1))
+    assert len(notices) == 1
+    assert "new_token_init: 'no such word' is not one token" in notices[0]
+
+
+def test_notice_is_printed_by_default(configure, tiny_folder, capsys):
+    load_backbone(configure(tiny_folder(), new_token_init="no such word"))
+    assert "new_token_init" in capsys.readouterr().out
+
+
+def test_padded_vocabulary_keeps_its_rows_and_padding_stays_out_of_the_mean(configure, tiny_folder):
+    folder = tiny_folder("llama", vocab_size=64)
+    before = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    config = configure(folder, new_token_init="no such word")
+    weight = load_backbone(config, lambda text: None).model.get_input_embeddings().weight
+    assert len(weight) == 64
+    torch.testing.assert_close(weight[37:40], before[:37].mean(0).expand(3, -1))
+    assert torch.equal(weight[40:], before[40:])
+
+
+def test_bias_of_the_output_side_grows_too(configure, tiny_folder):
+    folder = tiny_folder()
+    from transformers import PhiConfig, PhiForCausalLM
+
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=MODEL_TOKENS, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(folder)
+    config = configure(folder, new_token_init="=")
+    backbone = load_quietly(config)
+    bias = backbone.model.lm_head.bias
+    assert torch.equal(bias[:37], model.lm_head.bias)
+    assert torch.equal(bias[37:], model.lm_head.bias[15].expand(3))
+    assert backbone.tokenizer.convert_tokens_to_ids("=") == 15
+    build_coconut(config, backbone)
+
+
+@pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
+def test_other_methods_leave_the_vocabulary_alone(configure, tiny_folder, method):
+    backbone = load_quietly(configure(tiny_folder(), **{method: True}))
+    assert backbone.model.get_input_embeddings().num_embeddings == 37
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_loading_a_coconut_checkpoint_keeps_its_marker_rows(configure, trained, family):
+    backbone, folder, checkpoint = trained(family)
+    config = configure(folder, load_model_path=checkpoint)
+    loaded = load_quietly(config)
+    assert loaded.has_markers and loaded.source["method"] == "coconut"
+    assert_same_weights(loaded.model, backbone.model)
+    assert loaded.model.get_input_embeddings().weight[37:, 0].tolist() == [7, 8, 9]
+    build_coconut(config, loaded)
+
+
+@pytest.mark.parametrize("vocab_size", [37, 64])
+def test_coconut_from_a_cot_checkpoint_gets_new_marker_rows(
+    configure, tiny_folder, tmp_path, vocab_size
+):
+    folder = tiny_folder("llama", vocab_size=vocab_size)
+    cot = configure(folder, cot=True)
+    checkpoint = save_checkpoint(tmp_path / "cot", load_quietly(cot), cot)
+    loaded = load_quietly(configure(folder, load_model_path=checkpoint, resume=1))
+    weight = loaded.model.get_input_embeddings().weight
+    assert not loaded.has_markers and len(weight) == max(40, vocab_size)
+    source = loaded.tokenizer.convert_tokens_to_ids("<<")
+    assert torch.equal(weight[37:40], weight[source].expand(3, -1))
+
+
+def test_model_folder_that_knows_the_markers_keeps_its_rows(configure, trained):
+    backbone, folder, checkpoint = trained()
+    (checkpoint / "coconut.json").unlink()
+    loaded = load_quietly(configure(folder, load_model_path=checkpoint, **WINDOW))
+    assert loaded.has_markers and loaded.source is None
+    assert_same_weights(loaded.model, backbone.model)
+
+
+# Sources
+
+
+def test_weights_are_float32_whatever_the_folder_holds(configure, tiny_folder):
+    backbone = load_quietly(configure(tiny_folder(dtype=torch.bfloat16)))
+    assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.float32}
+
+
+def test_weights_outlive_a_change_of_their_file(configure, tiny_folder):
+    folder = tiny_folder()
+    expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = load_quietly(configure(folder, cot=True)).model
+    expected.load_state_dict(model.state_dict())
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes(1000))
+    assert_same_weights(model, expected)
+
+
+def test_generation_config_of_the_folder_is_ignored(configure, tiny_folder):
+    folder = tiny_folder()
+    own = {"do_sample": True, "temperature": 0.1, "max_length": 3, "eos_token_id": 5}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    generation_config = load_quietly(configure(folder)).model.generation_config
+    assert not generation_config.do_sample and generation_config.max_length != 3
+    assert (generation_config.eos_token_id, generation_config.pad_token_id) == (0, 0)
+
+
+def test_attention_implementation_is_the_configured_one(configure, tiny_folder):
+    model = load_quietly(configure(tiny_folder(), attn_implementation="eager")).model
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match="model_id: .* cannot be loaded: .*nonsense"):
+        load_quietly(configure(tiny_folder(), attn_implementation="nonsense"))
+
+
+def test_from_scratch_needs_no_weights_and_follows_the_seed(configure, tiny_folder):
+    folder = tiny_folder()
+    (folder / "model.safetensors").unlink()
+    models = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        models.append(load_quietly(configure(folder, from_scratch=True)).model)
+    assert_same_weights(models[0], models[1])
+    weights = [model.get_input_embeddings().weight for model in models]
+    assert not torch.equal(weights[0], weights[2]) and len(weights[0]) == 40
+
+
+def test_folder_without_weights_is_refused(configure, trained):
+    _, folder, checkpoint = trained()
+    for place in (folder, checkpoint):
+        (place / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model_id: .* holds no weights; set from_scratch: true"):
+        load_quietly(configure(folder))
+    with pytest.raises(UserError, match="load_model_path: .* holds no weights; name a folder"):
+        load_quietly(configure(folder, load_model_path=checkpoint))
+
+
+def test_folder_without_a_model_is_refused(configure, tiny_folder):
+    folder = tiny_folder()
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"model_id: .* has no config\.json"):
+        load_quietly(configure(folder))
+
+
+def test_path_that_does_not_exist_is_refused(configure, tiny_folder, tmp_path):
+    config = configure(tiny_folder(), load_model_path=tmp_path / "nothing")
+    with pytest.raises(UserError, match="load_model_path: .*nothing does not exist"):
+        load_quietly(config)
+
+
+def test_model_that_is_no_causal_lm_is_refused(configure, tiny_folder):
+    folder = tiny_folder()
+    from transformers import CLIPVisionConfig
+
+    CLIPVisionConfig().save_pretrained(folder)
+    with pytest.raises(UserError, match="is no causal language model"):
+        load_quietly(configure(folder))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("suffix", ["", ".pt", ".safetensors"])
+def test_single_file_gives_the_weights_of_the_directory(
+    configure, tiny_folder, tmp_path, family, suffix
+):
+    folder = tiny_folder(family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    file = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        shutil.copy(folder / "model.safetensors", file)
+    else:
+        torch.save(model.state_dict(), file)
+    loaded = load_quietly(configure(folder, cot=True, load_model_path=file))
+    assert not loaded.has_markers and loaded.source is None
+    assert_same_weights(loaded.model, model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_published_coconut_file_gives_the_logits_of_the_checkpoint(
+    configure, trained, tmp_path, family
+):
+    backbone, folder, checkpoint = trained(family, **WINDOW)
+    torch.save(published_state(backbone.model), tmp_path / "checkpoint_40")
+    input_ids = torch.tensor([[3, 37, 39, 39, 38, 4]])
+    logits = []
+    for path in (checkpoint, tmp_path / "checkpoint_40"):
+        config = configure(folder, load_model_path=path, only_eval=True, **WINDOW)
+        loaded = load_quietly(config)
+        assert loaded.has_markers
+        coconut = build_coconut(config, loaded).eval()
+        with torch.no_grad():
+            logits.append(coconut(input_ids, torch.ones_like(input_ids)).logits)
+    assert torch.equal(*logits)
+
+
+def test_published_file_of_a_shrunk_padded_vocabulary_loads(configure, tiny_folder, tmp_path):
+    folder = tiny_folder("llama", vocab_size=64)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(40, mean_resizing=False)
+    torch.save(published_state(model), tmp_path / "weights")
+    loaded = load_quietly(configure(folder, load_model_path=tmp_path / "weights", **WINDOW))
+    assert loaded.has_markers
+    assert_same_weights(loaded.model, model)
+
+
+def test_published_file_of_a_model_that_never_grew_gets_markers(configure, tiny_folder, tmp_path):
+    folder = tiny_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.save(published_state(model), tmp_path / "weights")
+    loaded = load_quietly(configure(folder, load_model_path=tmp_path / "weights"))
+    assert not loaded.has_markers and loaded.model.config.vocab_size == 40
+
+
+def test_buffers_that_the_model_class_ignores_are_not_surplus(configure, tiny_folder, tmp_path):
+    folder = tiny_folder()
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    torch.save(state, tmp_path / "weights")
+    load_quietly(configure(folder, cot=True, load_model_path=tmp_path / "weights"))
+
+
+def break_state(state, fault):
+    """`state` of a tiny GPT-2 with one fault, and the words that must name it."""
+    if fault == "missing":
+        del state["transformer.ln_f.weight"]
+        return r"1 missing \(transformer\.ln_f\.weight\)"
+    if fault == "surplus":
+        state |= {f"extra_{i}": torch.ones(2) for i in range(6)}
+        return r"6 surplus \(extra_0, extra_1, extra_2, extra_3 and 2 more\)"
+    if fault == "shape":
+        state["transformer.ln_f.weight"] = torch.ones(7)
+        return r"1 of a wrong shape \(transformer\.ln_f\.weight \[7\], wanted \[32\]\)"
+    if fault == "rows":
+        state["transformer.wte.weight"] = torch.ones(39, 32)
+        return r"wrong shape \(transformer\.wte\.weight \[39, 32\], wanted \[37, 32\]\)"
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    return r"1 surplus \(lm_head\.weight, unlike the input embedding"
+
+
+@pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "rows", "head"])
+@pytest.mark.parametrize("layout", ["bare", "folder", "wrapped"])
+def test_tensors_that_do_not_fit_are_named(configure, tiny_folder, tmp_path, fault, layout):
+    folder = tiny_folder()
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    wanted = break_state(state, fault)
+    if layout == "folder":
+        path = tmp_path / "other"
+        shutil.copytree(folder, path)
+        save_file(
+            {name: tensor.clone() for name, tensor in state.items()}, path / "model.safetensors"
+        )
+    else:
+        path = tmp_path / "weights"
+        prefix = "base_causallm." * (layout == "wrapped")
+        torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, path)
+    config = configure(folder, cot=True, load_model_path=path)
+    wanted = wanted.replace("extra", "(base_causallm.)?extra")
+    with pytest.raises(UserError, match=f"load_model_path.* does not fit its model.*{wanted}"):
+        load_quietly(config)
+
+
+def test_wrapper_copy_that_differs_and_strangers_are_surplus(configure, tiny_folder, tmp_path):
+    folder = tiny_folder()
+    state = published_state(AutoModelForCausalLM.from_pretrained(folder))
+    path = tmp_path / "weights"
+    for changes in ({"embedding.weight": torch.ones(37, 32)}, {"stray": torch.ones(1)}):
+        torch.save(state | changes, path)
+        with pytest.raises(UserError, match=rf"1 surplus \({next(iter(changes))}\)"):
+            load_quietly(configure(folder, cot=True, load_model_path=path))
+
+
+class Malicious:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_pickle_with_code_is_refused_and_not_run(configure, tiny_folder, tmp_path):
+    path, trace = tmp_path / "weights", tmp_path / "trace"
+    config = configure(tiny_folder(), cot=True, load_model_path=path)
+    torch.save({"weight": Malicious(trace)}, path)
+    with pytest.raises(UserError, match="weights: corrupt, or holds more than tensors"):
+        load_quietly(config)
+    path.write_bytes(pickle.dumps(Malicious(trace)))
+    with pytest.raises(UserError, match="weights: corrupt, or holds more than tensors"):
+        load_quietly(config)
+    assert not trace.exists()
+
+
+def test_pickle_with_code_in_a_folder_is_refused_and_not_run(configure, tiny_folder, tmp_path):
+    folder, trace = tiny_folder(), tmp_path / "trace"
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Malicious(trace)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: truncated or corrupt"):
+        load_quietly(configure(folder))
+    assert not trace.exists()
+
+
+def test_file_of_something_else_than_a_state_dict_is_refused(configure, tiny_folder, tmp_path):
+    path = tmp_path / "weights"
+    config = configure(tiny_folder(), cot=True, load_model_path=path)
+    torch.save([torch.ones(1)], path)
+    with pytest.raises(UserError, match="weights: holds no state dict"):
+        load_quietly(config)
+    torch.save({"model": {"weight": torch.ones(1)}, "epoch": 3}, path)
+    with pytest.raises(UserError, match=r"entries that are no tensors \(model, epoch\)"):
+        load_quietly(config)
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_truncated_single_file_is_named(configure, tiny_folder, tmp_path, suffix):
+    folder, path = tiny_folder(), tmp_path / f"weights{suffix}"
+    if suffix:
+        shutil.copy(folder / "model.safetensors", path)
+    else:
+        torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), path)
+    for length in (path.stat().st_size - 100, 50, 0):
+        os.truncate(path, length)
+        with pytest.raises(UserError, match=f"weights{suffix}: (truncated or )?corrupt"):
+            load_quietly(configure(folder, cot=True, load_model_path=path))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_truncated_file_of_a_folder_is_named(configure, tiny_folder, name):
+    folder = tiny_folder()
+    os.truncate(folder / name, (folder / name).stat().st_size - 100)
+    with pytest.raises(UserError, match=f"{name}: truncated or corrupt"):
+        load_quietly(configure(folder))
+
+
+def test_checkpoint_of_another_architecture_is_refused(configure, tiny_folder, trained):
+    _, _, checkpoint = trained("gpt2")
+    other = tiny_folder("llama")
+    wanted = "load_model_path .*checkpoint_1 and model_id .* differ: model_type gpt2 and llama;"
+    with pytest.raises(UserError, match=wanted):
+        load_quietly(configure(other, load_model_path=checkpoint))
+    shape = AutoConfig.from_pretrained(checkpoint)
+    shape.n_layer, shape.vocab_size = 3, 50
+    shape.save_pretrained(other)
+    wanted = "differ: num_hidden_layers 2 and 3, vocab_size 40 and 50;"
+    with pytest.raises(UserError, match=wanted):
+        load_quietly(configure(other, load_model_path=checkpoint))
+    (other / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: truncated or corrupt"):
+        load_quietly(configure(other, load_model_path=checkpoint))
+
+
+def test_checkpoint_loads_where_model_id_is_out_of_reach(configure, trained):
+    backbone, _, checkpoint = trained()
+    loaded = load_quietly(configure("no/such-model", load_model_path=checkpoint))
+    assert_same_weights(loaded.model, backbone.model)
+
+
+# Methods
+
+
+def test_coconut_weights_in_another_run_are_refused(configure, trained, tmp_path):
+    backbone, folder, checkpoint = trained()
+    file = tmp_path / "weights"
+    torch.save(published_state(backbone.model), file)
+    unlabelled = tmp_path / "unlabelled"
+    shutil.copytree(checkpoint, unlabelled)
+    (unlabelled / "coconut.json").unlink()
+    for path, what in (
+        (checkpoint, "was trained as coconut"),
+        (file, "holds Coconut weights"),
+        (checkpoint / "model.safetensors", "holds Coconut weights"),
+        (unlabelled, "holds Coconut weights"),
+    ):
+        with pytest.raises(UserError, match=f"{what}.*, but this run is cot"):
+            load_quietly(configure(folder, cot=True, load_model_path=path))
+
+
+def test_evaluation_under_another_method_is_refused(configure, trained):
+    _, folder, checkpoint = trained(cot=True)
+    with pytest.raises(UserError, match="was trained as cot, but this run is coconut"):
+        load_quietly(configure(folder, load_model_path=checkpoint, only_eval=True))
+
+
+def test_evaluating_weights_that_never_saw_markers_is_told(configure, tiny_folder, tmp_path):
+    folder, notices = tiny_folder(), []
+    config = configure(folder, load_model_path=folder, only_eval=True)
+    load_backbone(config, notices.append)
+    assert len(notices) == 1 and "never saw the latent markers" in notices[0]
+
+
+def test_coconut_weights_that_record_no_window_need_it_written_out(configure, trained, tmp_path):
+    backbone, folder, _ = trained()
+    torch.save(published_state(backbone.model), tmp_path / "weights")
+    keys = {"load_model_path": tmp_path / "weights", "latent_window_size": 1}
+    with pytest.raises(UserError, match="no window; write latent_weights, window_scope out"):
+        load_quietly(configure(folder, **keys))
+    assert load_quietly(configure(folder, **keys | WINDOW)).has_markers
+
+
+def test_coconut_checkpoint_without_marker_rows_is_refused(configure, trained):
+    _, folder, checkpoint = trained()
+    shutil.copy(folder / "model.safetensors", checkpoint)
+    shutil.copy(folder / "config.json", checkpoint)
+    with pytest.raises(UserError, match="the embedding has no rows for the latent markers"):
+        load_quietly(configure(folder, load_model_path=checkpoint))
+
+
+def test_token_ids_unlike_the_tokenizers_are_refused(configure, trained):
+    _, folder, checkpoint = trained()
+    file = checkpoint / "coconut.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"latent_token_id": 12}))
+    config = configure(folder, load_model_path=checkpoint)
+    loaded = load_quietly(config)
+    with pytest.raises(UserError, match=r"coconut\.json has latent_token_id 12, the tokenizer 39"):
+        build_coconut(config, loaded)
+
+
+# Models
+
+
+def test_outline_is_the_size_of_the_loaded_model(configure, tiny_folder, tmp_path):
+    folder = tiny_folder()
+    torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), tmp_path / "weights")
+    for keys in ({}, {"cot": True}, {"cot": True, "load_model_path": tmp_path / "weights"}):
+        config = configure(folder, **keys)
+        backbone = load_quietly(config)
+        outline = model_outline(config, backbone.tokenizer)
+        assert outline.num_parameters == backbone.model.num_parameters()
+        assert outline.max_positions == 64
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        model_outline(configure(folder), backbone.tokenizer)
+
+
+def test_coconut_takes_window_and_ids_from_configuration_and_tokenizer(configure, tiny_folder):
+    config = configure(
+        tiny_folder(), latent_window_size=2, latent_weights=[0.7, 0.2, 0.1],
+        window_scope="pass", thought="pause",
+    )  # fmt: skip
+    coconut = build_coconut(config, load_quietly(config))
+    ids = (coconut.start_latent_id, coconut.end_latent_id, coconut.latent_token_id)
+    assert (*ids, coconut.eos_token_id) == (37, 38, 39, 0)
+    torch.testing.assert_close(coconut.latent_weights, torch.tensor([0.7, 0.2]))
+    assert (coconut.window_scope, coconut.thought_kind) == ("pass", "pause")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checking_a_model_leaves_its_mode_and_the_generator_alone(configure, tiny_folder, family):
+    config = configure(tiny_folder(family, dropout=0.1))
+    backbone = load_quietly(config)
+    backbone.model.train()
+    state = torch.get_rng_state()
+    build_coconut(config, backbone)
+    assert backbone.model.training and torch.equal(torch.get_rng_state(), state)
+
+
+def save_other_model(folder, config):
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+SMALL = {
+    "vocab_size": MODEL_TOKENS, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def test_models_that_rescale_logits_are_refused_by_the_setting(configure, tiny_folder):
+    from transformers import CohereConfig, Gemma2Config, GraniteConfig
+
+    folder = tiny_folder()
+    for model_config, setting in (
+        (Gemma2Config(**SMALL, final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
+        (CohereConfig(**SMALL, logit_scale=0.25), "logit_scale 0.25"),
+        (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling 8.0"),
+    ):
+        save_other_model(folder, model_config)
+        config = configure(folder)
+        with pytest.raises(UserError, match=f"with {setting} does not score a hidden state"):
+            build_coconut(config, load_quietly(config))
+
+
+def test_models_with_such_settings_switched_off_are_taken(configure, tiny_folder):
+    from transformers import GraniteConfig
+
+    folder = tiny_folder()
+    for model_config in (GraniteConfig(**SMALL, logits_scaling=1.0), MistralConfig(**SMALL)):
+        save_other_model(folder, model_config)
+        config = configure(folder)
+        build_coconut(config, load_quietly(config))
+
+
+def test_models_that_score_in_a_way_of_their_own_are_refused(configure, tiny_folder):
+    folder = tiny_folder()
+    shape = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    bert = BertConfig(**shape, num_attention_heads=2, intermediate_size=32, is_decoder=True)
+    save_other_model(folder, bert)
+    config = configure(folder)
+    with pytest.raises(UserError, match="bert reads embeddings or scores hidden states in a way"):
+        build_coconut(config, load_quietly(config))
+
+
+def test_activation_checkpointing_is_refused_with_continuous_thoughts_alone(
+    configure, tiny_folder, monkeypatch
+):
+    folder = tiny_folder()
+    with pytest.raises(UserError, match="activation_checkpointing: true drops the key-value cache"):
+        load_quietly(configure(folder, activation_checkpointing=True))
+    for keys in ({"cot": True}, {"thought": "pause"}):
+        model = load_quietly(configure(folder, activation_checkpointing=True, **keys)).model
+        assert model.is_gradient_checkpointing
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match="activation_checkpointing: gpt2 does not support it"):
+        load_quietly(configure(folder, activation_checkpointing=True, cot=True))
+
+
+@pytest.mark.skipif(not GPT2_TOKENIZER.is_dir(), reason="needs ../shared/models/gpt2-tokenizer")
+def test_real_gpt2_tokenizer_starts_markers_from_its_angle_brackets(configure, tmp_path):
+    folder = tmp_path / "gpt2"
+    shutil.copytree(GPT2_TOKENIZER, folder)
+    GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=32).save_pretrained(folder)
+    config = configure(folder, from_scratch=True)
+    backbone = load_quietly(config)
+    weight = backbone.model.get_input_embeddings().weight
+    assert marker_ids(backbone) == [50257, 50258, 50259] and len(weight) == 50260
+    assert torch.equal(weight[50257:], weight[16791].expand(3, -1))
+    text = f"Is Tom a wumpus?\n{MARKERS[0]}{MARKERS[2]}{MARKERS[1]}### Tom"
+    decoded = backbone.tokenizer.decode(backbone.tokenizer.encode(text), skip_special_tokens=True)
+    assert decoded == "Is Tom a wumpus?\n### Tom"
+    build_coconut(config, backbone)
+
+
+def test_public_names_exist():
+    assert all(hasattr(backbone_module, name) for name in backbone_module.__all__)

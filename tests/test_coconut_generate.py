@@ -1,0 +1,260 @@
+"""Laws of Coconut.generate: cached and batched equals uncached one by one, and Hugging Face rules.
+
+Models are tiny, random and float64; the textbook is oracle.py. Letters: K latents of a row.
+"""
+
+import random
+
+import oracle
+import pytest
+import torch
+from batches import (
+    END,
+    EOS,
+    LATENT,
+    START,
+    count_columns,
+    families,
+    laws,
+    lay_out,
+    make_row,
+    prompts_of,
+    ragged_rows,
+    settings_of,
+    wrap,
+)
+from transformers import GenerationConfig
+
+
+def cut_at_eos(tokens, eos_token_id):
+    """Tokens up to and including EOS; asserts that nothing but padding with EOS follows."""
+    tokens = tokens.tolist()
+    if eos_token_id not in tokens:
+        return tokens
+    end = tokens.index(eos_token_id) + 1
+    assert set(tokens[end:]) <= {eos_token_id}
+    return tokens[:end]
+
+
+def greedy_streams(base, rows, num_tokens, eos_token_id=None, **choices):
+    """The oracle's new tokens after each row's prompt."""
+    prompts = [row[: row.index(END) + 1] for row in rows]
+    return [
+        oracle.generate_row(base, prompt, num_tokens, eos_token_id, **settings_of(**choices))
+        for prompt in prompts
+    ]
+
+
+@laws
+def test_cached_batched_generation_equals_uncached_one_by_one(tiny_model, family, m, scope):
+    base = tiny_model(family).eval()
+    rows = ragged_rows()
+    streams = greedy_streams(base, rows, 8, m=m, scope=scope)
+    # An EOS that the second row writes early and others later or never, with a pair of others.
+    for eos_token_id in {streams[1][2], streams[4][5], streams[0][7]}:
+        wanted = [
+            stream[: stream.index(eos_token_id) + 1] if eos_token_id in stream else stream
+            for stream in streams
+        ]
+        prompts = prompts_of(rows)
+        model = wrap(base, m=m, scope=scope, eos_token_id=eos_token_id)
+        output = model.generate(**prompts, max_new_tokens=8)
+        width = prompts["input_ids"].shape[1]
+        assert output.dtype == torch.long
+        assert output.shape == (len(rows), width + max(map(len, wanted)))
+        assert torch.equal(output[:, :width], prompts["input_ids"])
+        assert [cut_at_eos(new, eos_token_id) for new in output[:, width:]] == wanted
+
+
+@families
+def test_generation_stops_at_an_eos_that_comes_first(tiny_model, family):
+    base = tiny_model(family).eval()
+    rows = ragged_rows()
+    streams = greedy_streams(base, rows, 4)
+    eos_token_id = streams[0][0]
+    wanted = greedy_streams(base, rows, 4, eos_token_id)
+    assert wanted[0] == [eos_token_id]
+    assert any(len(stream) == 4 for stream in wanted)
+    prompts = prompts_of(rows)
+    width = prompts["input_ids"].shape[1]
+    model = wrap(base, eos_token_id=eos_token_id)
+    output = model.generate(**prompts, max_new_tokens=4)
+    assert output[0, width:].tolist() == [eos_token_id] * 4
+    assert [cut_at_eos(new, eos_token_id) for new in output[:, width:]] == wanted
+    alone = model.generate(**prompts_of(rows[:1]), max_new_tokens=4)
+    assert alone[0].tolist() == rows[0][: rows[0].index(END) + 1] + [eos_token_id]
+
+
+@families
+def test_generation_writes_no_more_than_max_new_tokens(tiny_model, family):
+    base = tiny_model(family).eval()
+    prompts = prompts_of(ragged_rows())
+    width = prompts["input_ids"].shape[1]
+    unused = set(range(40)) - {t for s in greedy_streams(base, ragged_rows(), 7) for t in s}
+    model = wrap(base, eos_token_id=min(unused))
+    longest = model.generate(**prompts, max_new_tokens=7)
+    for max_new_tokens in (1, 2, 7):
+        output = model.generate(**prompts, max_new_tokens=max_new_tokens)
+        assert torch.equal(output, longest[:, : width + max_new_tokens])
+
+
+@families
+@pytest.mark.parametrize("prompt", [[5], [5, END], [5, LATENT, END]])
+def test_the_shortest_prompts_generate(tiny_model, family, prompt):
+    base = tiny_model(family).eval()
+    wanted = oracle.generate_row(base, prompt, 5, **settings_of())
+    unused = min(set(range(40)) - set(wanted))
+    batch = lay_out([prompt], align="end")
+    output = wrap(base, eos_token_id=unused).generate(**batch, max_new_tokens=5)
+    assert output[0].tolist() == prompt + wanted
+
+
+@families
+def test_pause_thoughts_generate_as_an_ordinary_language_model(tiny_model, family):
+    base = tiny_model(family).eval()
+    rows = ragged_rows()
+    prompts = prompts_of(rows)
+    width = prompts["input_ids"].shape[1]
+    wanted = greedy_streams(base, rows, 5, EOS, thought="pause")
+    output = wrap(base, thought="pause").generate(**prompts, max_new_tokens=5)
+    assert [cut_at_eos(new, EOS) for new in output[:, width:]] == wanted
+
+
+@families
+def test_generation_reads_every_column_once(tiny_model, family):
+    base = tiny_model(family).eval()
+    prompts = prompts_of(ragged_rows())
+    size, width = prompts["input_ids"].shape
+    unused = set(range(40)) - {t for s in greedy_streams(base, ragged_rows(), 6) for t in s}
+    model = wrap(base, eos_token_id=min(unused))
+    calls = count_columns(base.base_model)
+    model.generate(**prompts, max_new_tokens=6)
+    assert {rows for rows, _ in calls} == {size}
+    assert sum(columns for _, columns in calls) == width + 6 - 1
+
+
+@families
+@pytest.mark.parametrize("num_latents", [0, 1, 3])
+def test_beams_equal_hugging_faces_own_search(tiny_model, family, num_latents):
+    """Per record, over embeddings that the oracle computed, without padding or our cache."""
+    base = tiny_model(family).eval()
+    rng = random.Random(num_latents)
+    rows = [make_row(rng, size, num_latents, 1) for size in (4, 1, 7)]
+    eos_token_id = greedy_streams(base, rows, 3)[0][2]
+    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+    prompts = prompts_of(rows)
+    width = prompts["input_ids"].shape[1]
+    ours = wrap(base, eos_token_id=eos_token_id).generate(**prompts, **options)
+    assert ours.shape[0] == 2 * len(rows)
+    assert torch.equal(ours[:, :width], prompts["input_ids"].repeat_interleave(2, 0))
+    wanted = []
+    for row in rows:
+        prompt = row[: row.index(END) + 1]
+        with torch.no_grad():
+            embeds = torch.stack(oracle.embed_row(base, prompt, **settings_of()))[None]
+        wanted += base.generate(
+            inputs_embeds=embeds, attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False, eos_token_id=eos_token_id, pad_token_id=eos_token_id, **options,
+        )  # fmt: skip
+    assert [cut_at_eos(new, eos_token_id) for new in ours[:, width:]] == [
+        cut_at_eos(new, eos_token_id) for new in wanted
+    ]
+
+
+@families
+def test_beams_without_latents_equal_the_base_models_generate(tiny_model, family):
+    base = tiny_model(family).eval()
+    rows = [[5, 6, 7, END], [8, END], [1, 2, 3, 4, 5, 6, END]]
+    prompts = prompts_of(rows)
+    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+    ours = wrap(base).generate(**prompts, **options)
+    theirs = base.generate(**prompts, eos_token_id=EOS, pad_token_id=EOS, **options)
+    assert torch.equal(ours, theirs)
+
+
+@families
+def test_sampling_follows_the_seed_and_its_options(tiny_model, family):
+    base = tiny_model(family).eval()
+    model = wrap(base)
+    prompts = prompts_of(ragged_rows())
+    greedy = model.generate(**prompts, max_new_tokens=6)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(
+            model.generate(
+                **prompts, max_new_tokens=6, do_sample=True, temperature=2.0, top_k=0,
+                num_return_sequences=2,
+            )
+        )  # fmt: skip
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert draws[0].shape[0] == 2 * len(ragged_rows())
+    assert not torch.equal(draws[0][0::2], draws[0][1::2])
+    narrow = model.generate(**prompts, max_new_tokens=6, do_sample=True, top_k=1)
+    assert torch.equal(narrow, greedy)
+
+
+@families
+def test_minimum_length_counts_new_tokens(tiny_model, family):
+    base = tiny_model(family).eval()
+    rows = ragged_rows()
+    eos_token_id = greedy_streams(base, rows, 1)[0][0]
+    prompts = prompts_of(rows)
+    width = prompts["input_ids"].shape[1]
+    model = wrap(base, eos_token_id=eos_token_id)
+    output = model.generate(**prompts, max_new_tokens=4, min_new_tokens=3)
+    assert not (output[:, width : width + 3] == eos_token_id).any()
+
+
+@families
+def test_generation_ignores_the_models_generation_config(tiny_model, family):
+    base = tiny_model(family).eval()
+    rows = ragged_rows()
+    prompts = prompts_of(rows)
+    wanted = wrap(base).generate(**prompts, max_new_tokens=6)
+    foreign = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, num_beams=2, num_return_sequences=2,
+        repetition_penalty=9.0, no_repeat_ngram_size=1, eos_token_id=[int(wanted[0, -1]), 3],
+        pad_token_id=7, max_length=3, min_new_tokens=5, suppress_tokens=list(range(20)),
+        forced_eos_token_id=30, use_cache=False, return_dict_in_generate=True, output_scores=True,
+        bad_words_ids=[[5]], length_penalty=3.0,
+    )  # fmt: skip
+    base.generation_config = foreign
+    before = foreign.to_dict()
+    model = wrap(base)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        assert torch.equal(model.generate(**prompts, max_new_tokens=6), wanted)
+    assert base.generation_config.to_dict() == before
+
+
+@families
+def test_generation_leaves_gradients_and_mode_alone(tiny_model, family):
+    base = tiny_model(family)
+    model = wrap(base).eval()
+    prompts = prompts_of(ragged_rows())
+    model.generate(**prompts, max_new_tokens=3)
+    assert not any(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+@families
+def test_bf16_generation_runs(tiny_model, family):
+    model = wrap(tiny_model(family).eval()).to(torch.bfloat16)
+    prompts = prompts_of(ragged_rows())
+    width = prompts["input_ids"].shape[1]
+    output = model.generate(**prompts, max_new_tokens=4)
+    assert torch.equal(output[:, :width], prompts["input_ids"])
+    assert ((output >= 0) & (output < 40)).all()
+
+
+@families
+def test_prompts_that_generation_cannot_continue_are_refused(tiny_model, family):
+    model = wrap(tiny_model(family))
+    rows = [[5, 6, START, LATENT, END], [7, START, LATENT, END]]
+    with pytest.raises(ValueError, match="left-padded"):
+        model.generate(**lay_out(rows, align="latent", extra_right=1), max_new_tokens=2)
+    with pytest.raises(ValueError, match="ends with a latent"):
+        model.generate(**lay_out([[5, START, LATENT]], align="end"), max_new_tokens=2)

@@ -1,0 +1,307 @@
+"""tracking.py: metrics.jsonl whatever happens, and wandb that never stops or holds up a run."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tracking import Tracker
+
+
+class FakeWandb:
+    """wandb's calls, recorded; each can be made to fail."""
+
+    def __init__(self, has_key=True, failing=()):
+        self.has_key = has_key
+        self.failing = failing
+        self.inits, self.logged, self.finished, self.teardowns = [], [], 0, 0
+        self.Table = lambda columns, data: (columns, data)
+        self.Settings = lambda **settings: settings
+
+    def login(self, prompt, verify):
+        assert not prompt
+        assert not verify
+        if "login" in self.failing:
+            raise OSError("key is malformed\nsecond line")
+        return self.has_key
+
+    def init(self, **arguments):
+        self.inits.append(arguments)
+        if arguments["mode"] in self.failing:
+            raise OSError("server is away\nsecond line")
+        return SimpleNamespace(
+            id=arguments["id"] or "fresh",
+            log=self.log,
+            finish=self.finish,
+            define_metric=lambda name, step_metric: None,
+        )
+
+    def log(self, metrics):
+        if "log" in self.failing:
+            raise OSError("disk is full")
+        self.logged.append(metrics)
+
+    def finish(self):
+        self.finished += 1
+
+    def teardown(self):
+        self.teardowns += 1
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_environment(monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def use_wandb(monkeypatch):
+    def install(**arguments):
+        fake = FakeWandb(**arguments)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        return fake
+
+    return install
+
+
+def make(run_dir, wandb_mode="disabled", is_main=True, wandb_id=None):
+    return Tracker(run_dir, {"lr": 1e-4}, "project", "name", wandb_mode, is_main, wandb_id)
+
+
+def entries(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_log_is_one_line_at_once(tmp_path):
+    tracker = make(tmp_path / "new" / "run")
+    tracker.log({"train/loss": 1.5}, step=1)
+    assert entries(tmp_path / "new" / "run") == [{"step": 1, "train/loss": 1.5}]
+    tracker.log({"eval/acc": 0.5, "note": "é"}, step=2)
+    make(tmp_path / "new" / "run").log({"train/loss": 1}, step=3)
+    assert [entry["step"] for entry in entries(tmp_path / "new" / "run")] == [1, 2, 3]
+
+
+def test_non_finite_numbers_become_null_and_scalars_plain(tmp_path):
+    values = {
+        "nan": math.nan,
+        "inf": [-math.inf, np.float32("inf"), torch.tensor(math.nan)],
+        "numpy": np.int64(3),
+        "numpy64": np.float64(0.5),
+        "torch": {"loss": torch.tensor(0.5)},
+        "true": True,
+        "none": None,
+    }
+    make(tmp_path).log(values, step=0)
+    assert entries(tmp_path) == [
+        {
+            "step": 0,
+            "nan": None,
+            "inf": [None, None, None],
+            "numpy": 3,
+            "numpy64": 0.5,
+            "torch": {"loss": 0.5},
+            "true": True,
+            "none": None,
+        }
+    ]
+
+
+def test_truncate_keeps_lines_up_to_the_step_and_drops_a_torn_one(tmp_path, capsys):
+    tracker = make(tmp_path)
+    for step in (1, 2, 3):
+        tracker.log({"x": step}, step)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "x')
+    tracker.truncate(2)
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2]
+    assert "dropped 1 unreadable line(s)" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_truncate_drops_the_evaluation_that_will_be_made_again(tmp_path):
+    tracker = make(tmp_path)
+    tracker.log({"eval/epoch": 0}, step=2)
+    tracker.log({"train/loss": 1.0}, step=4)
+    tracker.log({"eval/epoch": 1}, step=4)
+    tracker.truncate(4)
+    assert len(entries(tmp_path)) == 3
+    tracker.truncate(4, epoch=1)
+    assert entries(tmp_path) == [{"step": 2, "eval/epoch": 0}, {"step": 4, "train/loss": 1.0}]
+
+
+def test_truncate_without_a_file_does_nothing(tmp_path):
+    make(tmp_path).truncate(3)
+    make(None).truncate(3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2', b'{"step": 2, "x": "\xc3', b"[1]"])
+def test_a_line_torn_by_a_crash_does_not_spoil_the_next(tmp_path, torn):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + torn)
+    make(tmp_path).log({}, step=5)
+    assert entries(tmp_path) == [{"step": 1}, {"step": 5}]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
+    make(tmp_path).log({}, step=5)
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 5]
+
+
+def test_other_ranks_write_and_show_nothing(tmp_path, capsys, use_wandb):
+    fake = use_wandb()
+    tracker = make(tmp_path / "run", wandb_mode="online", is_main=False)
+    tracker.log({"x": 1}, 1)
+    tracker.table("t", ["a"], [[1]])
+    tracker.message("hello")
+    tracker.truncate(0)
+    with tracker.progress(3, "epoch") as bar:
+        bar.update(1)
+        assert bar.disable
+    tracker.close()
+    assert not (tmp_path / "run").exists()
+    assert not fake.inits
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_run_directory_nothing_is_saved_but_messages_are_shown(capsys, use_wandb):
+    fake = use_wandb()
+    tracker = make(None, wandb_mode="online")
+    tracker.log({"x": 1}, 1)
+    tracker.message("hello")
+    assert capsys.readouterr().out == "hello\n"
+    assert not fake.inits
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_shows_at_a_terminal_only_and_starts_where_the_run_does(
+    tmp_path, monkeypatch, capsys, terminal
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with make(tmp_path).progress(10, "epoch 1", initial=4) as bar:
+        assert bar.disable is not terminal
+        assert bar.n == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("epoch 1" in err) is terminal
+
+
+def test_disabled_never_imports_wandb(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = make(tmp_path, wandb_id="kept")
+    tracker.table("t", ["a"], [[1]])
+    tracker.close()
+    assert tracker.wandb_id == "kept"
+
+
+def test_a_missing_wandb_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    make(tmp_path, wandb_mode="online").log({"x": 1}, 1)
+    assert "wandb='online' but wandb is not installed" in capsys.readouterr().out
+    assert entries(tmp_path) == [{"step": 1, "x": 1}]
+
+
+def test_wandb_gets_the_same_names_and_lives_in_the_run_directory(tmp_path, use_wandb):
+    fake = use_wandb()
+    tracker = make(tmp_path, wandb_mode="online")
+    tracker.log({"train/loss": 1.0}, step=7)
+    tracker.table("data_table", ["question", "answer"], [("q", "a")])
+    tracker.close()
+    tracker.close()
+    (init,) = fake.inits
+    assert (init["mode"], init["dir"], init["config"]) == ("online", str(tmp_path), {"lr": 1e-4})
+    assert fake.logged == [
+        {"step": 7, "train/loss": 1.0},
+        {"data_table": (["question", "answer"], [["q", "a"]])},
+    ]
+    assert fake.finished == 1
+
+
+def test_a_resumed_run_continues_its_wandb_run(tmp_path, use_wandb):
+    fake = use_wandb()
+    first = make(tmp_path, wandb_mode="online")
+    assert first.wandb_id == "fresh"
+    assert make(tmp_path, wandb_mode="online", wandb_id="old").wandb_id == "old"
+    assert [(init["id"], init["resume"]) for init in fake.inits] == [
+        (None, "allow"),
+        ("old", "allow"),
+    ]
+
+
+def test_online_without_a_key_goes_offline_with_a_notice(tmp_path, use_wandb, capsys):
+    fake = use_wandb(has_key=False)
+    make(tmp_path, wandb_mode="online")
+    assert [init["mode"] for init in fake.inits] == ["offline"]
+    assert "no key is stored (wandb login): going offline" in capsys.readouterr().out
+
+
+def test_a_malformed_key_goes_offline_with_a_notice(tmp_path, use_wandb, capsys):
+    fake = use_wandb(failing=("login",))
+    make(tmp_path, wandb_mode="online")
+    assert [init["mode"] for init in fake.inits] == ["offline"]
+    out = capsys.readouterr().out
+    assert "wandb cannot log in: key is malformed\n" in out
+
+
+def test_an_unreachable_server_goes_offline_under_the_same_id(tmp_path, use_wandb, capsys):
+    fake = use_wandb(failing=("online",))
+    tracker = make(tmp_path, wandb_mode="online", wandb_id="old")
+    assert [(init["mode"], init["id"]) for init in fake.inits] == [
+        ("online", "old"),
+        ("offline", "old"),
+    ]
+    assert fake.teardowns == 1
+    assert "wandb did not start online: server is away\n" in capsys.readouterr().out
+    tracker.log({"x": 1}, 1)
+    assert fake.logged == [{"step": 1, "x": 1}]
+
+
+def test_a_wandb_that_cannot_start_at_all_leaves_metrics_jsonl(tmp_path, use_wandb, capsys):
+    use_wandb(failing=("offline",))
+    make(tmp_path, wandb_mode="offline").log({"x": 1}, 1)
+    assert "wandb did not start offline: server is away\n" in capsys.readouterr().out
+    assert entries(tmp_path) == [{"step": 1, "x": 1}]
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_the_environment_can_keep_wandb_from_going_online(
+    tmp_path, use_wandb, monkeypatch, capsys, mode
+):
+    fake = use_wandb()
+    monkeypatch.setenv("WANDB_MODE", mode)
+    make(tmp_path, wandb_mode="online")
+    assert [init["mode"] for init in fake.inits] == [mode] * (mode == "offline")
+    assert f"WANDB_MODE={mode} in the environment" in capsys.readouterr().out
+
+
+def test_a_failing_wandb_is_told_once_and_training_goes_on(tmp_path, use_wandb, capsys):
+    use_wandb(failing=("log",))
+    tracker = make(tmp_path, wandb_mode="online")
+    tracker.log({"x": 1}, 1)
+    tracker.log({"x": 2}, 2)
+    tracker.close()
+    out = capsys.readouterr().out
+    assert out.count("wandb stopped, metrics.jsonl goes on: disk is full") == 1
+    assert len(entries(tmp_path)) == 2
+
+
+def test_the_real_wandb_without_a_key_neither_asks_nor_stops(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb_home"))
+    run_dir = tmp_path / "run"
+    tracker = make(run_dir, wandb_mode="online", wandb_id="abcd1234")
+    tracker.log({"train/loss": math.nan}, 1)
+    tracker.table("data_table", ["a"], [[1]])
+    tracker.close()
+    out = capsys.readouterr().out
+    assert "going offline" in out
+    assert "wandb stopped" not in out
+    assert list(run_dir.glob("wandb/offline-run-*-abcd1234/*.wandb"))
+    assert entries(run_dir) == [{"step": 1, "train/loss": None}]

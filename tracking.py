@@ -1,0 +1,214 @@
+"""Where a run's numbers and words go: the console, metrics.jsonl and, if wanted, wandb.
+
+Carries out the logging of SPEC sections 9 and 10. What is logged, and under which name, is
+decided by training.py and evaluation.py. metrics.jsonl is the record: every `log` appends a line
+there first, and nothing that wandb does (absent, unreachable, no key) stops a run.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils import atomic_write_text
+
+# wandb waits this long for its server before the run goes on offline.
+WANDB_TIMEOUT_S = 30
+
+
+class Tracker:
+    """Logs one run. Every rank makes one; ranks other than 0 write and show nothing.
+
+    run_dir: folder of metrics.jsonl and of wandb's files; None saves nothing, wandb included.
+    config_dict: the resolved configuration, shown in wandb.
+    wandb_mode: "online", "offline" or "disabled"; online falls back to offline, with a notice.
+    wandb_id: the id of the run to continue there, as `wandb_id` gave it before; None is a new one.
+    Source: SPEC sections 9 and 10.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        config_dict: dict[str, Any],
+        project: str,
+        name: str,
+        wandb_mode: str,
+        is_main: bool,
+        wandb_id: str | None = None,
+    ) -> None:
+        self.is_main = is_main
+        self.wandb_id = wandb_id
+        self._wandb_run = None
+        self._metrics_path = None
+        if not is_main or run_dir is None:
+            return
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        self._metrics_path = Path(run_dir) / "metrics.jsonl"
+        self._drop_torn_line()
+        if wandb_mode != "disabled":
+            self._start_wandb(Path(run_dir), config_dict, project, name, wandb_mode)
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        """Records `metrics` at optimizer step `step`, as one line {"step": step, ...} and in wandb.
+
+        Values are numbers, text or nested lists and dicts of them, NumPy and torch scalars
+        included. JSON knows no infinity: a non-finite number is written as null.
+        """
+        if self._metrics_path is not None:
+            line = json.dumps({"step": step, **_plain(metrics)}, allow_nan=False)
+            with open(self._metrics_path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        self._guarded(lambda run: run.log({"step": step, **metrics}))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Shows a table in wandb; the predictions file holds the same rows for everyone else."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._guarded(send)
+
+    def message(self, text: str) -> None:
+        """Prints a line that stays above progress bars, on rank 0's standard output."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
+        """A progress bar on standard error, shown on rank 0 and at a terminal only."""
+        return tqdm(
+            total=total,
+            desc=description,
+            initial=initial,
+            disable=not (self.is_main and sys.stderr.isatty()),
+            file=sys.stderr,
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def truncate(self, step: int, epoch: int | None = None) -> None:
+        """Drops the lines of metrics.jsonl past optimizer step `step`, when a run resumes there.
+
+        epoch: the epoch that the run goes on in; an evaluation of it will be made again, so its
+            line goes too. None keeps all evaluations.
+        Lines that are no JSON object (a crash tears the last one) go too, with a notice. The file
+        is replaced whole: an interruption leaves the old one.
+        """
+        if self._metrics_path is None or not self._metrics_path.exists():
+            return
+        lines = self._metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
+        entries = [(line, _entry(line)) for line in lines if line.strip()]
+        unreadable = sum(entry is None for _, entry in entries)
+        if unreadable:
+            self.message(f"{self._metrics_path}: dropped {unreadable} unreadable line(s)")
+        kept = [
+            line + "\n"
+            for line, entry in entries
+            if entry is not None
+            and entry.get("step", 0) <= step
+            and (epoch is None or entry.get("eval/epoch", -1) < epoch)
+        ]
+        atomic_write_text(self._metrics_path, "".join(kept))
+
+    def close(self) -> None:
+        """Ends the wandb run, which waits for what is still being sent. May be called twice."""
+        self._guarded(lambda run: run.finish())
+        self._wandb_run = None
+
+    def _drop_torn_line(self) -> None:
+        """Mends a file that ends inside a line, lest the next line is glued to the torn one."""
+        if self._metrics_path.exists() and self._metrics_path.read_bytes()[-1:] not in (b"", b"\n"):
+            self.truncate(sys.maxsize)
+
+    def _start_wandb(
+        self, run_dir: Path, config_dict: dict[str, Any], project: str, name: str, mode: str
+    ) -> None:
+        try:
+            import wandb
+        except ImportError:
+            self.message(
+                f"wandb={mode!r} but wandb is not installed; metrics.jsonl alone is written "
+                "(pip install wandb, or write wandb: disabled)"
+            )
+            return
+        wished = os.environ.get("WANDB_MODE", mode)
+        if mode == "online" and wished in ("offline", "disabled"):
+            self.message(f"wandb='online' but WANDB_MODE={wished} in the environment: {wished}")
+            mode = wished
+        if mode == "disabled":
+            return
+        if mode == "online" and not self._has_wandb_key(wandb):
+            self.message("wandb='online' but no key is stored (wandb login): going offline")
+            mode = "offline"
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:
+                self._wandb_run = wandb.init(
+                    project=project,
+                    name=name,
+                    config=config_dict,
+                    dir=str(run_dir),
+                    mode=attempt,
+                    id=self.wandb_id,
+                    # Offline files cannot know what the server holds; `wandb sync` appends by id.
+                    resume="allow" if attempt == "online" else None,
+                    settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_S),
+                )
+                # A resumed run logs some steps again, which wandb's own counter would refuse.
+                self._wandb_run.define_metric("*", step_metric="step")
+                self.wandb_id = self._wandb_run.id
+                return
+            except Exception as error:
+                self._wandb_run = None
+                self.message(f"wandb did not start {attempt}: {_first_line(error)}")
+                # Its background service would still hold the run's id.
+                wandb.teardown()
+
+    def _has_wandb_key(self, wandb: Any) -> bool:
+        try:
+            # Looks into environment, settings and netrc; the prompt it could open would hang a job.
+            return bool(wandb.login(prompt=False, verify=False))
+        except Exception as error:
+            self.message(f"wandb cannot log in: {_first_line(error)}")
+            return False
+
+    def _guarded(self, action: Callable[[Any], None]) -> None:
+        """Does something with the wandb run; the first failure is told and ends wandb's part."""
+        if self._wandb_run is None:
+            return
+        try:
+            action(self._wandb_run)
+        except Exception as error:
+            self._wandb_run = None
+            self.message(f"wandb stopped, metrics.jsonl goes on: {_first_line(error)}")
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types, scalars of NumPy and torch unpacked, non-finite numbers None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    return value
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

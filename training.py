@@ -1,0 +1,461 @@
+"""The training run: the step over an effective batch, the epochs, and the state to go on from.
+
+An effective batch is the unit of everything: its loss is the mean over its labelled tokens on all
+ranks and accumulation steps (SPEC section 7), its end is where a run may be saved, stopped and
+continued. Evaluation, files and consoles are asked of their own rooms.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+import checkpoint
+import distributed
+from coconut import Coconut
+from config import Config
+from curriculum import Curriculum
+from dataset import (
+    Collator,
+    SpecialIds,
+    StagedRecords,
+    TokenizedRecords,
+    batch_loader,
+    draw_stages,
+    effective_batches,
+    micro_batches,
+)
+from evaluation import Evaluation, autocast, evaluate, write_predictions
+from tracking import Tracker
+from utils import UserError, atomic_write_text
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+# torchrun passes a Ctrl-C on to processes that the terminal has told already.
+SAME_SIGNAL_S = 1.0
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on, through no mistake in its configuration; the text says why."""
+
+
+class Stopped(Exception):
+    """The user asked the run to stop, and it did so after saving what it had."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored with every training state.
+
+    epoch: the epoch in progress, from 0; steps_done: optimizer steps done in it.
+    optimizer_step: optimizer steps done in all.
+    loss_sum: of the losses of the epoch's steps so far.
+    best_accuracy: highest validation accuracy so far, with its epoch; -1 before the first.
+    """
+
+    epoch: int
+    steps_done: int = 0
+    optimizer_step: int = 0
+    loss_sum: float = 0.0
+    best_accuracy: float = -1.0
+    best_epoch: int = -1
+
+
+def learning_rate(config: Config, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0) out of `total_steps`.
+
+    Rises linearly over `warmup_steps`; then stays, or falls to 0 along half a cosine.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.lr_scheduler == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+@dataclass
+class Requests:
+    """What signals asked for since the last step."""
+
+    stop: int = 0
+    save: bool = False
+    stopped_at: float = -math.inf
+
+
+@contextmanager
+def listen_for_signals(tracker: Tracker) -> Iterator[Requests]:
+    """Turn SIGINT and SIGTERM into a stop after the step, SIGUSR1 into a save.
+
+    A second SIGINT or SIGTERM ends the run at once (KeyboardInterrupt).
+    """
+    requests = Requests()
+
+    def on_stop(number: int, _frame: object) -> None:
+        if requests.stop and time.monotonic() - requests.stopped_at > SAME_SIGNAL_S:
+            raise KeyboardInterrupt
+        if not requests.stop:
+            requests.stopped_at = time.monotonic()
+            tracker.message("stopping after this step; once more to stop at once, unsaved")
+        requests.stop = number
+
+    def on_save(_number: int, _frame: object) -> None:
+        requests.save = True
+
+    handlers = {signal.SIGINT: on_stop, signal.SIGTERM: on_stop, signal.SIGUSR1: on_save}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One training run on this rank.
+
+    model: the Coconut module on its device, not yet wrapped.
+    settings: what coconut.json of a checkpoint holds, but for the stage.
+    state: a training state to go on from, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Coconut,
+        tokenizer,
+        train_records: TokenizedRecords,
+        val_records: TokenizedRecords,
+        curriculum: Curriculum,
+        settings: dict,
+        tracker: Tracker,
+        state: checkpoint.TrainingState | None = None,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.ids = SpecialIds.of(tokenizer)
+        self.train_records = train_records
+        self.val_records = val_records
+        self.curriculum = curriculum
+        self.settings = settings
+        self.tracker = tracker
+        self.device = distributed.device()
+        self.accumulation_steps = config.accumulation_steps(distributed.world_size())
+        self.effective_batch_size = (
+            config.batch_size_training * self.accumulation_steps * distributed.world_size()
+        )
+        self.steps_per_epoch = -(-len(train_records) // self.effective_batch_size)
+        self.total_steps = (config.num_epochs - config.resume) * self.steps_per_epoch
+        num_parameters = sum(p.numel() for p in model.parameters())
+        parallel, reason = distributed.choose_parallel(config.parallel, num_parameters)
+        tracker.message(f"parallel: {parallel} ({reason})")
+        self.model = distributed.parallelize(model, parallel)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.lr,
+            betas=ADAM_BETAS,
+            eps=ADAM_EPS,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.progress = Progress(epoch=config.resume)
+        self.last_saved_s = time.monotonic()
+        if state is not None:
+            self._continue_from(state)
+
+    def run(self) -> None:
+        """Train and evaluate every remaining epoch.
+
+        Raises: TrainingFailed for a loss or gradient that is not finite; Stopped after a signal.
+        """
+        if self.progress.epoch >= self.config.num_epochs:
+            self.tracker.message(f"all {self.config.num_epochs} epochs are done: nothing to train")
+        with listen_for_signals(self.tracker) as self.requests:
+            while self.progress.epoch < self.config.num_epochs:
+                self._run_epoch(self.progress.epoch)
+
+    def _run_epoch(self, epoch: int) -> None:
+        stage = self.curriculum.stage(epoch)
+        began = time.perf_counter()
+        if self.progress.steps_done == 0:
+            self._reset_optimizer_if_due(epoch)
+        if self.progress.steps_done < self.steps_per_epoch:
+            self._train_epoch(epoch, stage)
+            self._save_state()
+        trained = time.perf_counter()
+        outcome = self._evaluate(stage)
+        improved = outcome.figures["acc"] > self.progress.best_accuracy
+        if improved:
+            self.progress.best_accuracy = outcome.figures["acc"]
+            self.progress.best_epoch = epoch
+        self._store(epoch, stage, outcome, improved)
+        train_loss = self.progress.loss_sum / self.steps_per_epoch
+        times = f"train {trained - began:.0f} s, evaluation {time.perf_counter() - trained:.0f} s"
+        self._report(epoch, stage, train_loss, outcome, times)
+        self.progress.epoch += 1
+        self.progress.steps_done = 0
+        self.progress.loss_sum = 0.0
+        if not self.config.debug and distributed.is_main():
+            checkpoint.update_progress(
+                self.config.run_dir, self.progress.optimizer_step, self._stored_progress()
+            )
+        if distributed.sum_over_ranks([float(self.requests.stop > 0)])[0]:
+            self._stop()
+
+    def _train_epoch(self, epoch: int, stage: int) -> None:
+        """All optimizer steps of the epoch that are not done yet."""
+        records, config = self.train_records, self.config
+        stages = draw_stages(
+            self.curriculum, records.num_steps, epoch, config.uniform_prob, config.seed
+        )
+        staged = StagedRecords.of(records, self.curriculum, stages)
+        batches = effective_batches(len(records), self.effective_batch_size, config.seed, epoch)
+        plan = [
+            (
+                indices,
+                micro_batches(
+                    indices, staged, config.batch_size_training, distributed.world_size()
+                ),
+            )
+            for indices in batches[self.progress.steps_done :]
+        ]
+        mine = [shares[distributed.rank()] for _, parts in plan for shares in parts]
+        loader = batch_loader(
+            Collator(staged, self.ids), mine, config.num_workers, self.device.type == "cuda"
+        )
+        if epoch == config.resume and self.progress.steps_done == 0:
+            self._show_examples(Collator(staged, self.ids), mine[0])
+        micro = iter(loader)
+        lengths = staged.prompt_lengths + staged.num_labels
+        bar = self.tracker.progress(
+            len(batches), f"epoch {epoch} stage {stage}", initial=self.progress.steps_done
+        )
+        self.model.train()
+        for indices, parts in plan:
+            began = time.perf_counter()
+            num_labels = int(staged.num_labels[indices].sum())
+            loss, norm = self._step([next(micro) for _ in parts], num_labels)
+            seconds = time.perf_counter() - began
+            self._after_step(epoch, stage, loss, norm, lengths[indices].sum() / seconds)
+            bar.set_postfix_str(f"loss {loss:.4f}, {lengths[indices].sum() / seconds:.0f} tok/s")
+            bar.update()
+        bar.close()
+
+    def _step(self, batches: list[dict], num_labels: int) -> tuple[float, float]:
+        """One optimizer step over this rank's micro-batches: (loss, gradient norm), global.
+
+        num_labels: labelled tokens in the effective batch, on all ranks and micro-batches; the
+        gradient is that of their mean cross-entropy, however the batch is split.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.progress.optimizer_step, self.total_steps)
+        local_loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            batch = {key: t.to(self.device, non_blocking=True) for key, t in batch.items()}
+            is_last = number == len(batches) - 1
+            with distributed.gradient_sync(self.model, enabled=is_last):
+                with autocast(self.config.bf16, self.device):
+                    output = self.model(
+                        input_ids=batch["input_ids"],
+                        attention_mask=batch["attention_mask"],
+                        labels=batch["labels"],
+                        position_ids=batch["position_ids"],
+                    )
+                loss = output.loss * (len(output.logits) / num_labels)
+                # Both DDP and FSDP average over ranks; the sum is wanted.
+                (loss * distributed.world_size()).backward()
+            local_loss += loss.detach()
+        norm = distributed.gradient_norm(self.model)
+        stop, save = float(self.requests.stop > 0), float(self._save_is_due())
+        total_loss, self.stop_asked, self.save_asked = distributed.sum_over_ranks(
+            [local_loss.item(), stop, save]
+        )
+        if not (math.isfinite(total_loss) and math.isfinite(norm.item())):
+            self._fail_non_finite(batches, total_loss, norm.item())
+        if self.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), self.config.max_grad_norm, norm
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total_loss, norm.item()
+
+    def _after_step(
+        self, epoch: int, stage: int, loss: float, norm: float, tokens_per_second: float
+    ) -> None:
+        """Count the step, log it, and save or stop where that was asked for."""
+        self.progress.steps_done += 1
+        self.progress.optimizer_step += 1
+        self.progress.loss_sum += loss
+        self.tracker.log(
+            {
+                "train/epoch": epoch,
+                "train/step": self.progress.optimizer_step,
+                "train/loss": loss,
+                "train/stage": stage,
+                "train/lr": self.optimizer.param_groups[0]["lr"],
+                "train/grad_norm": norm,
+                "train/tokens_per_second": tokens_per_second,
+            },
+            step=self.progress.optimizer_step,
+        )
+        at_end = self.progress.steps_done == self.steps_per_epoch
+        if self.stop_asked and not at_end:
+            self._save_state()
+            self._stop()
+        if self.save_asked and not at_end:
+            self._save_state()
+
+    def _save_is_due(self) -> bool:
+        """Whether rank 0's clock or a SIGUSR1 asks for a save after this step."""
+        minutes = self.config.save_every_minutes
+        elapsed_s = time.monotonic() - self.last_saved_s
+        on_time = minutes is not None and distributed.is_main() and elapsed_s > 60 * minutes
+        return on_time or self.requests.save
+
+    def _stop(self) -> None:
+        if self.config.debug:
+            raise Stopped("stopped; debug: true saves nothing")
+        raise Stopped(
+            f"stopped after optimizer step {self.progress.optimizer_step}, state saved; the same"
+            " command continues from here"
+        )
+
+    def _reset_optimizer_if_due(self, epoch: int) -> None:
+        """Forget AdamW's moments where reset_optimizer says so; the schedule goes on."""
+        if epoch == self.config.resume:
+            return
+        changed = self.curriculum.stage(epoch) != self.curriculum.stage(epoch - 1)
+        reset = self.config.reset_optimizer
+        if reset == "epoch" or (reset == "stage" and changed):
+            self.optimizer.state.clear()
+
+    def _evaluate(self, stage: int) -> Evaluation:
+        return evaluate(
+            distributed.unwrap(self.model),
+            self.tokenizer,
+            self.val_records,
+            self.curriculum,
+            stage,
+            batch_size=self.config.batch_size_eval or self.config.batch_size_training,
+            max_new_tokens=self.config.max_new_tokens,
+            bf16=self.config.bf16,
+            num_workers=self.config.num_workers,
+            progress=self.tracker.progress,
+        )
+
+    def _store(self, epoch: int, stage: int, outcome: Evaluation, improved: bool) -> None:
+        """Predictions, checkpoint and figures of a finished epoch."""
+        config = self.config
+        figures = {f"eval/{name}": value for name, value in outcome.figures.items()}
+        if not config.debug:
+            if outcome.predictions is not None:
+                write_predictions(
+                    config.run_dir / f"predictions_{epoch}.jsonl", outcome.predictions
+                )
+            if improved or not config.save_only_improve:
+                checkpoint.save_checkpoint(
+                    config.run_dir / f"checkpoint_{epoch + 1}",
+                    self.model,
+                    self.tokenizer,
+                    self.settings | {"stage": stage, "epoch": epoch},
+                )
+                if config.keep_checkpoints is not None and distributed.is_main():
+                    checkpoint.prune_checkpoints(config.run_dir, config.keep_checkpoints)
+        figures |= {"eval/epoch": epoch, "eval/best_acc": self.progress.best_accuracy}
+        self.tracker.log(figures, step=self.progress.optimizer_step)
+
+    def _report(
+        self, epoch: int, stage: int, train_loss: float, outcome: Evaluation, times: str
+    ) -> None:
+        """The line of an epoch that stays on the console."""
+        f = outcome.figures
+        cot = "" if f["cot_em"] is None else f", CoT match {100 * f['cot_em']:.1f} %"
+        unfinished = f["num_hit_max_new_tokens"]
+        cut = f", {unfinished} cut at max_new_tokens" if unfinished else ""
+        self.tracker.message(
+            f"epoch {epoch} stage {stage}: train loss {train_loss:.4f}, val loss {f['loss']:.4f},"
+            f" accuracy {100 * f['acc']:.1f} %"
+            f" [{100 * f['acc_low']:.1f}, {100 * f['acc_high']:.1f}]{cot},"
+            f" tokens {f['mean_tokens']:.1f} + {f['mean_thoughts']:.1f} thoughts{cut} ({times})"
+        )
+
+    def _show_examples(self, collator: Collator, indices: np.ndarray) -> None:
+        """The first examples as the model sees them, for wandb's table."""
+        rows = [
+            [int(index), self.tokenizer.decode(collator[np.array([index])]["input_ids"][0])]
+            for index in indices[:4]
+        ]
+        self.tracker.table("data_table", ["record", "text"], rows)
+
+    def _stored_progress(self) -> dict:
+        return {
+            "position": asdict(self.progress),
+            "settings": self.settings,
+            "trajectory": self._trajectory(),
+            "wandb_id": self.tracker.wandb_id,
+        }
+
+    def _trajectory(self) -> dict:
+        """What must not change between stop and resume, or the position means something else."""
+        return {
+            "seed": self.config.seed,
+            "effective_batch_size": self.effective_batch_size,
+            "training_records": len(self.train_records),
+            "uniform_prob": self.config.uniform_prob,
+            "first_epoch": self.config.resume,
+        }
+
+    def _save_state(self) -> None:
+        self.last_saved_s = time.monotonic()
+        self.requests.save = False
+        if self.config.debug:
+            return
+        checkpoint.save_state(
+            self.config.run_dir,
+            self.progress.optimizer_step,
+            self.model,
+            self.optimizer,
+            self.tokenizer,
+            self._stored_progress(),
+        )
+
+    def _continue_from(self, state: checkpoint.TrainingState) -> None:
+        """Take up `state` as if the run had never stopped.
+
+        Raises: UserError when a setting that fixes the order of records has changed.
+        """
+        stored, now = state.progress["trajectory"], self._trajectory()
+        for name, value in now.items():
+            if stored[name] != value:
+                raise UserError(
+                    f"{state.folder}: this run began with {name}={stored[name]}, now it is {value};"
+                    " restore it, or choose another name to start a new run"
+                )
+        self.progress = Progress(**state.progress["position"])
+        if not checkpoint.load_state(state, self.model, self.optimizer):
+            self.tracker.message(
+                "more processes than before: new ones start with fresh random generators"
+            )
+        self.tracker.truncate(self.progress.optimizer_step, self.progress.epoch)
+
+    def _fail_non_finite(self, batches: list[dict], loss: float, norm: float) -> None:
+        """Save this rank's part of the batch for inspection and end the run before the step."""
+        step = self.progress.optimizer_step
+        where = "nothing saved (debug: true)"
+        if not self.config.debug:
+            name = f"nonfinite_step{step}_rank{distributed.rank()}.json"
+            path = self.config.run_dir / name
+            content = [{key: t.tolist() for key, t in batch.items()} for batch in batches]
+            atomic_write_text(path, json.dumps(content))
+            where = f"the batch is in {path}"
+        raise TrainingFailed(
+            f"loss {loss} or gradient norm {norm} is not finite at optimizer step {step}"
+            f" (epoch {self.progress.epoch}); the weights were not changed, {where}"
+        )
