@@ -208,7 +208,8 @@ class Coconut(nn.Module):
         token_embeds = self.base_causallm.get_input_embeddings()(input_ids[:, :end])
         is_latent = self._is_latent(input_ids, attention_mask)
         starts = self._thought_columns(is_latent, attention_mask, end)
-        if starts and self.training and self.base_causallm.is_gradient_checkpointing:
+        checkpointed = getattr(self.base_causallm.base_model, "gradient_checkpointing", False)
+        if starts and self.training and checkpointed:
             raise ValueError(
                 "gradient checkpointing drops the cache that latent thoughts need; switch it off"
             )

@@ -40,8 +40,8 @@ def read_records(
     Raises: UserError naming file, record index, field and what was expected.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            raw = json.load(file)
+        with open(path, encoding="utf-8") as file:
+            raw = json.loads(file.read().removeprefix("\ufeff"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); README's Data section tells how to make it"

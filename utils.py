@@ -58,14 +58,21 @@ def fsync_file(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) so that a crash leaves either the old file or the new one."""
+    """Write `text` (UTF-8) so that a crash leaves either the old file or the new one.
+
+    Raises: OSError or UnicodeEncodeError when it cannot be written; the old file then stays, and
+    nothing else.
+    """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     fsync_directory(path.parent)
 
 

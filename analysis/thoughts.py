@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 import distributed
-from backbone import load_backbone
+from backbone import Backbone, load_backbone
 from coconut import Coconut
 from config import Config, ConfigError, load_config
-from curriculum import Curriculum
-from dataset import Collator, SpecialIds, StagedRecords, read_records, tokenize_records
+from dataset import Collator, SpecialIds, StagedRecords
 from evaluation import evaluate
+from run import load_data, make_curriculum
 from settings import read_checkpoint_settings, token_ids
 from utils import UserError
 
@@ -77,33 +77,107 @@ def examine(checkpoint: Path, val_path: str | None = None) -> ThoughtReport:
     overrides = ["only_eval=true", "from_scratch=false", f"load_model_path={checkpoint}"]
     overrides += [f"val_path={val_path}"] if val_path else []
     config = load_config(Path(checkpoint).parent / "config.yaml", overrides)
-    backbone = load_backbone(config)
-    records = tokenize_records(read_records(config.val_path), backbone.tokenizer, config.val_path)
-    schedule = settings["schedule"]
-    curriculum = Curriculum(
-        "coconut",
-        settings["c_thought"],
-        schedule["epochs_per_stage"],
-        schedule["max_latent_stage"],
-        schedule["pad_latent_to_max"],
-        schedule["curriculum"],
-    )
-    window = {name: settings[name] for name in ("latent_window_size", "latent_weights")}
-    figures = {}
-    for condition, kind in CONDITIONS.items():
-        model = kind(
-            backbone.model,
-            **token_ids(backbone.tokenizer),
-            **window,
-            window_scope=settings["window_scope"],
-        )
-        figures[condition] = evaluate(
-            model.to(distributed.device()),
+    backbone, records = load_backbone(config), load_data(config).val
+    curriculum = make_curriculum(config)
+    batch_size = config.batch_size_eval or config.batch_size_training
+    models = {name: _make_model(kind, config, backbone) for name, kind in CONDITIONS.items()}
+    figures = {
+        name: evaluate(
+            model,
             backbone.tokenizer,
             records,
             curriculum,
             settings["stage"],
-            batch_size=_batch_size(config),
+            batch_size=batch_size,
             max_new_tokens=config.max_new_tokens,
             bf16=config.bf16,
         ).figures
+        for name, model in models.items()
+    }
+    stages = np.full(len(records), settings["stage"])
+    staged = StagedRecords.of(records, curriculum, stages)
+    word_ids = read_word_ids(models["own"], staged, SpecialIds.of(backbone.tokenizer), batch_size)
+    words = [backbone.tokenizer.convert_ids_to_tokens(ids) for ids in word_ids]
+    first_ids = [[ids[0] for ids in steps] for steps in records.table["step_ids"]]
+    return ThoughtReport(
+        settings["stage"], figures, words, agreement(word_ids, first_ids, config.c_thought)
+    )
+
+
+def _make_model(kind: type[Coconut], config: Config, backbone: Backbone) -> Coconut:
+    model = kind(
+        backbone.model,
+        **token_ids(backbone.tokenizer),
+        latent_window_size=config.latent_window_size,
+        latent_weights=config.latent_weights,
+        window_scope=config.window_scope,
+    )
+    return model.to(distributed.device()).eval()
+
+
+@torch.no_grad()
+def read_word_ids(
+    model: Coconut, staged: StagedRecords, ids: SpecialIds, batch_size: int
+) -> list[list[int]]:
+    """For each record, the id of the likeliest word of each of its thoughts."""
+    collator = Collator(staged, ids, "generate")
+    score = model.base_causallm.get_output_embeddings()
+    word_ids = []
+    for begin in range(0, len(staged.dropped), batch_size):
+        indices = np.arange(begin, min(begin + batch_size, len(staged.dropped)))
+        batch = {key: t.to(distributed.device()) for key, t in collator[indices].items()}
+        embeds = model(batch["input_ids"], batch["attention_mask"]).inputs_embeds  # (B, T, D)
+        is_thought = (batch["input_ids"] == ids.latent) & (batch["attention_mask"] != 0)
+        word_ids += [
+            score(row[here]).argmax(-1).tolist()
+            for row, here in zip(embeds, is_thought, strict=True)
+        ]
+    return word_ids
+
+
+def agreement(word_ids: list[list[int]], first_ids: list[list[int]], c_thought: int) -> list[float]:
+    """For each latent position, the share of the records with a step there that hold its word.
+
+    word_ids: for each record, one id a thought; first_ids: for each record, the first id of each
+    step. Thought k (from 0) stands for step k // c_thought.
+    """
+    shares = []
+    for position in range(max(map(len, word_ids), default=0)):
+        step = position // c_thought
+        hits = [
+            words[position] == firsts[step]
+            for words, firsts in zip(word_ids, first_ids, strict=True)
+            if len(words) > position and len(firsts) > step
+        ]
+        shares.append(sum(hits) / len(hits) if hits else 0.0)
+    return shares
+
+
+def describe(report: ThoughtReport) -> str:
+    """The report as lines to read."""
+    names = {"own": "its own thoughts", "zero": "zeros", "other": "another question's thoughts"}
+    lines = [f"stage {report.stage}, held-out accuracy when the latent positions read"]
+    for condition, figures in report.figures.items():
+        low, high = 100 * figures["acc_low"], 100 * figures["acc_high"]
+        accuracy = f"{100 * figures['acc']:5.1f} % [{low:.1f}, {high:.1f}]"
+        lines.append(f"  {names[condition]:<29}{accuracy}")
+    lines.append("share of questions whose thought reads as the step it stands for")
+    for position, share in enumerate(report.agreement, start=1):
+        lines.append(f"  thought {position:<21}{100 * share:5.1f} %")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint_N folder of a training run")
+    parser.add_argument("--val", help="data file (default: the run's val_path)")
+    options = parser.parse_args(argv)
+    try:
+        print(describe(examine(options.checkpoint, options.val)))
+    except (UserError, ConfigError) as error:
+        parser.exit(2, f"{error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

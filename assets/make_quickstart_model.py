@@ -1,13 +1,14 @@
 """Builds assets/quickstart-model: the shape of the quickstart's tiny Llama and its tokenizer.
 
-The folder holds no weights: the runs draw them (`from_scratch: true`), so another seed is another
-model. The tokenizer knows one word a number, operator and sign of SPEC section 2's text, and drops
+The committed folder holds no weights. `--out exps/quickstart/model --weights SEED` writes the same
+folder with random ones: `from_scratch` could not, since a Llama config has one scale for all
+weights. Here matrices are drawn at about one over the square root of the width, and token
+embeddings as long as the hidden states that take their place as thoughts; with the library's 0.02
+for both, a thought is fifty times as long as a word, and learning to read it takes far longer.
+
+The tokenizer knows one word a number, operator and sign of SPEC section 2's text, and drops
 all white space, newlines included; so each step of `preprocessing/arithmetic.py` is one token, and
 one thought can stand for it. The folder is committed; the same script gives the same bytes.
-
-`initializer_range` is what small models need and the library's 0.02 is not: about one over the
-square root of the width for matrices, and token embeddings not much shorter than the hidden states
-that replace them as thoughts.
 """
 
 import argparse
@@ -24,6 +25,7 @@ LARGEST_NUMBER = 9
 VOCABULARY = (END_OF_TEXT, UNKNOWN, "###", "=", "+", "-")
 VOCABULARY += tuple(str(number) for number in range(LARGEST_NUMBER + 1))
 
+EMBEDDING_STD = 1.0
 MODEL_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -58,20 +60,35 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def write_weights(folder: Path, seed: int) -> None:
+    """Adds random weights to a folder that this script made: `model_id` without from_scratch."""
+    # Only now what takes seconds to import: the committed folder needs none of it.
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    model.save_pretrained(folder)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = Path(__file__).parent / "quickstart-model"
     parser.add_argument("--out", type=Path, default=default, help=f"folder (default: {default})")
-    folder = parser.parse_args(argv).out
-    folder.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--weights", type=int, metavar="SEED", help="draw weights from this seed")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
     files = {
         "config.json": json.dumps(MODEL_CONFIG, indent=2),
         "tokenizer_config.json": json.dumps(TOKENIZER_CONFIG, indent=2),
         "tokenizer.json": make_tokenizer().to_str(pretty=True),
     }
     for name, text in files.items():
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-    print(f"{folder}: {len(VOCABULARY)} words, {', '.join(files)}")
+        (options.out / name).write_text(text + "\n", encoding="utf-8")
+    if options.weights is not None:
+        write_weights(options.out, options.weights)
+    print(f"{options.out}: {len(VOCABULARY)} words")
 
 
 if __name__ == "__main__":

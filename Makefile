@@ -1,0 +1,24 @@
+# Two commands on a machine with python3, make and git: `make quickstart` and `make test`.
+# Each installs what it needs into .venv once.
+
+PYTHON := .venv/bin/python
+
+.PHONY: quickstart test clean
+
+quickstart: .venv/installed
+	$(PYTHON) -m analysis.quickstart
+
+# Two workers of one thread each: the models are tiny, and threads would only wait for each other.
+test: .venv/installed
+	$(PYTHON) -m ruff check .
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+
+.venv/installed: requirements.txt requirements-dev.txt
+	python3 -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "needs Python 3.11 to 3.13"'
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# Removes what `make` installed; runs, data and results stay.
+clean:
+	rm -rf .venv

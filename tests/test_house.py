@@ -1,0 +1,168 @@
+"""The house rules of imports, owners and sizes, read from the source with `ast`.
+
+A room's line in MAY_IMPORT is the law; a new room needs a line there.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
+FOLDERS = ("analysis", "assets", "benchmarks", "preprocessing")
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.py", *(f"{folder}/**/*.py" for folder in FOLDERS))
+    for path in ROOT.glob(pattern)
+)
+
+MAY_IMPORT = {
+    "config": set(),
+    "curriculum": set(),
+    "metrics": set(),
+    "coconut": set(),
+    "utils": set(),
+    "distributed": {"utils"},
+    "tracking": {"utils"},
+    "dataset": {"curriculum", "utils"},
+    "settings": {"config", "utils"},
+    "backbone": {"config", "coconut", "settings", "utils"},
+    "checkpoint": {"distributed", "utils"},
+    "evaluation": {"dataset", "metrics", "distributed", "utils"},
+    "training": set(ROOMS) - {"run", "training"},
+    "run": set(ROOMS) - {"run"},
+}
+
+# package -> the rooms (or folders) that alone may import it
+OWNERS = {
+    "yaml": {"config"},
+    "wandb": {"tracking"},
+    "datasets": {"dataset"},
+    "matplotlib": {"analysis", "assets", "benchmarks", "preprocessing"},
+    "torch.distributed": {"distributed", "checkpoint"},
+    "torch.nn.parallel": {"distributed", "checkpoint"},
+}
+
+MAX_MODULE_LINES = 600
+MAX_FUNCTION_LINES = 60
+
+each_source = pytest.mark.parametrize("source", SOURCES, ids=str)
+
+
+def parse(source):
+    return ast.parse((ROOT / source).read_text(encoding="utf-8"))
+
+
+def imported(source):
+    """Dotted names that a file imports, anywhere in it; `from a import b` gives a and a.b."""
+    names = set()
+    for node in ast.walk(parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def packages(source):
+    return {name.split(".")[0] for name in imported(source)}
+
+
+def mentions(source):
+    """Dotted attribute chains that a file spells out, such as torch.distributed.barrier."""
+    return {
+        ast.unparse(node) for node in ast.walk(parse(source)) if isinstance(node, ast.Attribute)
+    }
+
+
+def room_of(source):
+    return source.stem if len(source.parts) == 1 else source.parts[0]
+
+
+def belongs_to(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def test_every_room_has_its_law():
+    assert set(MAY_IMPORT) == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_lies_below_them(room):
+    ours = packages(Path(f"{room}.py")) & {*ROOMS, *FOLDERS, "tests"}
+    assert ours <= MAY_IMPORT[room], f"{room} imports {sorted(ours - MAY_IMPORT[room])}"
+
+
+def test_imports_point_one_way():
+    placed = set()
+    while placed != set(MAY_IMPORT):
+        ready = {room for room, below in MAY_IMPORT.items() if below <= placed} - placed
+        assert ready, f"a circle among {sorted(set(MAY_IMPORT) - placed)}"
+        placed |= ready
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_each_package_has_its_owners(package):
+    users = {
+        str(source)
+        for source in SOURCES
+        if room_of(source) not in OWNERS[package]
+        and any(belongs_to(name, package) for name in imported(source) | mentions(source))
+    }
+    assert not users, f"{package} belongs to {sorted(OWNERS[package])}, not {sorted(users)}"
+
+
+@each_source
+def test_nothing_is_imported_by_a_computed_name(source):
+    assert not packages(source) & {"importlib"} or "importlib.util" in imported(source)
+    assert "importlib.import_module" not in mentions(source) | imported(source)
+
+
+def test_coconut_needs_torch_and_transformers_alone():
+    foreign = packages(Path("coconut.py")) - sys.stdlib_module_names
+    assert foreign == {"torch", "transformers"}
+
+
+def test_config_curriculum_and_metrics_load_without_torch():
+    code = "import sys, config, curriculum, metrics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_evaluation_and_training_leave_answers_to_metrics():
+    for room in ("evaluation", "training"):
+        assert "re" not in packages(Path(f"{room}.py"))
+
+
+@pytest.mark.parametrize(
+    "source", [source for source in SOURCES if room_of(source) == "preprocessing"], ids=str
+)
+def test_preprocessing_imports_nothing_of_ours(source):
+    siblings = {path.stem for path in SOURCES if room_of(path) == "preprocessing"}
+    assert not packages(source) & {*ROOMS, *FOLDERS, *siblings}
+
+
+@each_source
+def test_modules_open_with_a_paragraph(source):
+    text = (ROOT / source).read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)) or not text.strip()
+
+
+@each_source
+def test_modules_are_short(source):
+    lines = (ROOT / source).read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_MODULE_LINES
+
+
+@each_source
+def test_functions_are_short(source):
+    lengths = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    long = {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
+    assert not long, f"{source}: longer than {MAX_FUNCTION_LINES} lines: {long}"
