@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha
 RESUME_FOLDER = "resume"
 KEPT_STATES = 2
 BASE_PREFIX = "base_causallm."
+# What `whole_directory` and utils.atomic_write_text leave behind in a crash.
+SET_ASIDE = re.compile(r"\.(?P<name>checkpoint_\d+|\d+)\.(?P<kind>old|part)")
+UNFINISHED_FILE = re.compile(r"\..+\.\d+\.part")
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Loading copies into tensors that exist already, whole or sharded.
 SCATTERED = StateDictOptions(full_state_dict=True)
@@ -73,33 +77,26 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 def recover(folder: Path) -> None:
     """Tidy `folder` after a crash: put a set-aside directory back, drop unfinished ones."""
-    for replaced in folder.glob(".*.old"):
-        target = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".old"))
-        if target.exists():
-            shutil.rmtree(replaced)
-        else:
-            os.rename(replaced, target)
-    for unfinished in folder.glob(".*.part"):
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink()
+    for path in list(folder.glob(".*")):
+        directory = SET_ASIDE.fullmatch(path.name)
+        if directory and directory["kind"] == "old" and not (folder / directory["name"]).exists():
+            os.rename(path, folder / directory["name"])
+        elif directory:
+            shutil.rmtree(path)
+        elif UNFINISHED_FILE.fullmatch(path.name):
+            path.unlink()
 
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold `run_dir` for one training run; the lock goes with the process, however it ends.
 
+    A run that ends before it wrote anything leaves no folder.
+
     Raises: UserError when another process holds it or the folder cannot be written.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / ".lock", "w")  # noqa: SIM115 (held until the run ends)
-    except OSError as error:
-        raise UserError(
-            f"save_path: {run_dir} cannot be written ({error.strerror}); choose another save_path"
-        ) from None
-    with file:
+    make_writable(run_dir)
+    with open(run_dir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -109,7 +106,27 @@ def run_lock(run_dir: Path) -> Iterator[None]:
                 f"{run_dir}: another training run is using this directory; wait for it, or change"
                 " name or save_path"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(run_dir) == [".lock"]:
+                shutil.rmtree(run_dir)
+
+
+def make_writable(folder: Path) -> None:
+    """Create `folder` where it is missing.
+
+    Raises: UserError when it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "no permission"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(
+            f"save_path: {folder} cannot be written ({reason}); choose another save_path"
+        )
 
 
 def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -> None:
@@ -139,9 +156,10 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for _, path in checkpoints(run_dir)[:-keep]:
+def prune_checkpoints(run_dir: Path, newest: int, keep: int) -> None:
+    """Of the checkpoints up to `newest` finished epochs, remove all but the last `keep`."""
+    up_to_now = [path for number, path in checkpoints(run_dir) if number <= newest]
+    for path in up_to_now[:-keep]:
         shutil.rmtree(path)
 
 
@@ -178,14 +196,14 @@ def save_state(
     Model configuration and tokenizer go along, so that going on needs nothing but this folder.
     """
     weights = get_model_state_dict(model, options=GATHERED)
-    moments = get_optimizer_state_dict(model, optimizer, options=GATHERED)["state"]
+    moments = get_optimizer_state_dict(model, optimizer, options=GATHERED)
     generators = distributed.gather_to_main(_generator_states())
     if not distributed.is_main():
         return
     folder = run_dir / RESUME_FOLDER
     with whole_directory(folder / str(step)) as unfinished:
         save_file(_untied(weights), unfinished / "model.safetensors")
-        flat = {f"{name}|{key}": t for name, state in moments.items() for key, t in state.items()}
+        flat = {f"{name}|{key}": t for name, s in moments["state"].items() for key, t in s.items()}
         save_file(_untied(flat), unfinished / "optimizer.safetensors")
         distributed.unwrap(model).base_causallm.config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -193,7 +211,10 @@ def save_state(
         generators_file.write_text(json.dumps(generators), encoding="utf-8")
         sums = {path.name: sha256_file(path) for path in sorted(unfinished.iterdir())}
         _write_progress(unfinished, {"progress": progress, "sha256": sums})
-    for _, path in _state_folders(run_dir)[:-KEPT_STATES]:
+    # A later step's state was damaged and passed over, or this run would stand there.
+    stale = [path for number, path in _state_folders(run_dir) if number > step]
+    past = [path for number, path in _state_folders(run_dir) if number <= step]
+    for path in stale + past[:-KEPT_STATES]:
         shutil.rmtree(path)
 
 
@@ -260,7 +281,8 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
     for name, tensor in _load(state.folder / "optimizer.safetensors").items():
         parameter, key = name.rsplit("|", 1)
         moments.setdefault(parameter, {})[key] = tensor
-    groups = get_optimizer_state_dict(model, optimizer, options=GATHERED)["param_groups"]
+    # GATHERED would leave every rank but 0 without.
+    groups = get_optimizer_state_dict(model, optimizer, options=SCATTERED)["param_groups"]
     set_optimizer_state_dict(
         model, optimizer, {"state": moments, "param_groups": groups}, options=SCATTERED
     )

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, n records, S the largest number of steps of a record.
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def read_records(
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from None
     if not isinstance(raw, list) or not raw:
-        got = "an empty list" if raw == [] else f"a {type(raw).__name__}"
+        got = "an empty list" if raw == [] else _kind(raw)
         raise UserError(f"{path}: holds {got}; expected a list of at least one record")
     records = [_checked_record(path, i, record) for i, record in enumerate(raw[:limit])]
     num_steps = sum(len(record["steps"]) for record in records)
@@ -375,7 +376,14 @@ def batch_loader(
         # Workers are not seeded from the main generator: they draw nothing, and resume must not
         # depend on how many epochs were started.
         generator=torch.Generator(),
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(_worker: int) -> None:
+    """Ctrl-C and torchrun signal the whole process group, but the run ends its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def check_lengths(
@@ -396,13 +404,13 @@ def check_lengths(
         return
     index = too_long[0]
     what = (
-        f"its prompt of {staged.prompt_lengths[index]} tokens and max_new_tokens={max_new_tokens}"
+        f"its prompt of {staged.prompt_lengths[index]} tokens plus max_new_tokens={max_new_tokens}"
         if generating
         else f"its sequence of {lengths[index]} tokens (question"
         f" {staged.tokenized.question_lengths[index]})"
     )
     fix = "lower max_new_tokens or remove the record" if generating else "remove or shorten it"
     raise UserError(
-        f"{staged.tokenized.path}: record {index}: {what} exceed the model's {max_positions}"
-        f" positions ({len(too_long)} such records); {fix}"
+        f"{staged.tokenized.path}: record {index}: {what} does not fit the model's"
+        f" {max_positions} positions (records too long: {len(too_long)}); {fix}"
     )

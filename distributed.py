@@ -122,8 +122,7 @@ def parallelize(model: nn.Module, parallel: str) -> nn.Module:
     """Wrap `model` for training on several ranks: "none", "ddp" or "fsdp" (sharded in place)."""
     if parallel == "ddp":
         device_ids = [local_rank()] if torch.cuda.is_available() else None
-        # The only buffer is the window's weights, which no rank changes.
-        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=device_ids)
     if parallel == "fsdp":
         fully_shard(model)
         register_fsdp_forward_method(model, "generate")

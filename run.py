@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         complain(error)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     try:
         distributed.initialize()
         if options.dry_run:
@@ -184,6 +186,7 @@ def train(config: Config) -> None:
     import checkpoint
     import distributed
 
+    config.accumulation_steps(distributed.world_size())  # refuses what cannot be divided
     # One process holds the directory for all of its run's ranks.
     holds_lock = distributed.is_main() and not config.debug
     with checkpoint.run_lock(config.run_dir) if holds_lock else contextlib.nullcontext():
@@ -199,6 +202,7 @@ def train(config: Config) -> None:
 
             config = reconcile(config, state.progress["settings"], continuing=True)
             say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
+            config = config.model_copy(update={"resume": state.progress["first_epoch"]})
             source = {"model_id": str(state.folder), "load_model_path": None, "from_scratch": True}
             train_from(config, config.model_copy(update=source), state)
 
@@ -269,8 +273,22 @@ def prepare_run_dir(config: Config) -> None:
     atomic_write_text(path, text)
 
 
+def evaluated_stage(config: Config, settings: dict | None) -> tuple[int, int]:
+    """(stage, epoch) of the weights: what their checkpoint records, else what `resume` says."""
+    stage = make_curriculum(config).stage(config.resume)
+    if settings is None:
+        return stage, config.resume
+    if "resume" in config.model_fields_set and stage != settings["stage"]:
+        say(
+            f"resume: {config.resume} implies stage {stage}, but {config.load_model_path} was"
+            f" trained to stage {settings['stage']}, which is used"
+        )
+    return settings["stage"], settings["epoch"]
+
+
 def evaluate_only(config: Config) -> None:
     """Evaluate load_model_path on val_path at the stage it was trained to."""
+    import checkpoint
     import distributed
     from backbone import model_outline
     from evaluation import evaluate, write_predictions
@@ -280,14 +298,7 @@ def evaluate_only(config: Config) -> None:
     settings = read_checkpoint_settings(config.load_model_path)
     config = reconcile(config, settings)
     curriculum = make_curriculum(config)
-    stage, epoch = curriculum.stage(config.resume), config.resume
-    if settings is not None:
-        if "resume" in config.model_fields_set and stage != settings["stage"]:
-            say(
-                f"resume: {config.resume} implies stage {stage}, but {config.load_model_path} was"
-                f" trained to stage {settings['stage']}, which is used"
-            )
-        stage, epoch = settings["stage"], settings["epoch"]
+    stage, epoch = evaluated_stage(config, settings)
     data = load_data(config)
     check_positions(config, data, {stage}, model_outline(config, data.tokenizer).max_positions)
     model, tokenizer = make_model(config)
@@ -295,6 +306,7 @@ def evaluate_only(config: Config) -> None:
     if not config.debug:
         source = Path(config.load_model_path)
         folder = config.run_dir / f"eval_{Path(config.val_path).stem}_{source.name}"
+        checkpoint.make_writable(folder)
     tracker = Tracker(
         folder,
         config.model_dump(),
@@ -320,7 +332,8 @@ def evaluate_only(config: Config) -> None:
         progress=tracker.progress,
     )
     figures = outcome.figures
-    tracker.log({f"eval/{name}": value for name, value in figures.items()}, step=0)
+    named = {f"eval/{name}": value for name, value in figures.items()}
+    tracker.log(named | {"eval/epoch": epoch}, step=0)
     if outcome.predictions is not None and folder is not None:
         write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)
     tracker.message(report(config, figures))

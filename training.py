@@ -367,7 +367,9 @@ class Trainer:
                     self.settings | {"stage": stage, "epoch": epoch},
                 )
                 if config.keep_checkpoints is not None and distributed.is_main():
-                    checkpoint.prune_checkpoints(config.run_dir, config.keep_checkpoints)
+                    checkpoint.prune_checkpoints(
+                        config.run_dir, epoch + 1, config.keep_checkpoints
+                    )
         figures |= {"eval/epoch": epoch, "eval/best_acc": self.progress.best_accuracy}
         self.tracker.log(figures, step=self.progress.optimizer_step)
 
@@ -399,17 +401,18 @@ class Trainer:
             "position": asdict(self.progress),
             "settings": self.settings,
             "trajectory": self._trajectory(),
+            "first_epoch": self.config.resume,
             "wandb_id": self.tracker.wandb_id,
         }
 
     def _trajectory(self) -> dict:
         """What must not change between stop and resume, or the position means something else."""
         return {
+            "method": self.config.method,
             "seed": self.config.seed,
             "effective_batch_size": self.effective_batch_size,
             "training_records": len(self.train_records),
             "uniform_prob": self.config.uniform_prob,
-            "first_epoch": self.config.resume,
         }
 
     def _save_state(self) -> None:

@@ -218,7 +218,7 @@ def sample_rows(samples: Samples) -> dict[str, str]:
             rows[name] = "none"
             continue
         rows[name] = f"{fmean(sample):.2f} sd {pstdev(sample):.2f} ({min(sample)} to {max(sample)})"
-        if 1 < len(set(sample)) <= 10:
+        if 1 < len(set(sample)) <= 16:
             rows[f"{name}, shares"] = ", ".join(f"{v}: {s:.3f}" for v, s in shares(sample))
     return rows
 
@@ -372,6 +372,7 @@ def draw(path: Path, columns: dict[str, tuple[list[dict], Samples]]) -> None:
     axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axis, name in zip(axes, names, strict=False):
         draw_panel(axis, name, [samples[name] for samples in all_samples])
+        axis.locator_params(axis="y", nbins=5)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     if not graphs:
         answers = [[record["answer"] for record in records] for records, _ in columns.values()]

@@ -67,7 +67,7 @@ PUBLISHED = Recipe()
 OOD_RECIPES = {
     "7hops": Recipe(nodes=36, parents=1.2, hops={7: 1.0}),
     "8hops": Recipe(nodes=36, parents=1.2, hops={8: 1.0}),
-    "dense": Recipe(nodes=25, parents=2.7),
+    "dense": Recipe(nodes=25, parents=2.85),
     "roots": Recipe(extra_roots=4),
 }
 
@@ -246,7 +246,7 @@ def canonical_form(num_nodes: int, edges: Sequence[Sequence[int]]) -> bytes:
     return hashlib.sha256(repr((num_nodes, coloured)).encode()).digest()
 
 
-def write_record(rng: random.Random, graph: Graph, problem: Problem) -> dict:
+def write_record(rng: random.Random, graph: Graph, problem: Problem, target_first: bool) -> dict:
     """Name the nodes, drop those without an edge, and return the record in the published format."""
     linked = {p for above in graph.parents for p in above}
     kept = [n for n, above in enumerate(graph.parents) if above or n in linked]
@@ -260,7 +260,8 @@ def write_record(rng: random.Random, graph: Graph, problem: Problem) -> dict:
         return f"{every}{symbols[parent]} is a {symbols[child]}."
 
     root, target, distractor = (number[node] for node in problem[:3])
-    first, second = shuffled(rng, (symbols[target], symbols[distractor]))
+    choices = (target, distractor) if target_first else (distractor, target)
+    first, second = (symbols[node] for node in choices)
     facts = " ".join(shuffled(rng, [fact(*edge) for edge in edges]))
     path = [number[node] for node in problem.path]
     return {
@@ -279,9 +280,11 @@ def generate(recipe: Recipe, count: int, stream: str, seen: set[bytes]) -> list[
     """Return `count` records of new graphs and add their canonical forms to `seen`.
 
     `stream` seeds the draws. The number of hops is drawn first and graphs are drawn until one
-    has it, so that the shares of `recipe.hops` hold whatever the other settings are.
+    has it, so that the shares of `recipe.hops` hold whatever the other settings are. Exactly half
+    of the records name the target first, so a guess by position is right half the time.
     """
     rng = random.Random(stream)
+    target_first = shuffled(rng, [index % 2 == 0 for index in range(count)])
     lengths, shares = list(recipe.hops), list(recipe.hops.values())
     records = []
     while len(records) < count:
@@ -290,7 +293,7 @@ def generate(recipe: Recipe, count: int, stream: str, seen: set[bytes]) -> list[
         while problem is None:
             graph = draw_graph(rng, recipe)
             problem = pose_problem(rng, graph, hops)
-        record = write_record(rng, graph, problem)
+        record = write_record(rng, graph, problem, target_first[len(records)])
         form = canonical_form(len(record["idx_to_symbol"]), record["edges"])
         if form not in seen:
             seen.add(form)

@@ -9,9 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, GPT2Config, MistralConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    CLIPVisionConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    MistralConfig,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
-import backbone as backbone_module
 from backbone import build_coconut, load_backbone, load_tokenizer, model_outline
 from config import load_config
 from settings import checkpoint_settings
@@ -210,8 +221,6 @@ def test_padded_vocabulary_keeps_its_rows_and_padding_stays_out_of_the_mean(conf
 
 def test_bias_of_the_output_side_grows_too(configure, tiny_folder):
     folder = tiny_folder()
-    from transformers import PhiConfig, PhiForCausalLM
-
     model = PhiForCausalLM(
         PhiConfig(
             vocab_size=MODEL_TOKENS, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -222,10 +231,10 @@ def test_bias_of_the_output_side_grows_too(configure, tiny_folder):
     model.save_pretrained(folder)
     config = configure(folder, new_token_init="=")
     backbone = load_quietly(config)
+    source = backbone.tokenizer.convert_tokens_to_ids("=")
     bias = backbone.model.lm_head.bias
     assert torch.equal(bias[:37], model.lm_head.bias)
-    assert torch.equal(bias[37:], model.lm_head.bias[15].expand(3))
-    assert backbone.tokenizer.convert_tokens_to_ids("=") == 15
+    assert torch.equal(bias[37:], model.lm_head.bias[source].expand(3))
     build_coconut(config, backbone)
 
 
@@ -340,8 +349,6 @@ def test_path_that_does_not_exist_is_refused(configure, tiny_folder, tmp_path):
 
 def test_model_that_is_no_causal_lm_is_refused(configure, tiny_folder):
     folder = tiny_folder()
-    from transformers import CLIPVisionConfig
-
     CLIPVisionConfig().save_pretrained(folder)
     with pytest.raises(UserError, match="is no causal language model"):
         load_quietly(configure(folder))
@@ -398,6 +405,38 @@ def test_published_file_of_a_model_that_never_grew_gets_markers(configure, tiny_
     torch.save(published_state(model), tmp_path / "weights")
     loaded = load_quietly(configure(folder, load_model_path=tmp_path / "weights"))
     assert not loaded.has_markers and loaded.model.config.vocab_size == 40
+
+
+@pytest.mark.parametrize("vocab_size", [40, 64])
+def test_wrapping_tells_apart_files_of_a_vocabulary_that_need_not_grow(
+    configure, tiny_folder, tmp_path, vocab_size
+):
+    folder = tiny_folder("llama", vocab_size=vocab_size)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    bare, wrapped = tmp_path / "bare", tmp_path / "wrapped"
+    torch.save(model.state_dict(), bare)
+    torch.save(published_state(model), wrapped)
+    assert_same_weights(
+        load_quietly(configure(folder, cot=True, load_model_path=bare)).model, model
+    )
+    assert not load_quietly(configure(folder, load_model_path=bare)).has_markers
+    loaded = load_quietly(configure(folder, load_model_path=wrapped, **WINDOW))
+    assert loaded.has_markers
+    assert_same_weights(loaded.model, model)
+    with pytest.raises(UserError, match="holds Coconut weights .*, but this run is cot"):
+        load_quietly(configure(folder, cot=True, load_model_path=wrapped))
+
+
+def test_markers_in_the_tokenizer_of_model_id_say_nothing_about_other_weights(
+    configure, tiny_folder, tmp_path, word_tokenizer
+):
+    folder, weights = tiny_folder("llama", vocab_size=64), tmp_path / "weights"
+    shutil.copytree(folder, weights)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (weights / name).unlink()
+    word_tokenizer.add_tokens(list(MARKERS))
+    word_tokenizer.save_pretrained(folder)
+    assert not load_quietly(configure(folder, load_model_path=weights)).has_markers
 
 
 def test_buffers_that_the_model_class_ignores_are_not_surplus(configure, tiny_folder, tmp_path):
@@ -653,8 +692,6 @@ SMALL = {
 
 
 def test_models_that_rescale_logits_are_refused_by_the_setting(configure, tiny_folder):
-    from transformers import CohereConfig, Gemma2Config, GraniteConfig
-
     folder = tiny_folder()
     for model_config, setting in (
         (Gemma2Config(**SMALL, final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
@@ -668,8 +705,6 @@ def test_models_that_rescale_logits_are_refused_by_the_setting(configure, tiny_f
 
 
 def test_models_with_such_settings_switched_off_are_taken(configure, tiny_folder):
-    from transformers import GraniteConfig
-
     folder = tiny_folder()
     for model_config in (GraniteConfig(**SMALL, logits_scaling=1.0), MistralConfig(**SMALL)):
         save_other_model(folder, model_config)
@@ -715,7 +750,3 @@ def test_real_gpt2_tokenizer_starts_markers_from_its_angle_brackets(configure, t
     decoded = backbone.tokenizer.decode(backbone.tokenizer.encode(text), skip_special_tokens=True)
     assert decoded == "Is Tom a wumpus?\n### Tom"
     build_coconut(config, backbone)
-
-
-def test_public_names_exist():
-    assert all(hasattr(backbone_module, name) for name in backbone_module.__all__)

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import stat
 
 import numpy as np
 import pytest
@@ -69,11 +70,9 @@ def test_bytes_are_durable_before_the_name_and_the_name_before_the_return(tmp_pa
     fsync, replace = os.fsync, os.replace
 
     def spy_fsync(descriptor):
-        target = os.readlink(f"/proc/self/fd/{descriptor}")
-        if os.path.isdir(target):
-            events.append("directory")
-        else:
-            events.append(f"file of {os.path.getsize(target)} bytes")
+        status = os.fstat(descriptor)
+        is_directory = stat.S_ISDIR(status.st_mode)
+        events.append("directory" if is_directory else f"file of {status.st_size} bytes")
         fsync(descriptor)
 
     def spy_replace(*paths):

@@ -1,0 +1,309 @@
+"""The quickstart's parts: its questions, its model folder, its three runs, what it says of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run
+from analysis import learning_curve, quickstart, thoughts
+from assets import draw_method, make_quickstart_model
+from config import load_config
+from metrics import extract_answer
+from preprocessing import arithmetic
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+MODEL_FOLDER = ROOT / "assets" / "quickstart-model"
+
+
+def totals_by_hand(question: str, modulus: int) -> list[str]:
+    """The steps of a question, by another way than the generator's: sums of ever more terms."""
+    words = question.removesuffix(" =").split()
+    terms = [int(words[0])]
+    terms += [int(sign + term) for sign, term in zip(words[1::2], words[2::2], strict=True)]
+    return [str(sum(terms[: count + 1]) % modulus) for count in range(1, len(terms))]
+
+
+@pytest.mark.parametrize(("operations", "modulus"), [(3, 10), (1, 2), (5, 12)])
+def test_steps_are_the_running_totals(operations, modulus):
+    splits = arithmetic.make_splits({"valid": 3, "train": 4}, operations, modulus, seed=1)
+    for record in splits["valid"] + splits["train"]:
+        assert record["steps"] == totals_by_hand(record["question"], modulus)
+        assert len(record["steps"]) == operations
+        assert record["answer"] == record["steps"][-1]
+
+
+def test_every_number_is_another_question():
+    count = arithmetic.number_of_questions(2, 3)
+    questions = {arithmetic.make_record(n, 2, 3)["question"] for n in range(count)}
+    assert len(questions) == count == 3 * 6 * 6
+
+
+def test_no_held_out_question_is_trained_on_and_none_stands_twice(tmp_path):
+    arithmetic.main(["--out", str(tmp_path), "--train", "3000", "--valid", "200"])
+    splits = [
+        json.loads((tmp_path / f"quickstart_{s}.json").read_text()) for s in ("train", "valid")
+    ]
+    questions = [[record["question"] for record in split] for split in splits]
+    assert [len(set(split)) for split in questions] == [3000, 200]
+    assert not set(questions[0]) & set(questions[1])
+
+
+def test_same_seed_same_bytes_and_another_seed_other_questions(tmp_path):
+    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        arithmetic.main(["--out", str(tmp_path / folder), "--seed", seed, "--train", "50"])
+    a, b, c = ((tmp_path / f / "quickstart_train.json").read_bytes() for f in "abc")
+    assert a == b != c
+
+
+def test_too_many_questions_are_refused_before_anything_is_written(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"600 questions are wanted.*only 40; ask for fewer"):
+        arithmetic.make_splits({"valid": 600}, operations=1, modulus=4, seed=0)
+    arguments = ["--out", str(tmp_path), "--operations", "1", "--modulus", "4"]
+    with pytest.raises(SystemExit) as stopped:
+        arithmetic.main(arguments)
+    assert stopped.value.code == 2
+    assert "20500 questions are wanted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--train", "0"], ["--modulus", "1"], ["--seed", "-1"]])
+def test_bad_numbers_are_named(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        arithmetic.main(arguments)
+    assert stopped.value.code == 2
+    assert re.search(rf"{arguments[0]}: '{arguments[1]}' is not a whole", capsys.readouterr().err)
+
+
+def test_committed_model_folder_is_what_its_script_builds(tmp_path):
+    make_quickstart_model.main(["--out", str(tmp_path)])
+    names = {path.name for path in MODEL_FOLDER.iterdir()}
+    assert names == {path.name for path in tmp_path.iterdir()}
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (MODEL_FOLDER / name).read_bytes()
+
+
+def test_every_step_is_one_token_and_white_space_none():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    assert tokenizer.eos_token_id is not None
+    for record in arithmetic.make_splits({"any": 50}, 3, 10, seed=0)["any"]:
+        words = record["question"].split()
+        ids = tokenizer(record["question"] + "\n").input_ids
+        assert tokenizer.convert_ids_to_tokens(ids) == words
+        assert all(len(tokenizer(step + "\n").input_ids) == 1 for step in record["steps"])
+    assert tokenizer("\n").input_ids == []
+
+
+def test_decoded_text_gives_the_answer_back():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    text = tokenizer.decode(tokenizer("7\n2\n### 5").input_ids)
+    assert (text, extract_answer(text)) == ("7 2 ### 5", "5")
+
+
+def test_weights_depend_on_the_seed_and_embeddings_are_drawn_wider(tmp_path):
+    models = []
+    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        make_quickstart_model.main(["--out", str(tmp_path / folder), "--weights", seed])
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / folder))
+    a, b, c = (model.state_dict() for model in models)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+    embeddings, matrix = a["model.embed_tokens.weight"], a["lm_head.weight"]
+    assert embeddings.std().item() == pytest.approx(make_quickstart_model.EMBEDDING_STD, rel=0.1)
+    wanted = make_quickstart_model.MODEL_CONFIG["initializer_range"]
+    assert matrix.std().item() == pytest.approx(wanted, rel=0.1)
+
+
+def test_the_three_runs_chain():
+    cot, coconut, no_cot = (load_config(quickstart.config_path(name)) for name in quickstart.RUNS)
+    assert [config.method for config in (cot, coconut, no_cot)] == ["cot", "coconut", "no_cot"]
+    assert coconut.load_model_path == f"{cot.save_path}/{cot.name}/checkpoint_{cot.num_epochs}"
+    assert coconut.resume == cot.num_epochs == coconut.epochs_per_stage
+    assert coconut.num_epochs == coconut.epochs_per_stage * (coconut.max_latent_stage + 1)
+    assert {str(quickstart.DEFAULT_OUT)} == {c.save_path for c in (cot, coconut, no_cot)}
+    for key in ("lr", "batch_size_training", "train_path", "val_path", "model_id", "weight_decay"):
+        assert getattr(cot, key) == getattr(coconut, key) == getattr(no_cot, key)
+
+
+def test_overrides_only_where_something_differs():
+    assert quickstart.overrides("coconut", quickstart.DEFAULT_OUT, 0) == []
+    checkpoint = Path(load_config(quickstart.config_path("coconut")).load_model_path).name
+    assert quickstart.overrides("coconut", Path("/else"), 2) == [
+        "save_path=/else",
+        "model_id=/else/model",
+        f"load_model_path=/else/cot/{checkpoint}",
+        "seed=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the three runs of the quickstart, over a few questions for a few steps."""
+    out, data = tmp_path_factory.mktemp("quickstart"), tmp_path_factory.mktemp("data")
+    arithmetic.main(["--out", str(data), "--train", "64", "--valid", "20"])
+    make_quickstart_model.main(["--out", str(out / "model"), "--weights", "0"])
+    paths = [
+        f"{s}_path={data}/quickstart_{f}.json" for s, f in (("train", "train"), ("val", "valid"))
+    ]
+    for name in quickstart.RUNS:
+        arguments = [*quickstart.overrides(name, out, 0), *paths, "batch_size_training=32"]
+        assert run.main([str(ROOT / quickstart.config_path(name)), *arguments]) == 0
+    return out
+
+
+def test_summary_states_every_figure_and_file(finished):
+    summary = quickstart.summarize(finished, began=0.0)
+    assert (finished / "summary.md").read_text() == summary + "\n"
+    assert (finished / quickstart.PICTURE_NAME).stat().st_size > 10_000
+    evaluations = learning_curve.read_curve(finished / "coconut").evaluations
+    last = evaluations[-1]
+    interval = f"{100 * last['eval/acc_low']:.1f} to {100 * last['eval/acc_high']:.1f}"
+    assert re.search(
+        rf"\| 3 +\| 0 +\| 3 +\| {100 * last['eval/acc']:.1f} % +\| {interval}", summary
+    )
+    for row in ("its own thoughts", "zeros for thoughts", "another question's", "the baseline"):
+        assert re.search(rf"\| [^|]*{row}[^|]*\| \d+\.\d % +\|", summary)
+    for path in re.findall(r"^    (?:\S+ )+ +(/\S+)$", summary, flags=re.MULTILINE):
+        assert Path(path).exists()
+    assert summary.count(str(finished)) == 5
+
+
+def test_own_thoughts_give_the_accuracy_of_the_run(finished):
+    last = learning_curve.read_curve(finished / "coconut").evaluations[-1]
+    report = thoughts.examine(finished / "coconut" / "checkpoint_12")
+    assert report.stage == last["eval/stage"] == 3
+    assert report.figures["own"]["num_correct"] == last["eval/num_correct"]
+    assert [len(words) for words in report.words] == [3] * 20
+    assert len(report.agreement) == 3
+
+
+def test_finished_runs_have_nothing_left_to_train(finished, monkeypatch):
+    """What a second `make quickstart` costs: no step is taken again."""
+    before = (finished / "cot" / "metrics.jsonl").read_text()
+    arguments = [*quickstart.overrides("cot", finished, 0), "batch_size_training=32"]
+    config = load_config(finished / "cot" / "config.yaml")
+    arguments += [f"train_path={config.train_path}", f"val_path={config.val_path}"]
+    assert run.main([str(ROOT / quickstart.config_path("cot")), *arguments]) == 0
+    assert (finished / "cot" / "metrics.jsonl").read_text() == before
+
+
+def test_zero_and_other_thoughts_replace_every_thought(llama_coconut=None):
+    hidden, mask = torch.randn(3, 2, 4), torch.ones(3, 2)
+    first = torch.zeros(3, dtype=torch.bool)
+    models = {}
+    for name, kind in thoughts.CONDITIONS.items():
+        model = kind.__new__(kind)
+        torch.nn.Module.__init__(model)
+        model.window_scope = "sequence"
+        model.register_buffer("latent_weights", torch.tensor([0.6, 0.3]))
+        models[name] = model.thought(hidden, mask, first)
+    assert torch.equal(models["zero"], torch.zeros(3, 4))
+    assert torch.equal(models["other"], models["own"][[2, 0, 1]])
+
+
+def test_agreement_counts_the_records_that_have_the_step():
+    # Two thoughts a step; the second record has one step, the third none.
+    word_ids = [[5, 5, 7, 8], [6, 5], []]
+    first_ids = [[5, 7], [6], []]
+    assert thoughts.agreement(word_ids, first_ids, c_thought=2) == [1.0, 0.5, 1.0, 0.0]
+
+
+def test_only_coconut_checkpoints_have_thoughts(finished, capsys):
+    for folder in (finished / "cot" / "checkpoint_3", finished / "model"):
+        with pytest.raises(UserError, match="is no Coconut checkpoint with thoughts"):
+            thoughts.examine(folder)
+    with pytest.raises(SystemExit) as stopped:
+        thoughts.main([str(finished)])
+    assert stopped.value.code == 2
+    assert "name a run's checkpoint_N" in capsys.readouterr().err
+
+
+def test_description_of_thoughts_has_every_condition(finished, capsys):
+    assert thoughts.main([str(finished / "coconut" / "checkpoint_12")]) == 0
+    said = capsys.readouterr().out
+    for line in ("stage 3", "its own thoughts", "zeros", "another question's", "thought 3"):
+        assert line in said
+
+
+def test_stage_spans_join_equal_neighbours():
+    lines = [{"eval/epoch": e, "eval/stage": s} for e, s in enumerate([0, 0, 1, 2, 2, 2])]
+    assert learning_curve.stage_spans(lines) == [(0, 0, 2), (1, 2, 3), (2, 3, 6)]
+
+
+def test_training_steps_are_spread_over_their_epoch(tmp_path):
+    lines = [{"step": i, "train/epoch": i // 2, "train/loss": 1.0} for i in range(4)]
+    lines.append({"step": 4, "eval/epoch": 1, "eval/stage": 0})
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [x for x, _ in learning_curve.read_curve(tmp_path).steps] == [0.5, 1.0, 1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"metrics\.jsonl: No such file or directory; name the folder of a training run"),
+        ('{"step": 1}\n{"st', r"metrics\.jsonl: broken \(.*\); continue the run, which mends it"),
+        ('{"step": 1}\n', r"metrics\.jsonl: holds no evaluation yet; let the run finish an epoch"),
+    ],
+)
+def test_unusable_metrics_are_told(tmp_path, text, message, capsys):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        learning_curve.read_curve(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        learning_curve.main([str(tmp_path), "--out", str(tmp_path / "curve.png")])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_curve_of_runs_in_a_row_is_drawn(finished, tmp_path, capsys):
+    out = tmp_path / "curve.png"
+    runs = [str(finished / name) for name in ("cot", "coconut")]
+    assert learning_curve.main([*runs, "--out", str(out), "--chance", "0.1"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    figure = learning_curve.draw_learning_curve(
+        [learning_curve.read_curve(Path(name)) for name in runs], chance=0.1
+    )
+    top, bottom = figure.axes
+    stages = [text.get_text() for text in top.texts]
+    assert stages == [f"stage {stage}" for stage in range(4)]
+    assert bottom.get_xlim() == (0, 12)
+
+
+def test_picture_of_the_method_is_drawn(tmp_path):
+    draw_method.main(["--out", str(tmp_path / "coconut.png")])
+    assert (tmp_path / "coconut.png").stat().st_size > 50_000
+    assert (ROOT / "assets" / "coconut.png").stat().st_size > 50_000
+
+
+def test_a_failing_step_ends_the_quickstart_with_its_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        quickstart, "train_all", lambda out, seed: quickstart.run_to_end(["-c", "exit(2)"])
+    )
+    assert quickstart.main(["--out", str(tmp_path)]) == 2
+
+
+def test_a_quickstart_without_runs_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "train_all", lambda out, seed: None)
+    assert quickstart.main(["--out", str(tmp_path)]) == 2
+    assert "config.yaml: No such file" in capsys.readouterr().err
+
+
+def test_an_interruption_stops_what_runs_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def interrupted(out, seed):
+        with quickstart.started(["-c", "import time; time.sleep(600)"], out / "log") as process:
+            started.append(process)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "train_all", interrupted)
+    assert quickstart.main(["--out", str(tmp_path)]) == quickstart.EXIT_INTERRUPTED
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert started[0].returncode is not None
