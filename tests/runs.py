@@ -6,10 +6,13 @@ at stake. Those are forked from one server that has imported everything once, be
 torch and transformers takes longer than any of these runs.
 """
 
+import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -17,7 +20,9 @@ from pathlib import Path
 import torch
 from conftest import MODEL_TOKENS, build_tiny_model, build_word_tokenizer
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
+import backbone
 import run
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +60,7 @@ class Experiment:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = self.folder / "model"
         if not self.model.exists():
+            transformers_logging.disable_progress_bar()
             base = build_tiny_model(family, torch.float32, dropout, vocab_size=MODEL_TOKENS)
             base.save_pretrained(self.model)
             build_word_tokenizer().save_pretrained(self.model)
@@ -136,6 +142,36 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def use_float64():
+    """Let run.py load its models in float64, in this process."""
+    backbone._build_options = lambda config: {"dtype": torch.float64}
+
+
+def at_call(number, target, action):
+    """From now on the call number `number` (from 1) of module:attribute first runs `action`."""
+    module, _, path = target.partition(":")
+    *parents, name = path.split(".")
+    owner = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*arguments, **options):
+        if next(calls) == number:
+            action()
+        return original(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def signal_group(number):
+    os.killpg(0, number)
+
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preload"])
 
@@ -181,6 +217,7 @@ def _run_all(rank, world_size, ports, commands, output, hook):
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
+    # A group of its own, as torchrun gives every rank.
     os.setsid()
     if hook is not None:
         hook()

@@ -6,6 +6,9 @@ Most tokenizers here make one token of each text they are given, so that an expe
 as the texts of SPEC section 2 and a text that was cut or glued differently becomes `<unk>`.
 """
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -533,6 +536,21 @@ def test_workers_change_nothing(many, purpose):
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_signals_to_the_process_group(many, number):
+    staged, ids = many
+    before = set(multiprocessing.active_children())
+    batches = [np.array([i]) for i in range(30)]
+    loader = iter(batch_loader(Collator(staged, ids), batches, 2, False))
+    loaded = [next(loader), next(loader)]  # so both workers are up
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, number)
+    loaded += loader
+    assert [int(batch["indices"]) for batch in loaded] == list(range(30))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loading_draws_nothing_from_the_main_generator(many, num_workers):
     before = torch.get_rng_state()
@@ -575,8 +593,8 @@ def test_too_long_prompt_is_named_with_the_count(marked):
     with pytest.raises(UserError) as caught:
         check_lengths(long_records(marked), 14, max_new_tokens=4)
     assert str(caught.value) == (
-        "made.json: record 1: its prompt of 11 tokens plus max_new_tokens=4 does not fit the model's"
-        " 14 positions (records too long: 1); lower max_new_tokens or remove the record"
+        "made.json: record 1: its prompt of 11 tokens plus max_new_tokens=4 does not fit the"
+        " model's 14 positions (records too long: 1); lower max_new_tokens or remove the record"
     )
 
 

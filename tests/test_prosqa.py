@@ -177,7 +177,7 @@ def test_bytes_depend_on_the_seed_alone(tmp_path):
             assert len(json.loads(data)) == int(count)
             assert data == json.dumps(json.loads(data)).encode()
     assert digests[0] == digests[1]
-    assert digests[0][1] == "7eeaff040b318e0af3b2bdd550649e70716f0909c218096795f0905c94a9755b"
+    assert digests[0][1] == "b4624a05adf1379ef7f4a33aa2768e9d4ff50af4ecf83fa35fea7f4c82450133"
 
 
 def test_another_seed_gives_other_graphs(small, tmp_path):

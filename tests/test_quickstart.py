@@ -61,7 +61,7 @@ def test_same_seed_same_bytes_and_another_seed_other_questions(tmp_path):
 
 
 def test_too_many_questions_are_refused_before_anything_is_written(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"600 questions are wanted.*only 40; ask for fewer"):
+    with pytest.raises(ValueError, match=r"600 questions are wanted.*only 32; ask for fewer"):
         arithmetic.make_splits({"valid": 600}, operations=1, modulus=4, seed=0)
     arguments = ["--out", str(tmp_path), "--operations", "1", "--modulus", "4"]
     with pytest.raises(SystemExit) as stopped:
@@ -146,12 +146,14 @@ def finished(tmp_path_factory):
     out, data = tmp_path_factory.mktemp("quickstart"), tmp_path_factory.mktemp("data")
     arithmetic.main(["--out", str(data), "--train", "64", "--valid", "20"])
     make_quickstart_model.main(["--out", str(out / "model"), "--weights", "0"])
-    paths = [
-        f"{s}_path={data}/quickstart_{f}.json" for s, f in (("train", "train"), ("val", "valid"))
-    ]
+    files = {"train_path": "quickstart_train.json", "val_path": "quickstart_valid.json"}
+    common = [f"{key}={data / name}" for key, name in files.items()]
+    common += [f"save_path={out}", f"model_id={out / 'model'}", "epochs_per_stage=1"]
+    coconut = ["resume=1", "num_epochs=4", f"load_model_path={out / 'cot' / 'checkpoint_1'}"]
+    own = {"cot": ["num_epochs=1"], "coconut": coconut, "no_cot": ["num_epochs=2"]}
     for name in quickstart.RUNS:
-        arguments = [*quickstart.overrides(name, out, 0), *paths, "batch_size_training=32"]
-        assert run.main([str(ROOT / quickstart.config_path(name)), *arguments]) == 0
+        path = str(ROOT / quickstart.config_path(name))
+        assert run.main([path, *common, *own[name]]) == 0
     return out
 
 
@@ -174,24 +176,14 @@ def test_summary_states_every_figure_and_file(finished):
 
 def test_own_thoughts_give_the_accuracy_of_the_run(finished):
     last = learning_curve.read_curve(finished / "coconut").evaluations[-1]
-    report = thoughts.examine(finished / "coconut" / "checkpoint_12")
+    report = thoughts.examine(finished / "coconut" / "checkpoint_4")
     assert report.stage == last["eval/stage"] == 3
     assert report.figures["own"]["num_correct"] == last["eval/num_correct"]
     assert [len(words) for words in report.words] == [3] * 20
     assert len(report.agreement) == 3
 
 
-def test_finished_runs_have_nothing_left_to_train(finished, monkeypatch):
-    """What a second `make quickstart` costs: no step is taken again."""
-    before = (finished / "cot" / "metrics.jsonl").read_text()
-    arguments = [*quickstart.overrides("cot", finished, 0), "batch_size_training=32"]
-    config = load_config(finished / "cot" / "config.yaml")
-    arguments += [f"train_path={config.train_path}", f"val_path={config.val_path}"]
-    assert run.main([str(ROOT / quickstart.config_path("cot")), *arguments]) == 0
-    assert (finished / "cot" / "metrics.jsonl").read_text() == before
-
-
-def test_zero_and_other_thoughts_replace_every_thought(llama_coconut=None):
+def test_zero_and_other_thoughts_replace_every_thought():
     hidden, mask = torch.randn(3, 2, 4), torch.ones(3, 2)
     first = torch.zeros(3, dtype=torch.bool)
     models = {}
@@ -213,7 +205,7 @@ def test_agreement_counts_the_records_that_have_the_step():
 
 
 def test_only_coconut_checkpoints_have_thoughts(finished, capsys):
-    for folder in (finished / "cot" / "checkpoint_3", finished / "model"):
+    for folder in (finished / "cot" / "checkpoint_1", finished / "model"):
         with pytest.raises(UserError, match="is no Coconut checkpoint with thoughts"):
             thoughts.examine(folder)
     with pytest.raises(SystemExit) as stopped:
@@ -223,7 +215,7 @@ def test_only_coconut_checkpoints_have_thoughts(finished, capsys):
 
 
 def test_description_of_thoughts_has_every_condition(finished, capsys):
-    assert thoughts.main([str(finished / "coconut" / "checkpoint_12")]) == 0
+    assert thoughts.main([str(finished / "coconut" / "checkpoint_4")]) == 0
     said = capsys.readouterr().out
     for line in ("stage 3", "its own thoughts", "zeros", "another question's", "thought 3"):
         assert line in said
@@ -273,7 +265,7 @@ def test_curve_of_runs_in_a_row_is_drawn(finished, tmp_path, capsys):
     top, bottom = figure.axes
     stages = [text.get_text() for text in top.texts]
     assert stages == [f"stage {stage}" for stage in range(4)]
-    assert bottom.get_xlim() == (0, 12)
+    assert bottom.get_xlim() == (0, 4)
 
 
 def test_picture_of_the_method_is_drawn(tmp_path):

@@ -1,0 +1,466 @@
+"""Laws of training: a batch's split changes nothing, one step is AdamW's, a stopped run goes on.
+
+Split and step are tested in float64 with dropout 0, going on bit for bit in float32 with dropout
+on. Ranks are in test_distributed.py, mistakes of users in test_run.py.
+"""
+
+import copy
+import functools
+import json
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_model
+from oracle import batch_loss
+from runs import (
+    Experiment,
+    assert_same_weights,
+    at_call,
+    kill_self,
+    make_records,
+    signal_group,
+    use_float64,
+)
+from safetensors.torch import load_file
+
+import backbone
+import checkpoint
+import run
+from config import load_config
+from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
+from settings import checkpoint_settings
+from tracking import Tracker
+from training import Trainer, TrainingFailed, learning_rate
+
+FAMILIES = ("gpt2", "llama")
+EXACT = {"rtol": 1e-6, "atol": 1e-8}
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    monkeypatch.setattr(backbone, "_build_options", backbone._build_options)
+    use_float64()
+
+
+# The gradient of an effective batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_split_of_an_effective_batch_changes_nothing(tmp_path, float64, family):
+    shared = {"family": family, "uniform_prob": 0.3, "max_grad_norm": 1.0}
+    whole = Experiment(tmp_path / "whole", batch_size_training=8, **shared)
+    splits = [
+        Experiment(tmp_path / "4x2", batch_size_training=4, effective_batch_size=8, **shared),
+        Experiment(
+            tmp_path / "1x8", batch_size_training=1, gradient_accumulation_steps=8, **shared
+        ),
+    ]
+    assert whole.main() == 0
+    for split in splits:
+        assert split.main() == 0
+        np.testing.assert_allclose(split.losses(), whole.losses(), rtol=1e-6)
+        assert len(split.losses()) == 9
+        assert_same_weights(split.weights(), whole.weights(), **EXACT)
+        for epoch in range(3):
+            assert split.predictions(epoch) == whole.predictions(epoch)
+
+
+# One step
+
+
+def make_trainer(folder, base, records, **keys):
+    """A Trainer of `base` on `records`, which also serve for validation."""
+    config = load_config(str(Experiment(folder, **keys).yaml))
+    tokenizer = backbone.load_tokenizer(config)
+    tokenized = tokenize_records(records, tokenizer, "train.json")
+    coconut = backbone.build_coconut(config, backbone.Backbone(base, tokenizer, None, False))
+    settings = checkpoint_settings(config, tokenizer, 0)
+    tracker = Tracker(config.run_dir, {}, "tests", "run", "disabled", True)
+    curriculum = run.make_curriculum(config)
+    return Trainer(config, coconut, tokenizer, tokenized, tokenized, curriculum, settings, tracker)
+
+
+def logged(trainer, name):
+    lines = (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [entry[name] for entry in map(json.loads, lines) if name in entry]
+
+
+@pytest.mark.parametrize("reset, resets", [("stage", {2}), ("epoch", {1, 2, 3}), ("never", set())])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_steps_are_adamw_on_the_mean_cross_entropy(tmp_path, reset, resets, max_grad_norm):
+    base = build_tiny_model("gpt2")
+    twin = copy.deepcopy(base)
+    rates = [0.005, 0.01, 0.01, 0.005]  # warmup over two steps, then a cosine over two
+    trainer = make_trainer(
+        tmp_path, base, make_records(7), reset_optimizer=reset, max_grad_norm=max_grad_norm,
+        epochs_per_stage=2, max_latent_stage=2, num_epochs=4, batch_size_training=2,
+        gradient_accumulation_steps=4, warmup_steps=2, lr_scheduler="cosine", lr=0.01,
+        weight_decay=0.1, latent_window_size=2, latent_weights=[0.7, 0.3],
+    )  # fmt: skip
+    trainer.run()
+    losses, norms = [], []
+    for step, (rate, stage) in enumerate(zip(rates, [0, 0, 1, 1], strict=True)):
+        staged = StagedRecords.of(trainer.train_records, trainer.curriculum, np.full(7, stage))
+        batch = Collator(staged, SpecialIds.of(trainer.tokenizer))[np.arange(7)]
+        del batch["indices"]
+        if step == 0 or step in resets:
+            optimizer = torch.optim.AdamW(
+                twin.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1
+            )
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss, *_ = batch_loss(twin, **batch, latent_token_id=39, m=2, weights=[0.7, 0.3])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), max_grad_norm or float("inf"))
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    assert logged(trainer, "train/lr") == pytest.approx(rates)
+    assert logged(trainer, "train/loss") == pytest.approx(losses, rel=1e-6)
+    assert logged(trainer, "train/grad_norm") == pytest.approx(norms, rel=1e-6)
+    assert_same_weights(base.state_dict(), twin.state_dict(), rtol=1e-8, atol=1e-10)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tmp_path):
+    config = load_config(str(Experiment(tmp_path, lr=0.8, warmup_steps=4).yaml))
+    cosine = config.model_copy(update={"lr_scheduler": "cosine"})
+    assert [learning_rate(config, step, 10) for step in range(6)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
+    )
+    # Steps 4 to 9 stand at 0, 1/6 .. 5/6 of the half circle: cos 60 degrees is a half.
+    assert learning_rate(cosine, 3, 10) == pytest.approx(0.8)
+    assert learning_rate(cosine, 4, 10) == pytest.approx(0.8)
+    assert learning_rate(cosine, 6, 10) == pytest.approx(0.6)
+    assert learning_rate(cosine, 7, 10) == pytest.approx(0.4)
+    assert learning_rate(cosine, 8, 10) == pytest.approx(0.2)
+    assert learning_rate(cosine, 12, 10) == pytest.approx(0.0)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
+    base = build_tiny_model("gpt2")
+    trainer = make_trainer(tmp_path, base, make_records(7), max_grad_norm=1.0)
+    before = copy.deepcopy(base.state_dict())
+    infinite = torch.tensor(float("inf"))
+    monkeypatch.setattr("distributed.gradient_norm", lambda model: infinite)
+    words = r"gradient norm inf is not finite at optimizer step 0 \(epoch 0\); the weights were not"
+    with pytest.raises(TrainingFailed, match=words):
+        trainer.run()
+    assert_same_weights(base.state_dict(), before)
+    (saved,) = json.loads((trainer.config.run_dir / "nonfinite_step0_rank0.json").read_text())
+    assert np.shape(saved["input_ids"]) == np.shape(saved["labels"])
+    assert len(saved["indices"]) == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_status_1(tmp_path, capsys):
+    experiment = Experiment(tmp_path, lr=1e30)
+    assert experiment.main() == run.EXIT_FAILED
+    message = capsys.readouterr().err
+    assert re.fullmatch(
+        r"loss \S+ or gradient norm \S+ is not finite at optimizer step 1 \(epoch 0\); the weights"
+        r" were not changed, the batch is in \S+nonfinite_step1_rank0.json\n",
+        message,
+    )
+    assert len(experiment.losses()) == 1
+    assert experiment.change(debug=True, name="debug").main() == run.EXIT_FAILED
+    assert "nothing saved (debug: true)" in capsys.readouterr().err
+    assert not experiment.run_dir.exists()
+
+
+def test_bf16_computes_over_float32_weights_and_optimizer_state(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distributed.computes_bf16_natively", lambda: False)
+    full = Experiment(tmp_path / "fp32", num_epochs=1)
+    half = Experiment(tmp_path / "bf16", num_epochs=1, bf16=True)
+    assert (full.main(), half.main()) == (0, 0)
+    assert capsys.readouterr().out.count("has no native bf16 and emulates it") == 1
+    state = load_file(half.states()[-1] / "optimizer.safetensors")
+    for tensor in (*half.weights().values(), *state.values()):
+        assert tensor.dtype == torch.float32
+    assert half.losses() == pytest.approx(full.losses(), rel=0.03)
+    assert half.losses() != full.losses()
+
+
+# Going on
+
+
+KEYS = {
+    "dropout": 0.1, "uniform_prob": 0.3, "warmup_steps": 3, "lr_scheduler": "cosine",
+    "gradient_accumulation_steps": 2, "batch_size_training": 2, "max_grad_norm": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 3 epochs and 15 steps with dropout that nothing disturbed."""
+    experiment = Experiment(tmp_path_factory.mktemp("straight"), **KEYS)
+    assert experiment.main() == 0
+    assert len(experiment.losses()) == 15
+    return experiment
+
+
+@pytest.fixture
+def disturbed(straight, tmp_path):
+    """The same experiment, to be disturbed; starts from the same model folder."""
+    shutil.copytree(straight.model, tmp_path / "model")
+    return Experiment(tmp_path, **KEYS)
+
+
+def assert_same_run(got, expected):
+    assert_same_weights(got.weights(), expected.weights())
+    assert got.metrics() == expected.metrics()
+    for epoch in range(3):
+        assert got.predictions(epoch) == expected.predictions(epoch)
+    names = sorted(path.name for path in expected.run_dir.iterdir())
+    assert sorted(path.name for path in got.run_dir.iterdir()) == names
+    assert [path.name for path in got.states()] == [path.name for path in expected.states()]
+
+
+def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(
+    straight, disturbed, monkeypatch, capsys
+):
+    log, plan = Tracker.log, {2: signal.SIGTERM, 4: signal.SIGUSR1, 7: signal.SIGINT}
+    plan[9] = signal.SIGTERM  # the step in hand is then the last of its epoch
+
+    def log_and_signal(tracker, metrics, step):
+        log(tracker, metrics, step)
+        if "train/loss" in metrics and step in plan:
+            signal.raise_signal(plan.pop(step))
+
+    monkeypatch.setattr(Tracker, "log", log_and_signal)
+    stops = []
+    while plan:
+        assert disturbed.main() == run.EXIT_INTERRUPTED
+        stops += re.findall(r"stopped after optimizer step (\d+)", capsys.readouterr().err)
+        assert len(disturbed.states()) <= 2
+    assert stops == ["3", "8", "10"]
+    assert disturbed.main() == 0
+    shown = capsys.readouterr().out
+    assert "resume/10; resume and load_model_path are overridden by it" in shown
+    assert_same_run(disturbed, straight)
+
+
+def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, disturbed):
+    kills = [
+        ("checkpoint:save_file", 2, []),  # inside the first state
+        ("checkpoint:os.rename", 3, []),  # a whole state without its name
+        ("tracking:Tracker.log", 9, []),  # mid-epoch, the step logged but not yet saved
+        ("training:evaluate", 1, []),  # between the end of the epoch's steps and evaluation
+        ("checkpoint:whole_directory", 1, []),  # before the epoch's checkpoint
+        ("checkpoint:update_progress", 1, []),  # everything done but to say so
+        ("tracking:Tracker.log", 3, ["save_every_minutes=None"]),  # back to the epoch's start
+    ]
+    disturbed.change(save_every_minutes=1e-9)
+    for target, number, overrides in kills:
+        hook = functools.partial(at_call, number, target, kill_self)
+        process = disturbed.start(*overrides, hook=hook)
+        assert process.wait() == [-signal.SIGKILL], (target, process.output())
+    assert disturbed.main() == 0
+    assert_same_run(disturbed.change(save_every_minutes=None), straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_spares_the_data_workers(straight, disturbed, number):
+    hook = functools.partial(
+        at_call, 2, "tracking:Tracker.log", functools.partial(signal_group, number)
+    )
+    process = disturbed.change(num_workers=2).start(hook=hook)
+    assert process.wait() == [run.EXIT_INTERRUPTED]
+    assert process.output().count("stopping after this step") == 1
+    assert "Traceback" not in process.output()
+    assert disturbed.change(num_workers=0).main() == 0
+    assert_same_run(disturbed, straight)
+
+
+def test_a_second_signal_ends_the_run_at_once(disturbed, monkeypatch, capsys):
+    monkeypatch.setattr("training.SAME_SIGNAL_S", -1.0)
+    log = Tracker.log
+
+    def log_and_signal(tracker, metrics, step):
+        log(tracker, metrics, step)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Tracker, "log", log_and_signal)
+    before = signal.getsignal(signal.SIGINT)
+    assert disturbed.main() == run.EXIT_INTERRUPTED
+    assert "interrupted; the same command continues from the last" in capsys.readouterr().err
+    assert disturbed.losses() and not (disturbed.run_dir / "resume").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def finished(straight, tmp_path):
+    """A copy of the finished run that may be spoilt."""
+    shutil.copytree(straight.folder, tmp_path, dirs_exist_ok=True)
+    return Experiment(tmp_path, **KEYS)
+
+
+def test_a_finished_run_has_nothing_left_and_more_epochs_go_on(finished, capsys):
+    before = finished.metrics()
+    assert finished.main() == 0
+    assert "all 3 epochs are done: nothing to train" in capsys.readouterr().out
+    assert finished.metrics() == before
+    assert finished.change(num_epochs=4).main() == 0
+    assert "config.yaml: changed since the run began: num_epochs: 4" in capsys.readouterr().out
+    assert finished.metrics()[: len(before)] == before
+    assert len(finished.losses()) == 20
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": 1}, "seed=0, now it is 1"),
+        ({"batch_size_training": 4}, "effective_batch_size=4, now it is 8"),
+        ({"uniform_prob": 0.0}, "uniform_prob=0.3, now it is 0.0"),
+        ({"c_thought": 2}, "c_thought was 1 in training, the configuration says 2"),
+        ({"coconut": False, "no_thoughts": True}, "was trained as coconut, but this run is"),
+    ],
+)
+def test_going_on_with_another_run_is_refused(finished, capsys, change, words):
+    assert finished.change(**change, num_epochs=4).main() == run.EXIT_USER_ERROR
+    assert words in capsys.readouterr().err
+    assert len(finished.losses()) == 15
+
+
+def test_going_on_from_cot_as_coconut_or_with_other_records_is_refused(tmp_path, capsys):
+    experiment = Experiment(tmp_path, cot=True, num_epochs=1)
+    assert experiment.main() == 0
+    experiment.change(cot=False, coconut=True, num_epochs=2)
+    assert experiment.main() == run.EXIT_USER_ERROR
+    assert "this run began with method=cot, now it is coconut; restore" in capsys.readouterr().err
+    experiment.change(cot=True, coconut=False)
+    experiment.write("train.json", make_records(17))
+    assert experiment.main() == run.EXIT_USER_ERROR
+    assert "training_records=18, now it is 17" in capsys.readouterr().err
+
+
+def test_resume_does_not_move_a_run_that_goes_on(finished, straight, capsys):
+    assert finished.change(resume=2, load_model_path="nowhere").main() == 0
+    assert "resume and load_model_path are overridden by it" in capsys.readouterr().out
+    assert finished.metrics() == straight.metrics()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+DAMAGES = [
+    (truncate, "model.safetensors"),
+    (flip_a_bit, "optimizer.safetensors"),
+    (remove, "generators.json"),
+    (remove, "state.json"),
+    (truncate, "state.json"),
+]
+
+
+@pytest.mark.parametrize("damage, name", DAMAGES)
+def test_a_damaged_state_gives_way_to_the_one_before(finished, straight, capsys, damage, name):
+    before, newest = finished.states()
+    damage(newest / name)
+    assert finished.main() == 0
+    shown = capsys.readouterr().out
+    assert f"{newest}: damaged, trying the one before" in shown
+    assert f"continuing from {before};" in shown
+    assert_same_run(finished, straight)
+
+
+def test_without_an_intact_state_the_run_is_refused(finished, capsys):
+    for state in finished.states():
+        flip_a_bit(state / "state.json")
+    assert finished.main() == run.EXIT_USER_ERROR
+    assert "resume: no training state is intact; remove the folder" in capsys.readouterr().err
+    assert len(finished.losses()) == 15
+
+
+def test_a_state_passed_over_does_not_count_among_the_two_kept(finished):
+    before, newest = finished.states()
+    truncate(newest / "model.safetensors")
+    later = newest.rename(newest.with_name("1000"))
+    assert finished.change(save_every_minutes=1e-9).main() == 0
+    assert not later.exists()
+    assert len(finished.states()) == 2
+    assert checkpoint.newest_state(finished.run_dir).folder == finished.states()[-1]
+
+
+def test_a_second_run_on_the_directory_is_refused(finished, capsys):
+    before = finished.metrics()
+    with checkpoint.run_lock(finished.run_dir):
+        assert finished.main() == run.EXIT_USER_ERROR
+    assert "another training run is using this directory; wait for it" in capsys.readouterr().err
+    assert finished.metrics() == before
+
+
+# What a run keeps
+
+
+def test_only_improving_epochs_are_kept(tmp_path, monkeypatch):
+    experiment = Experiment(tmp_path, save_only_improve=True, num_epochs=4, num_train=4)
+    accuracies = iter([0.25, 0.25, 0.5, 0.0])
+    summarize = run_figures("evaluation")
+    monkeypatch.setattr("evaluation.summarize", lambda rows: summarize(rows, next(accuracies)))
+    assert experiment.main() == 0
+    assert checkpoint_names(experiment) == ["checkpoint_1", "checkpoint_3"]
+    best = [e["eval/best_acc"] for e in experiment.metrics() if "eval/acc" in e]
+    assert best == [0.25, 0.25, 0.5, 0.5]
+    assert len(experiment.states()) == 2
+
+
+def run_figures(module):
+    """The true `summarize`, with another accuracy."""
+    summarize = getattr(__import__(module), "summarize")
+    return lambda rows, accuracy: summarize(rows) | {"acc": accuracy}
+
+
+def checkpoint_names(experiment):
+    return sorted(path.name for path in experiment.run_dir.glob("checkpoint_*"))
+
+
+def test_the_newest_checkpoints_are_kept_and_those_of_the_future_left(tmp_path):
+    experiment = Experiment(tmp_path, keep_checkpoints=2, num_epochs=4, num_train=4)
+    (experiment.run_dir / "checkpoint_40").mkdir(parents=True)
+    assert experiment.main() == 0
+    assert checkpoint_names(experiment) == ["checkpoint_3", "checkpoint_4", "checkpoint_40"]
+
+
+def test_debug_saves_nothing_and_takes_few_records(tmp_path, monkeypatch, capsys):
+    experiment = Experiment(tmp_path, debug=True, num_val=40)
+    monkeypatch.setattr(run, "DEBUG_TRAIN_RECORDS", 5)
+    rows = []
+    summarize = run_figures("evaluation")
+    monkeypatch.setattr("evaluation.summarize", lambda r: rows.append(len(r)) or summarize(r, 1.0))
+    assert experiment.main() == 0
+    assert rows == [32, 32, 32]
+    assert not (tmp_path / "exps").exists()
+    monkeypatch.setattr(
+        "distributed.gradient_norm",
+        lambda model: signal.raise_signal(signal.SIGTERM) or torch.ones(()),
+    )
+    assert experiment.main() == run.EXIT_INTERRUPTED
+    assert "stopped; debug: true saves nothing" in capsys.readouterr().err
+    assert not (tmp_path / "exps").exists()
+
+
+def test_foreign_files_are_left_alone_with_a_notice(tmp_path, capsys):
+    experiment = Experiment(tmp_path, num_epochs=1, num_train=4)
+    strangers = [".notes.old", ".notes.part", "checkpoint_best", "notes.txt"]
+    experiment.run_dir.mkdir(parents=True)
+    for name in strangers:
+        (experiment.run_dir / name).write_text("mine")
+    for _ in range(2):
+        assert experiment.main() == 0
+        assert f"left alone, not files of a run: {', '.join(strangers)}" in capsys.readouterr().out
+    for name in strangers:
+        assert (experiment.run_dir / name).read_text() == "mine"
