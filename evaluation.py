@@ -96,19 +96,20 @@ def evaluate(
     if bar is not None:
         bar.close()
     model.train(was_training)
-    # The run is as slow as its slowest rank; a sum over a one-hot list brings all times together.
-    times = [0.0] * distributed.world_size()
-    times[distributed.rank()] = seconds
-    slowest = max(distributed.sum_over_ranks(times))
-    shares = distributed.gather_to_main(mine)
-    predictions = None
-    figures: dict = {}
-    if shares is not None:
-        predictions = sorted((row for share in shares for row in share), key=lambda r: r["index"])
-        figures = summarize(predictions)
-    figures = distributed.broadcast_from_main(figures)
-    figures |= {"loss": loss, "stage": stage, "seconds_per_record": slowest / len(records)}
-    return Evaluation(figures, predictions)
+    figures, predictions = _collect(mine, seconds)
+    return Evaluation(figures | {"loss": loss, "stage": stage}, predictions)
+
+
+def _collect(mine: list[dict], seconds: float) -> tuple[dict, list[dict] | None]:
+    """Figures on every rank, and the predictions of all ranks in file order on rank 0."""
+    shares = distributed.gather_to_main((mine, seconds))
+    if shares is None:
+        return distributed.broadcast_from_main(None), None
+    predictions = sorted((row for rows, _ in shares for row in rows), key=lambda r: r["index"])
+    figures = summarize(predictions)
+    # The evaluation is as slow as its slowest rank.
+    figures["seconds_per_record"] = max(times for _, times in shares) / len(predictions)
+    return distributed.broadcast_from_main(figures), predictions
 
 
 def _mean_token_loss(model: Coconut, batches) -> float:

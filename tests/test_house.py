@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "settings": {"config", "utils"},
     "backbone": {"config", "coconut", "settings", "utils"},
     "checkpoint": {"distributed", "utils"},
-    "evaluation": {"dataset", "metrics", "distributed", "utils"},
+    "evaluation": {"coconut", "curriculum", "dataset", "metrics", "distributed", "utils"},
     "training": set(ROOMS) - {"run", "training"},
     "run": set(ROOMS) - {"run"},
 }
