@@ -139,6 +139,11 @@ def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -
         return
     base = distributed.unwrap(model).base_causallm
     state = {name.removeprefix(BASE_PREFIX): tensor for name, tensor in state.items()}
+    # Gathered from shards, tied weights no longer share the storage by which they are known.
+    once = {name for name, _ in base.named_parameters()}
+    for name, _ in base.named_parameters(remove_duplicate=False):
+        if name not in once:
+            del state[name]
     with whole_directory(target) as folder:
         base.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)

@@ -44,7 +44,7 @@ def read_curve(run_dir: Path) -> Curve:
     """
     path = Path(run_dir) / "metrics.jsonl"
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name the folder of a training run") from None
     except ValueError as error:
@@ -117,8 +117,9 @@ def _draw_level(axes: Axes, label: str, level: float) -> None:
     axes.axhline(100 * level, color=NOTE, linewidth=1.2, linestyle="--", zorder=1)
     axes.annotate(
         f"{label} {100 * level:.0f} %",
-        (0.01, 100 * level + 1.5),
+        (0.99, 100 * level + 1.5),
         xycoords=("axes fraction", "data"),
+        ha="right",
         color=NOTE,
         fontsize=9,
     )

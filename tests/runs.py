@@ -217,6 +217,8 @@ def _run_all(rank, world_size, ports, commands, output, hook):
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
+    # Data workers come as they do in a program started by hand.
+    multiprocessing.set_start_method("fork", force=True)
     # A group of its own, as torchrun gives every rank.
     os.setsid()
     if hook is not None:
