@@ -513,9 +513,10 @@ def _unwrap(config: Config, embedding_name: str) -> tuple[dict[str, Tensor], Ten
         for name, tensor in saved.items()
         if name != WRAPPER_COPY and f".{name}".endswith(f".{embedding_name}")
     )
-    embedding = next(embeddings, saved.get(WRAPPER_COPY))
-    duplicate = saved.get(WRAPPER_COPY)
-    if duplicate is not None and duplicate is not embedding and torch.equal(duplicate, embedding):
+    embedding, duplicate = next(embeddings, None), saved.get(WRAPPER_COPY)
+    if embedding is None:
+        embedding = duplicate
+    elif duplicate is not None and torch.equal(duplicate, embedding):
         del saved[WRAPPER_COPY]
     surplus = [name for name in saved if is_wrapped and not name.startswith(WRAPPER_PREFIX)]
     if surplus:

@@ -367,9 +367,7 @@ class Trainer:
                     self.settings | {"stage": stage, "epoch": epoch},
                 )
                 if config.keep_checkpoints is not None and distributed.is_main():
-                    checkpoint.prune_checkpoints(
-                        config.run_dir, epoch + 1, config.keep_checkpoints
-                    )
+                    checkpoint.prune_checkpoints(config.run_dir, epoch + 1, config.keep_checkpoints)
         figures |= {"eval/epoch": epoch, "eval/best_acc": self.progress.best_accuracy}
         self.tracker.log(figures, step=self.progress.optimizer_step)
 

@@ -100,7 +100,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Exit status 0, or 2 with nothing written.",
     )
     parser.add_argument(
-        "raw", type=Path, nargs="?", default=Path("data/5hop_0shot_random.json"),
+        "raw",
+        type=Path,
+        nargs="?",
+        default=Path("data/5hop_0shot_random.json"),
         help="raw file (default data/5hop_0shot_random.json)",
     )
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder (default data)")
@@ -138,8 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
         {args.out / f"prontoqa_{name}.json": as_json(part) for name, part in splits.items()}
     )
     if len(records) < PUBLISHED_TOTAL:
-        print(f"{args.raw}: {len(records)} examples, fewer than {PUBLISHED_TOTAL}: split in the "
-              "proportions 9000/200/800")
+        print(
+            f"{args.raw}: {len(records)} examples, fewer than {PUBLISHED_TOTAL}: split in the "
+            "proportions 9000/200/800"
+        )
     skipped = f"; malformed examples skipped: {len(problems)}" if problems else ""
     print(f"{args.out}/prontoqa_{{train,valid,test}}.json: {train}/{valid}/{test} records{skipped}")
     return 0

@@ -1,5 +1,6 @@
 """What the server of runs.py imports before it forks: everything a run does."""
 
 import conftest  # noqa: F401
+
 import run  # noqa: F401
 import training  # noqa: F401

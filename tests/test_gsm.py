@@ -108,10 +108,14 @@ def test_any_bytes_are_converted_or_reported(raw, sentences):
         ("He has 3.  She has 4! Has he 7? Yes", ["He has 3.", "She has 4!", "Has he 7?", "Yes"]),
         ("It costs $3.50 or .5 of 7. Fine.", ["It costs $3.50 or .5 of 7.", "Fine."]),
         ("Mr. and Mrs. Hill pay Dr. Fox 5. Done.", ["Mr. and Mrs. Hill pay Dr. Fox 5.", "Done."]),
-        ("Fruit, e.g. pears, plums, etc. cost 2. So 4.",
-         ["Fruit, e.g. pears, plums, etc. cost 2.", "So 4."]),
-        ("At 7 a.m. (i.e. early) 20 sq. ft. are done. Next.",
-         ["At 7 a.m. (i.e. early) 20 sq. ft. are done.", "Next."]),
+        (
+            "Fruit, e.g. pears, plums, etc. cost 2. So 4.",
+            ["Fruit, e.g. pears, plums, etc. cost 2.", "So 4."],
+        ),
+        (
+            "At 7 a.m. (i.e. early) 20 sq. ft. are done. Next.",
+            ["At 7 a.m. (i.e. early) 20 sq. ft. are done.", "Next."],
+        ),
         ("1. Add 2+2=4. 2. Double it.", ["1. Add 2+2=4.", "2. Double it."]),
         ("It is 1+1=2 He pays 2", ["It is 1+1=2 He pays 2"]),
         ("  ", []),
@@ -297,7 +301,11 @@ def download(folder: Path, server: Server | str, **changes: str) -> subprocess.C
     }
     return subprocess.run(
         [BASH, str(DOWNLOAD)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

@@ -285,7 +285,7 @@ def test_smaller_file_says_its_split_aloud_and_keeps_the_order(tmp_path, capsys)
 
 BAD_FIELDS = [
     ("question", None, "question is null, wanted text"),
-    ("question", " ", "question is \" \", wanted text"),
+    ("question", " ", 'question is " ", wanted text'),
     ("query", 3, "query is 3, wanted text"),
     ("chain_of_thought", "Max is hot.", "chain_of_thought is .*wanted an odd number of sentences"),
     ("chain_of_thought", ["a", "b"], "chain_of_thought is .*wanted an odd number of sentences"),
@@ -334,7 +334,7 @@ def test_skip_bad_drops_and_counts_malformed_examples(tmp_path, capsys):
 def test_many_malformed_examples_are_capped(tmp_path, capsys):
     assert convert(tmp_path, dict.fromkeys(map(str, range(50)))) == 2
     errors = capsys.readouterr().err
-    assert errors.count("no \"test_example\"") == 20
+    assert errors.count('no "test_example"') == 20
     assert "and 30 more malformed examples" in errors
 
 
