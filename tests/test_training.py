@@ -356,26 +356,35 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def change_a_figure(path):
+    path.write_text(path.read_text().replace('"optimizer_step": 15', '"optimizer_step": 14'))
+
+
 def remove(path):
     path.unlink()
 
 
 DAMAGES = [
-    (truncate, "model.safetensors"),
-    (flip_a_bit, "optimizer.safetensors"),
-    (remove, "generators.json"),
-    (remove, "state.json"),
-    (truncate, "state.json"),
+    (truncate, "model.safetensors", "model.safetensors does not match its sum"),
+    (flip_a_bit, "optimizer.safetensors", "optimizer.safetensors does not match its sum"),
+    (remove, "generators.json", "No such file or directory"),
+    (remove, "state.json", "No such file or directory"),
+    (truncate, "state.json", "Expecting"),
+    (change_a_figure, "state.json", "state.json does not match its sum"),
 ]
 
 
-@pytest.mark.parametrize("damage, name", DAMAGES)
-def test_a_damaged_state_gives_way_to_the_one_before(finished, straight, capsys, damage, name):
+@pytest.mark.parametrize("damage, name, reason", DAMAGES)
+def test_a_damaged_state_gives_way_to_the_one_before(
+    finished, straight, capsys, damage, name, reason
+):
     before, newest = finished.states()
     damage(newest / name)
     assert finished.main() == 0
     shown = capsys.readouterr().out
-    assert f"{newest}: damaged, trying the one before" in shown
+    assert f"{newest}: damaged, trying the one before ({reason}" in re.sub(
+        r"\[Errno 2\] ", "", shown
+    )
     assert f"continuing from {before};" in shown
     assert_same_run(finished, straight)
 
