@@ -79,6 +79,7 @@ def recover(folder: Path) -> None:
     """Tidy `folder` after a crash: put a set-aside directory back, drop unfinished ones."""
     for path in list(folder.glob(".*")):
         directory = SET_ASIDE.fullmatch(path.name)
+        directory = directory if path.is_dir() else None
         if directory and directory["kind"] == "old" and not (folder / directory["name"]).exists():
             os.rename(path, folder / directory["name"])
         elif directory:
@@ -109,7 +110,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(run_dir) == [".lock"]:
+            if run_dir.is_dir() and os.listdir(run_dir) == [".lock"]:
                 shutil.rmtree(run_dir)
 
 
@@ -156,7 +157,7 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     found = []
     for path in run_dir.glob("checkpoint_*"):
         number = path.name.removeprefix("checkpoint_")
-        if number.isdecimal() and path.is_dir():
+        if number.isdecimal() and (path / "coconut.json").is_file():
             found.append((int(number), path))
     return sorted(found)
 
@@ -166,6 +167,28 @@ def prune_checkpoints(run_dir: Path, newest: int, keep: int) -> None:
     up_to_now = [path for number, path in checkpoints(run_dir) if number <= newest]
     for path in up_to_now[:-keep]:
         shutil.rmtree(path)
+
+
+def refuse_obstacles(run_dir: Path) -> None:
+    """Make sure that a new run can write its names in `run_dir` without touching another's files.
+
+    Raises: UserError for a `checkpoint_N` or `resume` that is none of ours, and for checkpoints of
+        an earlier run that left no training state to go on from.
+    """
+    for path in sorted(run_dir.glob("checkpoint_*")) + [run_dir / RESUME_FOLDER]:
+        number = path.name.removeprefix("checkpoint_")
+        is_ours = path.is_dir() and (
+            path.name == RESUME_FOLDER or (path / "coconut.json").is_file()
+        )
+        if path.exists() and (number.isdecimal() or path.name == RESUME_FOLDER) and not is_ours:
+            raise UserError(
+                f"{path}: is not from a run of ours, but a run writes under this name; move it away"
+            )
+    if checkpoints(run_dir) and not _state_folders(run_dir):
+        raise UserError(
+            f"{run_dir}: holds checkpoints of an earlier run but no training state to go on from;"
+            " choose another name (load_model_path may start from them), or move them away"
+        )
 
 
 def foreign_files(run_dir: Path) -> list[str]:

@@ -177,6 +177,9 @@ class Coconut(nn.Module):
             raise ValueError("generate needs left-padded prompts: all must end in the last column")
         defaults = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
         defaults |= {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id}
+        # Under FSDP transformers would wait for the other ranks at every token, which may have
+        # another number of batches; the parameters are whole here, so nothing needs it.
+        defaults["synced_gpus"] = False
         options = defaults | options
         has_latents = bool(self._is_latent(input_ids, attention_mask).any())
         if has_latents and self.thought_kind == "continuous":
@@ -242,7 +245,7 @@ class Coconut(nn.Module):
         if self.thought_kind == "pause":
             return []
         is_row_start = (attention_mask != 0) & (attention_mask.long().cumsum(1) == 1)
-        # One transfer for both questions; it is the only wait for the device in a forward pass.
+        # One transfer for both questions, since each makes the host wait for the device.
         starts_row, holds_latent = torch.stack(
             [(is_latent & is_row_start).any(0), is_latent.any(0)]
         ).tolist()

@@ -130,7 +130,7 @@ class Config(BaseModel):
     val_path: Text = Field(examples=["data/gsm_valid.json"])
     """Records evaluated after each epoch, or by only_eval."""
     num_workers: NonNegativeInt = 2
-    """Processes for tokenising and loading, for each rank."""
+    """Processes that make batches ahead of time, for each rank."""
 
     # Training
     seed: int = Field(0, ge=0, lt=2**32)

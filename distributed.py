@@ -17,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import UserError
+
 # Parameter, gradient and two AdamW moments in fp32.
 TRAINING_BYTES_PER_PARAMETER = 16
 # Above this share of a device, activations no longer fit beside the training state.
@@ -24,8 +26,17 @@ STATE_SHARE_OF_DEVICE = 0.6
 
 
 def initialize(timeout_s: float = 1800) -> None:
-    """Join the process group that torchrun describes in the environment, if there is one."""
+    """Join the process group that torchrun describes in the environment, if there is one.
+
+    Raises: UserError for more processes than GPUs on this machine.
+    """
     if torch.cuda.is_available():
+        here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > devices:
+            raise UserError(
+                f"--nproc_per_node {here} asks for more GPUs than the {devices} of this machine;"
+                f" write --nproc_per_node {devices}"
+            )
         torch.cuda.set_device(local_rank())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -67,7 +78,8 @@ def computes_bf16_natively() -> bool:
     """Whether this rank's device multiplies bf16 in hardware rather than by emulation."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # oneDNN's own answer counts AVX-512 without bf16 instructions as support.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def barrier() -> None:

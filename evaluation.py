@@ -142,12 +142,7 @@ class Decoder:
         """One prediction record a row of `batch`, which a "generate" Collator made."""
         prompts = batch["input_ids"]
         output = self.model.generate(
-            prompts,
-            batch["attention_mask"],
-            max_new_tokens=self.max_new_tokens,
-            # Under FSDP generate would wait for the other ranks at every token, and they may have
-            # another number of batches; the parameters are gathered, so nothing needs it.
-            synced_gpus=False,
+            prompts, batch["attention_mask"], max_new_tokens=self.max_new_tokens
         )
         rows = output[:, prompts.size(1) :].tolist()
         return [

@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(error)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        complain("interrupted; the same command continues from the last saved state")
+        hint = "" if config.only_eval else "; the same command continues from the last saved state"
+        complain("interrupted" + hint)
         return EXIT_INTERRUPTED
     finally:
         distributed.shut_down()
@@ -185,15 +186,24 @@ def train(config: Config) -> None:
 
     import checkpoint
     import distributed
+    from utils import UserError
 
     config.accumulation_steps(distributed.world_size())  # refuses what cannot be divided
-    # One process holds the directory for all of its run's ranks.
-    holds_lock = distributed.is_main() and not config.debug
-    with checkpoint.run_lock(config.run_dir) if holds_lock else contextlib.nullcontext():
-        if holds_lock:
-            checkpoint.recover(config.run_dir)
-            checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)
-        distributed.barrier()
+    with contextlib.ExitStack() as held:
+        refusal = None
+        # One process holds the directory for all of its run's ranks.
+        if distributed.is_main() and not config.debug:
+            try:
+                held.enter_context(checkpoint.run_lock(config.run_dir))
+                checkpoint.recover(config.run_dir)
+                checkpoint.refuse_obstacles(config.run_dir)
+                checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)
+            except UserError as error:
+                refusal = str(error)
+        # What one rank alone can see must stop them all, or they would wait for it.
+        refusal = distributed.broadcast_from_main(refusal)
+        if refusal:
+            raise UserError(refusal)
         state = None if config.debug else checkpoint.newest_state(config.run_dir, say)
         if state is None:
             train_from(config, config, None)
@@ -225,8 +235,6 @@ def train_from(config: Config, model_config: Config, state) -> None:
     check_positions(config, data, acting_stages(config), outline.max_positions)
     model, tokenizer = make_model(model_config, say if state is None else lambda text: None)
     saves = not config.debug
-    if saves and distributed.is_main():
-        prepare_run_dir(config)
     tracker = Tracker(
         config.run_dir if saves else None,
         config.model_dump(),
@@ -249,6 +257,8 @@ def train_from(config: Config, model_config: Config, state) -> None:
             tracker,
             state,
         )
+        if saves and distributed.is_main():
+            prepare_run_dir(config)
         if state is None:
             tracker.truncate(0, config.resume)
         trainer.run()
@@ -269,7 +279,7 @@ def prepare_run_dir(config: Config) -> None:
         before = path.read_text(encoding="utf-8").splitlines()
         for line in text.splitlines():
             if line not in before:
-                say(f"{path}: changed since the run began: {line}")
+                say(f"{path}: changed since the last start: {line}")
     atomic_write_text(path, text)
 
 

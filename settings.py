@@ -23,6 +23,8 @@ from utils import END_LATENT, LATENT, START_LATENT, UserError
 
 SETTINGS_NAME = "coconut.json"
 WINDOW_FIELDS = ("latent_window_size", "latent_weights", "window_scope")
+# What `resume` needs to name the stage that weights without a record are evaluated at.
+STAGE_FIELDS = ("c_thought", "epochs_per_stage", "max_latent_stage", "resume")
 THOUGHT_FIELDS = (*WINDOW_FIELDS, "thought", "c_thought")
 
 
@@ -120,7 +122,8 @@ def reconcile(config: Config, settings: dict | None, continuing: bool = False) -
 
     Raises: UserError showing every explicit value that differs, and for weights of another method.
     """
-    check_method(config, settings)
+    source = f"{config.run_dir}, which goes on" if continuing else source_name(config)
+    check_method(config, settings, source)
     goes_on = config.only_eval or config.resume > 0 or continuing
     if settings is None or settings["method"] != config.method or not goes_on:
         return config
@@ -131,7 +134,7 @@ def reconcile(config: Config, settings: dict | None, continuing: bool = False) -
             continue
         if field in config.model_fields_set:
             differences.append(
-                f"{source_name(config)}: {field} was {stored} in training, the configuration says"
+                f"{source}: {field} was {stored} in training, the configuration says"
                 f" {list(own) if isinstance(own, tuple) else own}; write {field}: {stored} or leave"
                 " the key out"
             )
@@ -145,27 +148,31 @@ def reconcile(config: Config, settings: dict | None, continuing: bool = False) -
     return reconciled
 
 
-def check_method(config: Config, settings: dict | None) -> None:
-    """Raise UserError where weights with these settings may not be loaded into this run."""
+def check_method(config: Config, settings: dict | None, source: str | None = None) -> None:
+    """Raise UserError where weights with these settings may not be loaded into this run.
+
+    source: what the message calls the weights, by default the key and value that name them.
+    """
     stored = settings and settings["method"]
     if stored not in (None, config.method) and (stored == "coconut" or config.only_eval):
-        raise UserError(other_method(config, f"was trained as {stored}"))
+        raise UserError(other_method(config, f"was trained as {stored}", source))
 
 
-def other_method(config: Config, what: str) -> str:
+def other_method(config: Config, what: str, source: str | None = None) -> str:
     """The message for weights of another method than the run's; `what` completes "it ...\""""
     return (
-        f"{source_name(config)}: {what}, but this run is {config.method}; name weights of that"
-        " method or change the method"
+        f"{source or source_name(config)}: {what}, but this run is {config.method}; name weights"
+        " of that method, change the method, or give a new run another name"
     )
 
 
 def require_window(config: Config) -> None:
-    """Raise UserError unless the window is written out, for weights that record none."""
-    missing = [field for field in WINDOW_FIELDS if field not in config.model_fields_set]
+    """Raise UserError unless window, and in evaluation stage, are written out; none is recorded."""
+    needed = WINDOW_FIELDS + (STAGE_FIELDS if config.only_eval else ())
+    missing = [field for field in needed if field not in config.model_fields_set]
     if missing:
         raise UserError(
-            f"{source_name(config)}: these Coconut weights record no window; write"
+            f"{source_name(config)}: these Coconut weights record no settings; write"
             f" {', '.join(missing)} out in the YAML as in their training"
         )
 

@@ -59,20 +59,19 @@ class Tracker:
         Values are numbers, text or nested lists and dicts of them, NumPy and torch scalars
         included. JSON knows no infinity: a non-finite number is written as null.
         """
-        if self._metrics_path is not None:
-            line = json.dumps({"step": step, **_plain(metrics)}, allow_nan=False)
-            with open(self._metrics_path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        self._append({"step": step, **metrics})
         self._guarded(lambda run: run.log({"step": step, **metrics}))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Shows a table in wandb; the predictions file holds the same rows for everyone else."""
+        """Records a table of what the run begins with, as a line of its first step and in wandb."""
 
         def send(run: Any) -> None:
             import wandb
 
             run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
+        content = {"columns": list(columns), "data": [list(row) for row in rows]}
+        self._append({"step": 1, name: content})
         self._guarded(send)
 
     def message(self, text: str) -> None:
@@ -121,6 +120,12 @@ class Tracker:
         """Ends the wandb run, which waits for what is still being sent. May be called twice."""
         self._guarded(lambda run: run.finish())
         self._wandb_run = None
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        if self._metrics_path is not None:
+            line = json.dumps(_plain(entry), allow_nan=False)
+            with open(self._metrics_path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def _drop_torn_line(self) -> None:
         """Mends a file that ends inside a line, lest the next line is glued to the torn one."""

@@ -33,7 +33,7 @@ from dataset import (
 )
 from evaluation import Evaluation, autocast, evaluate, write_predictions
 from tracking import Tracker
-from utils import UserError, atomic_write_text
+from utils import UserError, atomic_write_text, sha256_file
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -409,7 +409,7 @@ class Trainer:
             "method": self.config.method,
             "seed": self.config.seed,
             "effective_batch_size": self.effective_batch_size,
-            "training_records": len(self.train_records),
+            "training_data_sha256": sha256_file(self.train_records.path),
             "uniform_prob": self.config.uniform_prob,
         }
 

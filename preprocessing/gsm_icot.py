@@ -145,7 +145,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not records:
         return report(f"{source}: no record in it, wanted lines question||steps #### answer")
     body = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    write_atomically(target, f"[\n{body}\n]\n")
+    try:
+        write_atomically(target, f"[\n{body}\n]\n")
+    except OSError as error:
+        return report(f"{target}: cannot be written ({error.strerror})")
     skipped = f"; malformed lines skipped: {len(problems)}" if problems else ""
     bare = sum(not record["steps"] for record in records)
     print(f"{target}: {len(records)} records, {bare} of them without steps{skipped}")

@@ -137,9 +137,12 @@ def main(arguments: list[str] | None = None) -> int:
         "valid": records[train : train + valid],
         "test": records[train + valid :],
     }
-    write_all_atomically(
-        {args.out / f"prontoqa_{name}.json": as_json(part) for name, part in splits.items()}
-    )
+    texts = {args.out / f"prontoqa_{name}.json": as_json(part) for name, part in splits.items()}
+    try:
+        write_all_atomically(texts)
+    except OSError as error:
+        print(f"{args.out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     if len(records) < PUBLISHED_TOTAL:
         print(
             f"{args.raw}: {len(records)} examples, fewer than {PUBLISHED_TOTAL}: split in the "

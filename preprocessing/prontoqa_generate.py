@@ -129,11 +129,14 @@ def write_atomically(path: Path, text: str) -> None:
     """Write UTF-8 text so that a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,7 +150,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.trials < 1:
         print(f"--trials {args.trials}: wanted at least 1", file=sys.stderr)
         return 2
-    write_atomically(args.out, json.dumps(generate(args.trials, args.seed), indent=1))
+    try:
+        write_atomically(args.out, json.dumps(generate(args.trials, args.seed), indent=1))
+    except OSError as error:
+        print(f"{args.out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     print(f"{args.out}: {args.trials} questions, seed {args.seed}")
     return 0
 

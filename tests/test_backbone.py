@@ -380,7 +380,7 @@ def test_published_coconut_file_gives_the_logits_of_the_checkpoint(
     input_ids = torch.tensor([[3, 37, 39, 39, 38, 4]])
     logits = []
     for path in (checkpoint, tmp_path / "checkpoint_40"):
-        config = configure(folder, load_model_path=path, only_eval=True, **WINDOW)
+        config = configure(folder, load_model_path=path, only_eval=True, resume=0, **WINDOW)
         loaded = load_quietly(config)
         assert loaded.has_markers
         coconut = build_coconut(config, loaded).eval()
@@ -618,7 +618,7 @@ def test_coconut_weights_that_record_no_window_need_it_written_out(configure, tr
     backbone, folder, _ = trained()
     torch.save(published_state(backbone.model), tmp_path / "weights")
     keys = {"load_model_path": tmp_path / "weights", "latent_window_size": 1}
-    with pytest.raises(UserError, match="no window; write latent_weights, window_scope out"):
+    with pytest.raises(UserError, match="no settings; write latent_weights, window_scope out"):
         load_quietly(configure(folder, **keys))
     assert load_quietly(configure(folder, **keys | WINDOW)).has_markers
 

@@ -68,6 +68,7 @@ def test_a_checkpoint_loads_as_a_hugging_face_model_with_the_same_logits(
 def test_checkpoints_are_found_in_the_order_of_their_epochs_and_pruned(tmp_path):
     for name in ("checkpoint_10", "checkpoint_9", "checkpoint_best", "checkpoint_50"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "coconut.json").touch()
     (tmp_path / "checkpoint_8").write_text("a file")
     assert [number for number, _ in checkpoints(tmp_path)] == [9, 10, 50]
     prune_checkpoints(tmp_path, newest=10, keep=1)
@@ -311,3 +312,20 @@ def test_text_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     recover(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["checkpoint_2", "resume"])
+def test_a_file_under_a_name_that_a_run_writes_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}: is not from a run of ours.*move it away"):
+        checkpoint.refuse_obstacles(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_checkpoints_without_a_state_are_not_overwritten(tmp_path):
+    (tmp_path / "checkpoint_2").mkdir()
+    (tmp_path / "checkpoint_2" / "coconut.json").touch()
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run but no training"):
+        checkpoint.refuse_obstacles(tmp_path)
+    (tmp_path / "resume" / "7").mkdir(parents=True)
+    checkpoint.refuse_obstacles(tmp_path)

@@ -304,4 +304,5 @@ def test_the_real_wandb_without_a_key_neither_asks_nor_stops(tmp_path, monkeypat
     assert "going offline" in out
     assert "wandb stopped" not in out
     assert list(run_dir.glob("wandb/offline-run-*-abcd1234/*.wandb"))
-    assert entries(run_dir) == [{"step": 1, "train/loss": None}]
+    table = {"columns": ["a"], "data": [[1]]}
+    assert entries(run_dir) == [{"step": 1, "train/loss": None}, {"step": 1, "data_table": table}]

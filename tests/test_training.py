@@ -77,7 +77,7 @@ def make_trainer(folder, base, records, **keys):
     """A Trainer of `base` on `records`, which also serve for validation."""
     config = load_config(str(Experiment(folder, **keys).yaml))
     tokenizer = backbone.load_tokenizer(config)
-    tokenized = tokenize_records(records, tokenizer, "train.json")
+    tokenized = tokenize_records(records, tokenizer, config.train_path)
     coconut = backbone.build_coconut(config, backbone.Backbone(base, tokenizer, None, False))
     settings = checkpoint_settings(config, tokenizer, 0)
     tracker = Tracker(config.run_dir, {}, "tests", "run", "disabled", True)
@@ -307,7 +307,7 @@ def test_a_finished_run_has_nothing_left_and_more_epochs_go_on(finished, capsys)
     assert "all 3 epochs are done: nothing to train" in capsys.readouterr().out
     assert finished.metrics() == before
     assert finished.change(num_epochs=4).main() == 0
-    assert "config.yaml: changed since the run began: num_epochs: 4" in capsys.readouterr().out
+    assert "config.yaml: changed since the last start: num_epochs: 4" in capsys.readouterr().out
     assert finished.metrics()[: len(before)] == before
     assert len(finished.losses()) == 20
 
@@ -337,7 +337,7 @@ def test_going_on_from_cot_as_coconut_or_with_other_records_is_refused(tmp_path,
     experiment.change(cot=True, coconut=False)
     experiment.write("train.json", make_records(17))
     assert experiment.main() == run.EXIT_USER_ERROR
-    assert "training_records=18, now it is 17" in capsys.readouterr().err
+    assert "began with training_data_sha256=" in capsys.readouterr().err
 
 
 def test_resume_does_not_move_a_run_that_goes_on(finished, straight, capsys):
@@ -438,7 +438,8 @@ def checkpoint_names(experiment):
 
 def test_the_newest_checkpoints_are_kept_and_those_of_the_future_left(tmp_path):
     experiment = Experiment(tmp_path, keep_checkpoints=2, num_epochs=4, num_train=4)
-    (experiment.run_dir / "checkpoint_40").mkdir(parents=True)
+    assert experiment.main("num_epochs=1") == 0
+    shutil.copytree(experiment.run_dir / "checkpoint_1", experiment.run_dir / "checkpoint_40")
     assert experiment.main() == 0
     assert checkpoint_names(experiment) == ["checkpoint_3", "checkpoint_4", "checkpoint_40"]
 
