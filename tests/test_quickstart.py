@@ -32,9 +32,10 @@ def totals_by_hand(question: str, modulus: int) -> list[str]:
 def test_steps_are_the_running_totals(operations, modulus):
     splits = arithmetic.make_splits({"valid": 3, "train": 4}, operations, modulus, seed=1)
     for record in splits["valid"] + splits["train"]:
-        assert record["steps"] == totals_by_hand(record["question"], modulus)
+        totals = totals_by_hand(record["question"], modulus)
+        assert record["steps"] == [f"{total} =" for total in totals]
         assert len(record["steps"]) == operations
-        assert record["answer"] == record["steps"][-1]
+        assert record["answer"] == totals[-1]
 
 
 def test_every_number_is_another_question():
@@ -87,14 +88,14 @@ def test_committed_model_folder_is_what_its_script_builds(tmp_path):
         assert (tmp_path / name).read_bytes() == (MODEL_FOLDER / name).read_bytes()
 
 
-def test_every_step_is_one_token_and_white_space_none():
+def test_every_step_is_its_hour_and_the_next_sign_and_white_space_is_none():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     assert tokenizer.eos_token_id is not None
     for record in arithmetic.make_splits({"any": 50}, 3, 10, seed=0)["any"]:
         words = record["question"].split()
         ids = tokenizer(record["question"] + "\n").input_ids
         assert tokenizer.convert_ids_to_tokens(ids) == words
-        assert all(len(tokenizer(step + "\n").input_ids) == 1 for step in record["steps"])
+        assert all(len(tokenizer(step + "\n").input_ids) == 2 for step in record["steps"])
     assert tokenizer("\n").input_ids == []
 
 
@@ -123,7 +124,7 @@ def test_the_three_runs_chain():
     assert [config.method for config in (cot, coconut, no_cot)] == ["cot", "coconut", "no_cot"]
     assert coconut.load_model_path == f"{cot.save_path}/{cot.name}/checkpoint_{cot.num_epochs}"
     assert coconut.resume == cot.num_epochs == coconut.epochs_per_stage
-    assert coconut.num_epochs == coconut.epochs_per_stage * (coconut.max_latent_stage + 1)
+    assert coconut.num_epochs > coconut.epochs_per_stage * coconut.max_latent_stage
     assert {str(quickstart.DEFAULT_OUT)} == {c.save_path for c in (cot, coconut, no_cot)}
     for key in ("lr", "batch_size_training", "train_path", "val_path", "model_id", "weight_decay"):
         assert getattr(cot, key) == getattr(coconut, key) == getattr(no_cot, key)
