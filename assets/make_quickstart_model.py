@@ -10,7 +10,8 @@ the word itself lies, so a thought begins by resembling the word of its step.
 
 The tokenizer knows one word a number, operator and sign of SPEC section 2's text, and drops
 all white space, newlines included; so each step of `preprocessing/arithmetic.py` is one number and
-one sign, and one thought can stand for it. The folder is committed; the same script gives the same bytes.
+one sign, and one thought can stand for it. The folder is committed; the same script gives the same
+bytes.
 """
 
 import argparse
