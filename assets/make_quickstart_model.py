@@ -4,14 +4,11 @@ The committed folder holds no weights. `--out exps/quickstart/model --weights SE
 folder with random ones: `from_scratch` could not, since a Llama config has one scale for all
 weights. Here matrices are drawn at about one over the square root of the width, and token
 embeddings as long as the hidden states that take their place as thoughts; with the library's 0.02
-for both, a thought is fifty times as long as a word, and learning to read it takes far longer. The
-output rows start as short copies of the embeddings: a state that predicts a word then points where
-the word itself lies, so a thought begins by resembling the word of its step.
+for both, a thought is fifty times as long as a word, and learning to read it takes far longer.
 
 The tokenizer knows one word a number, operator and sign of SPEC section 2's text, and drops
-all white space, newlines included; so each step of `preprocessing/arithmetic.py` is one number and
-one sign, and one thought can stand for it. The folder is committed; the same script gives the same
-bytes.
+all white space, newlines included; so each step of `preprocessing/arithmetic.py` is one token, and
+one thought can stand for it. The folder is committed; the same script gives the same bytes.
 """
 
 import argparse
@@ -29,7 +26,6 @@ VOCABULARY = (END_OF_TEXT, UNKNOWN, "###", "=", "+", "-")
 VOCABULARY += tuple(str(number) for number in range(LARGEST_NUMBER + 1))
 
 EMBEDDING_STD = 1.0
-OUTPUT_SCALE = 0.1
 MODEL_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -73,10 +69,7 @@ def write_weights(folder: Path, seed: int) -> None:
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    embeddings = model.get_input_embeddings().weight
-    torch.nn.init.normal_(embeddings, std=EMBEDDING_STD)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.copy_(OUTPUT_SCALE * embeddings)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     disable_progress_bar()
     model.save_pretrained(folder)
 

@@ -2,10 +2,8 @@
 
 A question such as `3 + 4 - 2 + 5 =` starts at the hour 3 of a clock with ten hours (0 to 9), goes
 four hours on, two back, five on, and asks where the hand points. The steps are the hours on the
-way, each followed by the sign that asks for the next (`7 =`, `5 =`, `0 =`); the last hour is the
-answer. The model thus learns to compute where it reads `=`. The markers start as copies of `=`, so
-the end marker after a thought computes the next step from the first moment; with the bare hours as
-steps, learning that anew took longer than everything else together.
+way (7, 5, 0); the last of them is the answer as well. Every hour is a single token for the tiny
+model of `assets/quickstart-model`, and a question cannot be answered without all of its numbers.
 
 All questions of one length are numbered, and the drawn numbers are all different, so no held-out
 question is ever trained on. Writes the record format of SPEC section 1. Same arguments, same
@@ -35,8 +33,8 @@ def make_record(number: int, operations: int, modulus: int) -> dict:
         sign, term = SIGNS[choice // modulus], choice % modulus
         hour = (hour + term if sign == "+" else hour - term) % modulus
         question += [sign, str(term)]
-        steps.append(f"{hour} =")
-    return {"question": " ".join([*question, "="]), "answer": str(hour), "steps": steps}
+        steps.append(str(hour))
+    return {"question": " ".join([*question, "="]), "answer": steps[-1], "steps": steps}
 
 
 def make_splits(

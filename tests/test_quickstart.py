@@ -32,10 +32,9 @@ def totals_by_hand(question: str, modulus: int) -> list[str]:
 def test_steps_are_the_running_totals(operations, modulus):
     splits = arithmetic.make_splits({"valid": 3, "train": 4}, operations, modulus, seed=1)
     for record in splits["valid"] + splits["train"]:
-        totals = totals_by_hand(record["question"], modulus)
-        assert record["steps"] == [f"{total} =" for total in totals]
+        assert record["steps"] == totals_by_hand(record["question"], modulus)
         assert len(record["steps"]) == operations
-        assert record["answer"] == totals[-1]
+        assert record["answer"] == record["steps"][-1]
 
 
 def test_every_number_is_another_question():
@@ -88,14 +87,14 @@ def test_committed_model_folder_is_what_its_script_builds(tmp_path):
         assert (tmp_path / name).read_bytes() == (MODEL_FOLDER / name).read_bytes()
 
 
-def test_every_step_is_its_hour_and_the_next_sign_and_white_space_is_none():
+def test_every_step_is_one_token_and_white_space_none():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     assert tokenizer.eos_token_id is not None
     for record in arithmetic.make_splits({"any": 50}, 3, 10, seed=0)["any"]:
         words = record["question"].split()
         ids = tokenizer(record["question"] + "\n").input_ids
         assert tokenizer.convert_ids_to_tokens(ids) == words
-        assert all(len(tokenizer(step + "\n").input_ids) == 2 for step in record["steps"])
+        assert all(len(tokenizer(step + "\n").input_ids) == 1 for step in record["steps"])
     assert tokenizer("\n").input_ids == []
 
 
