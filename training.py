@@ -230,7 +230,7 @@ class Trainer:
             Collator(staged, self.ids), mine, config.num_workers, self.device.type == "cuda"
         )
         if epoch == config.resume and self.progress.steps_done == 0:
-            self._show_examples(Collator(staged, self.ids), mine[0])
+            self._show_examples(Collator(staged, self.ids), batches[0])
         micro = iter(loader)
         lengths = staged.prompt_lengths + staged.num_labels
         bar = self.tracker.progress(
