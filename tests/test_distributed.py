@@ -66,7 +66,10 @@ def test_two_ranks_follow_the_trajectory_of_one_process(runs, family, split, kin
     assert len(one.losses()) == 6
     assert_same_weights(two.weights(), one.weights(), rtol=1e-5, atol=1e-7)
     for ours, theirs in zip(two.metrics(), one.metrics(), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        # approx knows no nested values; the first records' texts are the same to the letter.
+        assert ours.pop("data_table", None) == theirs.get("data_table")
+        numbers = {key: value for key, value in theirs.items() if key != "data_table"}
+        assert ours == pytest.approx(numbers, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
