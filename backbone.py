@@ -127,9 +127,8 @@ def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Back
     need not mend.
 
     Raises: UserError for a source that is missing, broken, of another shape or another method, or
-    lacks its window settings, and for activation checkpointing under continuous thoughts.
+    lacks its window settings, and for activation checkpointing that the model does not support.
     """
-    _refuse_checkpointed_thoughts(config)
     settings = read_checkpoint_settings(config.load_model_path or config.model_id)
     check_method(config, settings)
     tokenizer = _read_tokenizer(config)
@@ -211,15 +210,6 @@ def _reads_plain_text(coconut: Coconut) -> bool:
         return False
     finally:
         model.train(was_training)
-
-
-def _refuse_checkpointed_thoughts(config: Config) -> None:
-    is_continuous = config.method == "coconut" and config.thought == "continuous"
-    if config.activation_checkpointing and is_continuous:
-        raise UserError(
-            "activation_checkpointing: true drops the key-value cache that continuous thoughts are"
-            " built on; write false (a smaller batch_size_training saves memory too)"
-        )
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

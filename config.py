@@ -1,7 +1,7 @@
-"""The settings of one run: schema, strict YAML, command-line overrides, resolved dump.
+"""The settings of one run: schema, command-line overrides, resolved dump.
 
 Carries out SPEC section 10. Every key's meaning, range and default stand at its field in
-`Config` and nowhere else. Reading is strict (YAML 1.2 scalars, no duplicate or unknown keys, no
+`Config` and nowhere else. Reading is strict (strict_yaml.py's part, then no unknown keys and no
 silent conversion) and gathers all problems before it raises, so that a user mends a file in one
 go. Whether files, models or checkpoints exist is left to the modules which open them. Imports no
 torch, so a wrong file is reported within a second.
@@ -14,7 +14,6 @@ from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -28,6 +27,8 @@ from pydantic import (
     model_validator,
 )
 
+from strict_yaml import UNREADABLE, YamlError, dump_yaml, read_file, read_overrides, scalar_text
+
 METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
 
 # Evaluation takes these from the checkpoint; in training a silent default would change the run.
@@ -39,7 +40,6 @@ _NEEDED_TO_TRAIN = {
     "epochs_per_stage": ("coconut", "no_thoughts"),
     "max_latent_stage": ("coconut", "no_thoughts"),
 }
-_UNREADABLE = object()  # stands for a value that YAML itself refused, reported already
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -129,6 +129,8 @@ class Config(BaseModel):
     """Training records; not read by only_eval."""
     val_path: Text = Field(examples=["data/gsm_valid.json"])
     """Records evaluated after each epoch, or by only_eval."""
+    allow_changed_data: bool = False
+    """Go on with a run although train_path holds other records than when it began."""
     num_workers: NonNegativeInt = 2
     """Processes that make batches ahead of time, for each rank."""
 
@@ -165,7 +167,8 @@ class Config(BaseModel):
     bf16: bool = False
     """Compute in bf16 over fp32 master weights and optimizer state."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    """Recompute activations in the backward pass to save memory; not with continuous thoughts,
+    which read a cache that recomputation drops."""
     compile: bool = False
     """Compile the base model with torch.compile."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -302,6 +305,13 @@ def _latent_problems(config: Config) -> Iterator[Problem]:
             "max_latent_stage=0 with curriculum=False leaves no thoughts; write "
             "max_latent_stage: 1 or more",
         )
+    checkpointed = config.activation_checkpointing and not config.only_eval
+    if checkpointed and config.coconut and config.thought == "continuous":
+        yield (
+            ("activation_checkpointing", "thought", "only_eval", *METHODS),
+            "activation_checkpointing=True drops the cache that continuous thoughts are read from; "
+            "write activation_checkpointing: false (a smaller batch_size_training saves memory)",
+        )
     window, weights = config.latent_window_size, config.latent_weights
     if len(weights) < window:
         yield (
@@ -355,8 +365,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError with every problem, one a line as `source: key=value problem; fix`, where
     the source is the file or, for overrides, "command line".
     """
-    values, problems = _read_file(str(path))
-    overridden, override_problems = _read_overrides(overrides)
+    try:
+        values, problems = read_file(str(path))
+    except YamlError as error:
+        raise ConfigError(str(error)) from None
+    overridden, override_problems = read_overrides(overrides)
     problems += override_problems
     values |= overridden
 
@@ -383,21 +396,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """YAML of every key in schema order, which loads back to an equal Config."""
-    return yaml.dump(
-        config.model_dump(),
-        Dumper=_Dumper,
-        sort_keys=False,
-        default_flow_style=None,
-        allow_unicode=True,
-        width=float("inf"),
-    )
+    return dump_yaml(config.model_dump())
 
 
 def fields_help() -> str:
     """Every key with its default and meaning, one paragraph a key, for `--help`."""
     lines = []
     for key, field in Config.model_fields.items():
-        note = "required" if field.is_required() else f"default {_yaml_text(field.default)}"
+        note = "required" if field.is_required() else f"default {scalar_text(field.default)}"
         if key in _NEEDED_TO_TRAIN:
             note = f"required to train {', '.join(_NEEDED_TO_TRAIN[key])}"
         lines.append(f"{key} ({note})")
@@ -409,7 +415,7 @@ def _schema_problems(error: ValidationError, values: dict[str, Any]) -> Iterator
     """Yields what pydantic found, then what is wrong between the keys it found no fault with."""
     field_errors = [item for item in error.errors() if item["loc"]]
     for item in field_errors:
-        if item["input"] is not _UNREADABLE:
+        if item["input"] is not UNREADABLE:
             yield (str(item["loc"][0]),), _field_problem(item)
     wrong = {str(item["loc"][0]) for item in field_errors}
     stand_ins = {"name": "unknown", "save_path": "unknown", "model_id": "", "val_path": ""}
@@ -464,136 +470,4 @@ def _unknown_key(key: str) -> str:
 
 def _example(key: str) -> str:
     field = Config.model_fields[key]
-    return field.examples[0] if field.examples else _yaml_text(field.default)
-
-
-def _yaml_text(value: Any) -> str:
-    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True).partition("\n")[0]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, and None as null: PyYAML's own YAML 1.1 reads 1e-4 as text, `off` as
-    false, 010 as eight and a plain << as a merge."""
-
-    yaml_implicit_resolvers: dict = {}
-    yaml_constructors: dict = {}
-    bool_values = {"true": True, "false": False}
-
-    def construct_int(self, node: yaml.ScalarNode) -> int:
-        return int(self.construct_scalar(node))
-
-    def construct_text(self, node: yaml.ScalarNode) -> str | None:
-        text = self.construct_scalar(node)
-        return None if text == "None" else text
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would otherwise not read back as text."""
-
-    yaml_implicit_resolvers: dict = {}
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|None|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
-        )
-for _tag, _constructor in (
-    ("null", _Loader.construct_yaml_null),
-    ("bool", _Loader.construct_yaml_bool),
-    ("int", _Loader.construct_int),
-    ("float", _Loader.construct_yaml_float),
-    ("str", _Loader.construct_text),
-    ("seq", _Loader.construct_yaml_seq),
-    ("map", _Loader.construct_yaml_map),
-):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor)
-_Loader.add_constructor(None, _Loader.construct_undefined)
-
-
-def _read_file(path: str) -> tuple[dict[str, Any], list[str]]:
-    """The file's values by key and its problems; raises ConfigError where nothing can be read."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}; name a YAML file such as args/gsm_coconut.yaml"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {_yaml_problem(error, text)}; mend the YAML there") from None
-    if not isinstance(node, yaml.MappingNode):
-        found = "is empty" if node is None else f"holds a {node.id}"
-        raise ConfigError(f"{path}: {found}; write one `key: value` a line")
-    values: dict[str, Any] = {}
-    first_lines: dict[str, int] = {}
-    problems = []
-    for key_node, value_node in node.value:
-        key, line = key_node.value, key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{path}: line {line}: a key is no plain word; write `key: value`")
-        elif key in first_lines:
-            problems.append(
-                f"{path}: line {line}: {key} stands twice, first on line {first_lines[key]}; "
-                "keep one"
-            )
-        else:
-            first_lines[key] = line
-            values[key], problem = _construct(loader, value_node)
-            if problem:
-                problems.append(f"{path}: {key}: {problem}")
-    return values, problems
-
-
-def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The values of `key=value` arguments by key, and their problems."""
-    values: dict[str, Any] = {}
-    problems = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            problems.append(f"command line: {override!r} is not key=value; write {key}=VALUE")
-            continue
-        if key in values:
-            problems.append(f"command line: {key} stands twice; keep one")
-            continue
-        try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-        except yaml.YAMLError as error:
-            values[key] = _UNREADABLE
-            problems.append(
-                f"command line: {override!r}: {_yaml_problem(error, text)}; quote the value"
-            )
-            continue
-        values[key], problem = _construct(loader, node) if node is not None else (None, None)
-        if problem:
-            problems.append(f"command line: {override!r}: {problem}")
-    return values, problems
-
-
-def _construct(loader: _Loader, node: yaml.Node) -> tuple[Any, str | None]:
-    try:
-        return loader.construct_object(node, deep=True), None
-    except yaml.YAMLError as error:
-        problem = _yaml_problem(error, "")
-    except (ValueError, KeyError) as error:
-        problem = f"line {node.start_mark.line + 1}: cannot be read: {error}"
-    return _UNREADABLE, f"{problem}; write a plain value"
-
-
-def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark or error.context_mark
-        return f"line {mark.line + 1}: {error.problem or error.context}"
-    line = text.count("\n", 0, error.position) + 1
-    return f"line {line}: character {error.character!r} is not allowed"
+    return field.examples[0] if field.examples else scalar_text(field.default)

@@ -430,11 +430,23 @@ class Trainer:
     def _continue_from(self, state: checkpoint.TrainingState) -> None:
         """Take up `state` as if the run had never stopped.
 
-        Raises: UserError when a setting that fixes the order of records has changed.
+        Raises: UserError when a setting that fixes the order of records has changed, or the
+            records themselves and allow_changed_data is false.
         """
         stored, now = state.progress["trajectory"], self._trajectory()
         for name, value in now.items():
-            if stored[name] != value:
+            if stored[name] == value:
+                continue
+            if name == "training_data_sha256":
+                changed = f"{self.train_records.path}: holds other records than when the run began"
+                if not self.config.allow_changed_data:
+                    raise UserError(
+                        f"{changed} (sha256 {value[:12]}, was {stored[name][:12]}); restore them,"
+                        " write allow_changed_data: true to go on with these, or choose another"
+                        " name to start a new run"
+                    )
+                self.tracker.message(f"{changed}; going on, since allow_changed_data is true")
+            else:
                 raise UserError(
                     f"{state.folder}: this run began with {name}={stored[name]}, now it is {value};"
                     " restore it, or choose another name to start a new run"

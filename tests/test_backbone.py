@@ -722,12 +722,10 @@ def test_models_that_score_in_a_way_of_their_own_are_refused(configure, tiny_fol
         build_coconut(config, load_quietly(config))
 
 
-def test_activation_checkpointing_is_refused_with_continuous_thoughts_alone(
+def test_activation_checkpointing_is_switched_on_where_the_model_supports_it(
     configure, tiny_folder, monkeypatch
 ):
     folder = tiny_folder()
-    with pytest.raises(UserError, match="activation_checkpointing: true drops the key-value cache"):
-        load_quietly(configure(folder, activation_checkpointing=True))
     for keys in ({"cot": True}, {"thought": "pause"}):
         model = load_quietly(configure(folder, activation_checkpointing=True, **keys)).model
         assert model.is_gradient_checkpointing

@@ -335,6 +335,11 @@ def test_all_problems_come_at_once_each_with_its_source(cot_file):
             "max_latent_stage: 1 or more",
         ),
         (
+            ["coconut=true", "cot=false", "c_thought=1", "activation_checkpointing=true"],
+            "activation_checkpointing=True drops the cache that continuous thoughts are read from; "
+            "write activation_checkpointing: false (a smaller batch_size_training saves memory)",
+        ),
+        (
             ["latent_window_size=4"],
             "latent_weights=[0.6, 0.3, 0.1] has 3 of the 4 weights that latent_window_size=4 asks "
             "for; write 4 weights, nearest state first",

@@ -337,7 +337,10 @@ def test_going_on_from_cot_as_coconut_or_with_other_records_is_refused(tmp_path,
     experiment.change(cot=True, coconut=False)
     experiment.write("train.json", make_records(17))
     assert experiment.main() == run.EXIT_USER_ERROR
-    assert "began with training_data_sha256=" in capsys.readouterr().err
+    assert "holds other records than when the run began (sha256" in capsys.readouterr().err
+    assert experiment.main("allow_changed_data=true") == 0
+    assert "going on, since allow_changed_data is true" in capsys.readouterr().out
+    assert experiment.main() == 0, "from now on these are the run's records"
 
 
 def test_resume_does_not_move_a_run_that_goes_on(finished, straight, capsys):
