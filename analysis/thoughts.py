@@ -4,13 +4,14 @@
 run three times, at the stage it was trained to: with its own thoughts, with every thought replaced
 by zeros, and with every thought taken from another question of the batch. Then it scores each
 thought with the model's own output layer, as the hidden states it is an average of were scored, and
-counts how often the likeliest word is the first word of the step that the thought stands for.
+counts how often the likeliest word occurs in the step that the thought stands for.
 
 Evaluation itself is evaluation.py's. Carries out no section of the SPEC: it asks whether the
 thoughts of section 6 are used.
 """
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,8 @@ class ThoughtReport:
     stage: the stage it was trained to, at which everything was measured.
     figures: condition -> the figures of its evaluation (`acc`, `acc_low`, `acc_high`, ...).
     words: a list for each record, with the likeliest word of each of its thoughts.
-    agreement: for each latent position, the share of records that have it whose word there is the
-        first word of the step it stands for.
+    agreement: for each latent position, the share of records that have it whose word there occurs
+        in the step it stands for.
     """
 
     stage: int
@@ -98,10 +99,8 @@ def examine(checkpoint: Path, val_path: str | None = None) -> ThoughtReport:
     staged = StagedRecords.of(records, curriculum, stages)
     word_ids = read_word_ids(models["own"], staged, SpecialIds.of(backbone.tokenizer), batch_size)
     words = [backbone.tokenizer.convert_ids_to_tokens(ids) for ids in word_ids]
-    first_ids = [[ids[0] for ids in steps] for steps in records.table["step_ids"]]
-    return ThoughtReport(
-        settings["stage"], figures, words, agreement(word_ids, first_ids, config.c_thought)
-    )
+    shares = agreement(word_ids, records.table["step_ids"], config.c_thought)
+    return ThoughtReport(settings["stage"], figures, words, shares)
 
 
 def _make_model(kind: type[Coconut], config: Config, backbone: Backbone) -> Coconut:
@@ -135,19 +134,22 @@ def read_word_ids(
     return word_ids
 
 
-def agreement(word_ids: list[list[int]], first_ids: list[list[int]], c_thought: int) -> list[float]:
-    """For each latent position, the share of the records with a step there that hold its word.
+def agreement(
+    word_ids: list[list[int]], step_ids: Iterable[list[list[int]]], c_thought: int
+) -> list[float]:
+    """For each latent position, the share of records with a step there whose word occurs in it.
 
-    word_ids: for each record, one id a thought; first_ids: for each record, the first id of each
-    step. Thought k (from 0) stands for step k // c_thought.
+    word_ids: for each record, one id a thought; step_ids: for each record, the ids of each step.
+    Thought k (from 0) stands for step k // c_thought.
     """
+    step_ids = list(step_ids)
     shares = []
     for position in range(max(map(len, word_ids), default=0)):
         step = position // c_thought
         hits = [
-            words[position] == firsts[step]
-            for words, firsts in zip(word_ids, first_ids, strict=True)
-            if len(words) > position and len(firsts) > step
+            words[position] in steps[step]
+            for words, steps in zip(word_ids, step_ids, strict=True)
+            if len(words) > position and len(steps) > step
         ]
         shares.append(sum(hits) / len(hits) if hits else 0.0)
     return shares

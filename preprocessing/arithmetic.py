@@ -5,6 +5,10 @@ four hours on, two back, five on, and asks where the hand points. The steps are 
 way (7, 5, 0); the last of them is the answer as well. Every hour is a single token for the tiny
 model of `assets/quickstart-model`, and a question cannot be answered without all of its numbers.
 
+Somewhere in its steps a record repeats the sign `=`: before the first hour or after any of them,
+drawn at random (`7 5 = 0`). So a model that learns to write the steps learns to go on from any of
+them after a sign that says nothing new, which is what the marker after the thoughts asks of it.
+
 All questions of one length are numbered, and the drawn numbers are all different, so no held-out
 question is ever trained on. Writes the record format of SPEC section 1. Same arguments, same
 bytes. The model and its training are no business of this script, which needs Python alone.
@@ -24,8 +28,11 @@ def number_of_questions(operations: int, modulus: int) -> int:
     return modulus * (len(SIGNS) * modulus) ** operations
 
 
-def make_record(number: int, operations: int, modulus: int) -> dict:
-    """The question with that number, from 0 to `number_of_questions(...) - 1`, as a record."""
+def make_record(number: int, operations: int, modulus: int, place: int) -> dict:
+    """The question with that number, from 0 to `number_of_questions(...) - 1`, as a record.
+
+    place: how many steps stand before the repeated sign, 0 to `operations`.
+    """
     rest, hour = divmod(number, modulus)
     question, steps = [str(hour)], []
     for _ in range(operations):
@@ -34,7 +41,12 @@ def make_record(number: int, operations: int, modulus: int) -> dict:
         hour = (hour + term if sign == "+" else hour - term) % modulus
         question += [sign, str(term)]
         steps.append(str(hour))
-    return {"question": " ".join([*question, "="]), "answer": steps[-1], "steps": steps}
+    answer = steps[-1]
+    if place == 0:
+        steps[0] = f"= {steps[0]}"
+    else:
+        steps[place - 1] += " ="
+    return {"question": " ".join([*question, "="]), "answer": answer, "steps": steps}
 
 
 def make_splits(
@@ -50,9 +62,13 @@ def make_splits(
             f"{wanted} questions are wanted, but with {operations} operations and modulus "
             f"{modulus} there are only {available}; ask for fewer or raise --operations"
         )
-    numbers = iter(random.Random(seed).sample(range(available), wanted))
+    generator = random.Random(seed)
+    numbers = iter(generator.sample(range(available), wanted))
     return {
-        split: [make_record(next(numbers), operations, modulus) for _ in range(size)]
+        split: [
+            make_record(next(numbers), operations, modulus, generator.randint(0, operations))
+            for _ in range(size)
+        ]
         for split, size in sizes.items()
     }
 
