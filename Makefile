@@ -11,7 +11,7 @@ quickstart: .venv/installed
 # Two workers of one thread each: the models are tiny, and threads would only wait for each other.
 test: .venv/installed
 	$(PYTHON) -m ruff check .
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
 
 .venv/installed: requirements.txt requirements-dev.txt
 	python3 -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "needs Python 3.11 to 3.13"'

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -152,6 +152,12 @@ def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Back
     if config.activation_checkpointing:
         _enable_checkpointing(model)
     return Backbone(model, tokenizer, settings, has_markers)
+
+
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of `model`, in order: the modules that its authors say should never be split."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def build_coconut(config: Config, backbone: Backbone) -> Coconut:

@@ -6,7 +6,9 @@ random generators and the position in the run; it is kept apart, and only the ne
 many checkpoints do not cost as many optimizer states. Both are written under a temporary name,
 flushed and renamed (SPEC section 9). When to save is training.py's decision.
 
-Tensors lie in safetensors files and everything else in JSON: nothing here unpickles.
+Tensors lie in safetensors files and everything else in JSON: nothing here unpickles. States are
+written and read by torch.distributed.checkpoint, shard by shard, so any number of ranks goes on
+from what any other number wrote.
 """
 
 import base64
@@ -18,22 +20,26 @@ import os
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultSavePlanner,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
 )
 
 import distributed
@@ -46,8 +52,21 @@ BASE_PREFIX = "base_causallm."
 SET_ASIDE = re.compile(r"\.(?P<name>checkpoint_\d+|\d+)\.(?P<kind>old|part)")
 UNFINISHED_FILE = re.compile(r"\..+\.\d+\.part")
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# Loading copies into tensors that exist already, whole or sharded.
-SCATTERED = StateDictOptions(full_state_dict=True)
+MODEL, OPTIMIZER = "model.", "optimizer."
+
+
+@contextmanager
+def _whole_directory_of_all_ranks(target: Path) -> Iterator[Path]:
+    """`whole_directory`, made and renamed by rank 0, which every rank may fill.
+
+    Where a rank fails, none goes on, and `target` stays as it was.
+    """
+    with whole_directory(target) if distributed.is_main() else nullcontext() as unfinished:
+        # Nothing is written before the folder is there, nor renamed before all is written.
+        unfinished = distributed.broadcast_from_main(unfinished)
+        yield unfinished
+        distributed.barrier()
+    distributed.barrier()
 
 
 @contextmanager
@@ -219,26 +238,31 @@ def save_state(
     tokenizer,
     progress: dict,
 ) -> None:
-    """Write `resume/<step>/` and keep the newest two. Every rank must call; rank 0 writes.
+    """Write `resume/<step>/` and keep the newest two. Every rank must call.
 
-    Model configuration and tokenizer go along, so that going on needs nothing but this folder.
+    Rank 0 writes what all ranks hold alike, and each rank the shards that it alone holds; so ranks
+    on several machines need a file system that all of them see. Model configuration and tokenizer
+    go along, so that going on needs nothing but this folder.
     """
-    weights = get_model_state_dict(model, options=GATHERED)
-    moments = get_optimizer_state_dict(model, optimizer, options=GATHERED)
     generators = distributed.gather_to_main(_generator_states())
+    folder = run_dir / RESUME_FOLDER
+    with _whole_directory_of_all_ranks(folder / str(step)) as unfinished:
+        with _of_these_ranks() as ranks:
+            dcp.save(
+                _state_tensors(model, optimizer),
+                storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+                planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+                **ranks,
+            )
+        if distributed.is_main():
+            distributed.unwrap(model).base_causallm.config.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            generators_file = unfinished / "generators.json"
+            generators_file.write_text(json.dumps(generators), encoding="utf-8")
+            sums = {path.name: sha256_file(path) for path in sorted(unfinished.iterdir())}
+            _write_progress(unfinished, {"progress": progress, "sha256": sums})
     if not distributed.is_main():
         return
-    folder = run_dir / RESUME_FOLDER
-    with whole_directory(folder / str(step)) as unfinished:
-        save_file(_untied(weights), unfinished / "model.safetensors")
-        flat = {f"{name}|{key}": t for name, s in moments["state"].items() for key, t in s.items()}
-        save_file(_untied(flat), unfinished / "optimizer.safetensors")
-        distributed.unwrap(model).base_causallm.config.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        generators_file = unfinished / "generators.json"
-        generators_file.write_text(json.dumps(generators), encoding="utf-8")
-        sums = {path.name: sha256_file(path) for path in sorted(unfinished.iterdir())}
-        _write_progress(unfinished, {"progress": progress, "sha256": sums})
     # A later step's state was damaged and passed over, or this run would stand there.
     stale = [path for number, path in _state_folders(run_dir) if number > step]
     past = [path for number, path in _state_folders(run_dir) if number <= step]
@@ -304,16 +328,13 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
 
     Returns whether generators for this rank were stored (not so with more ranks than before).
     """
-    set_model_state_dict(model, _load(state.folder / "model.safetensors"), options=SCATTERED)
-    moments: dict[str, dict] = {}
-    for name, tensor in _load(state.folder / "optimizer.safetensors").items():
-        parameter, key = name.rsplit("|", 1)
-        moments.setdefault(parameter, {})[key] = tensor
-    # GATHERED would leave every rank but 0 without.
-    groups = get_optimizer_state_dict(model, optimizer, options=SCATTERED)["param_groups"]
-    set_optimizer_state_dict(
-        model, optimizer, {"state": moments, "param_groups": groups}, options=SCATTERED
-    )
+    tensors = _state_tensors(model, optimizer)
+    try:
+        with _of_these_ranks() as ranks:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(state.folder)), **ranks)
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise UserError(f"{state.folder}: cannot be restored (rank {rank}: {cause})") from None
     text = (state.folder / "generators.json").read_text(encoding="utf-8")
     generators = json.loads(text)
     if distributed.rank() >= len(generators):
@@ -322,22 +343,28 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
     return True
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+@contextmanager
+def _of_these_ranks() -> Iterator[dict]:
+    """Options of dcp.save and dcp.load; one process needs no group and no warning about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield {"no_dist": distributed.world_size() == 1}
 
 
-def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors that share no storage, as safetensors wants them."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        shared = tensor.numel() > 0 and tensor.data_ptr() in seen
-        seen.add(tensor.data_ptr())
-        result[name] = tensor.clone() if shared else tensor.contiguous()
-    return result
+def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """This rank's share of weights and AdamW's moments, under names that no wrapping changes.
+
+    The tensors are those of model and optimizer themselves: loading into them is restoring.
+    """
+    moments = get_optimizer_state_dict(model, optimizer)["state"]
+    # A tied weight has two names and need not be stored twice.
+    names = {name for name, _ in distributed.unwrap(model).named_parameters()}
+    weights = get_model_state_dict(model)
+    return {f"{MODEL}{name}": tensor for name, tensor in weights.items() if name in names} | {
+        f"{OPTIMIZER}{name}|{key}": tensor
+        for name, values in moments.items()
+        for key, tensor in values.items()
+    }
 
 
 def _generator_states() -> dict:

@@ -131,6 +131,7 @@ class Coconut(nn.Module):
         attention_mask: Tensor,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        num_passes: int | None = None,
     ) -> CoconutOutput:
         """Read the batch in max(K) + 1 passes, thoughts in place, and score the labels.
 
@@ -138,11 +139,15 @@ class Coconut(nn.Module):
         attention_mask: (B, T), 1 on tokens, 0 on padding.
         labels: (B, T) long, -100 ignored; labels[:, t] is what column t - 1 should predict.
         position_ids: (B, T) long; by default counted from 0 at a row's first token.
+        num_passes: read in as many passes, for ranks that must keep step; where thoughts need
+            fewer, columns that hold none are passed by themselves, which changes no result.
 
-        Raises: ValueError when a row starts with a latent, which has nothing before it, or when
+        Raises: ValueError when `num_passes` is fewer than the thoughts need or more than there are
+            columns, when a row starts with a latent, which has nothing before it, or when
             gradient checkpointing would drop the cache that thoughts are read from.
         """
-        passes = self._read(input_ids, attention_mask, position_ids, input_ids.size(1))
+        end = input_ids.size(1)
+        passes = self._read(input_ids, attention_mask, position_ids, end, num_passes)
         hidden_states, inputs_embeds, _ = passes
         head = self.base_causallm.get_output_embeddings()
         if labels is None:
@@ -203,14 +208,22 @@ class Coconut(nn.Module):
             self.base_causallm.generation_config = folder_config
 
     def _read(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, end: int
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        end: int,
+        num_passes: int | None = None,
     ) -> tuple[Tensor, Tensor, DynamicCache | None]:
         """Read columns [0, end): hidden states (B, end, D), embeddings (B, end, D), the cache."""
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         token_embeds = self.base_causallm.get_input_embeddings()(input_ids[:, :end])
         is_latent = self._is_latent(input_ids, attention_mask)
-        starts = self._thought_columns(is_latent, attention_mask, end)
+        thought_columns = self._thought_columns(is_latent, attention_mask, end)
+        starts = thought_columns
+        if num_passes is not None:
+            starts = _add_starts(thought_columns, num_passes, end)
         checkpointed = getattr(self.base_causallm.base_model, "gradient_checkpointing", False)
         if starts and self.training and checkpointed:
             raise ValueError(
@@ -222,7 +235,7 @@ class Coconut(nn.Module):
         bounds = [0, *starts, end]
         for begin, stop in pairwise(bounds):
             embeds = token_embeds[:, begin:stop]
-            if begin > 0:
+            if begin in thought_columns:
                 embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
             hidden = self.base_causallm.base_model(
                 inputs_embeds=embeds,
@@ -269,3 +282,15 @@ class Coconut(nn.Module):
         thought = self.thought(window, recent, is_first).to(embeds.dtype)
         first = torch.where(is_latent[:, column, None], thought, embeds[:, 0])
         return torch.cat([first[:, None], embeds[:, 1:]], 1)
+
+
+def _add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
+    """`starts` and the last free columns before `end`, so that `num_passes` passes result."""
+    free = [column for column in range(1, end) if column not in starts]
+    missing = num_passes - 1 - len(starts)
+    if not 0 <= missing <= len(free):
+        raise ValueError(
+            f"num_passes={num_passes}: thoughts need {len(starts) + 1} passes, and {end} columns"
+            " allow no more than as many"
+        )
+    return sorted(starts + free[len(free) - missing :])

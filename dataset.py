@@ -290,11 +290,13 @@ class Collator:
 
     purpose: "train" for whole sequences with labels; "generate" for prompts alone, which end in
         the same column.
+    min_width: batches for training have at least as many columns, by padding on the right.
     """
 
     staged: StagedRecords
     ids: SpecialIds
     purpose: str = "train"
+    min_width: int = 1
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, Tensor]:
         """input_ids, attention_mask, position_ids, labels (each (B, T) long), indices (B,) long.
@@ -303,7 +305,8 @@ class Collator:
         takes part in the step, and contributes zero.
         """
         if len(indices) == 0:
-            return _pad([([self.ids.eos], [IGNORE_INDEX])], [0], self.ids.eos, indices)
+            nothing = [([self.ids.eos], [IGNORE_INDEX])]
+            return _pad(nothing, [0], self.ids.eos, indices, self.min_width)
         rows = self.staged.tokenized.table[indices.tolist()]
         parts = zip(
             rows["question_ids"], rows["step_ids"], rows["answer_ids"], indices, strict=True
@@ -320,7 +323,8 @@ class Collator:
             ]
         column = max((width for width in widths if width is not None), default=0)
         left_pads = [0 if width is None else column - width for width in widths]
-        return _pad(examples, left_pads, self.ids.eos, indices)
+        min_width = 1 if self.purpose == "generate" else self.min_width
+        return _pad(examples, left_pads, self.ids.eos, indices, min_width)
 
     def _example(
         self, question: list[int], steps: list[list[int]], answer: list[int], index: int
@@ -343,9 +347,11 @@ def _pad(
     left_pads: list[int],
     pad_id: int,
     indices: np.ndarray,
+    min_width: int,
 ) -> dict[str, Tensor]:
     """Rows of (token ids, labels), each moved right by its padding, as a rectangular batch."""
-    width = max(left + len(tokens) for left, (tokens, _) in zip(left_pads, rows, strict=True))
+    ends = [left + len(tokens) for left, (tokens, _) in zip(left_pads, rows, strict=True)]
+    width = max(min_width, *ends)
     input_ids = torch.full((len(rows), width), pad_id)
     labels = torch.full((len(rows), width), IGNORE_INDEX)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)

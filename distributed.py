@@ -3,17 +3,28 @@
 One process needs no group at all. Under torchrun the group is gloo on CPUs and gloo + NCCL on
 GPUs, the local rank picks the device. Models are wrapped in DDP or sharded by FSDP2; both average
 gradients over ranks, so the training step multiplies its loss by the number of ranks.
+
+A training step of Coconut calls every block once for each latent pass. DDP does not notice. FSDP2
+gathers a block's parameters before a call, and ranks whose batches take another number of passes
+would wait for each other for ever; so under FSDP all ranks take the same number (`Coconut.forward`,
+num_passes).
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,29 +127,80 @@ def broadcast_from_main(value: object) -> object:
     return box[0]
 
 
-def choose_parallel(parallel: str, num_parameters: int) -> tuple[str, str]:
-    """("none", "ddp" or "fsdp", the reason): `auto` shards when one device has too little room."""
+@dataclass(frozen=True)
+class Parallel:
+    """How the ranks share a model.
+
+    kind: "none", "ddp" or "fsdp".
+    gathered: under FSDP, whether whole parameters stay from a step's first pass to its end, which
+        costs their memory and saves a gather for every pass of every block.
+    reason: why, for the console.
+    """
+
+    kind: str
+    gathered: bool
+    reason: str
+
+
+def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
+    """What `parallel` means here: `auto` shards where one device has too little room for it all."""
     if world_size() == 1:
-        return "none", "one process"
-    if parallel != "auto":
-        return parallel, "as configured"
+        return Parallel("none", False, "one process")
     if not torch.cuda.is_available():
-        return "ddp", "processes on CPUs share their memory"
+        reason = "processes on CPUs share their memory" if parallel == "auto" else "as configured"
+        return Parallel("ddp" if parallel == "auto" else parallel, True, reason)
+    room = STATE_SHARE_OF_DEVICE * torch.cuda.get_device_properties(device()).total_memory
     state_bytes = num_parameters * TRAINING_BYTES_PER_PARAMETER
-    device_bytes = torch.cuda.get_device_properties(device()).total_memory
-    sizes = f"training state {state_bytes / 2**30:.1f} GiB, device {device_bytes / 2**30:.1f} GiB"
-    return ("ddp" if state_bytes < STATE_SHARE_OF_DEVICE * device_bytes else "fsdp"), sizes
+    sizes = f"training state {state_bytes / 2**30:.1f} GiB, room {room / 2**30:.1f} GiB a device"
+    if parallel == "auto":
+        kind, reason = ("ddp" if state_bytes < room else "fsdp"), sizes
+    else:
+        kind, reason = parallel, "as configured"
+    if kind == "ddp":
+        return Parallel(kind, False, reason)
+    whole_bytes = num_parameters * (2 if bf16 else 4)
+    gathered = whole_bytes + state_bytes / world_size() < room
+    held = "held whole through a step" if gathered else "gathered for every pass of a block"
+    return Parallel(kind, gathered, f"{reason}; parameters {held}")
 
 
-def parallelize(model: nn.Module, parallel: str) -> nn.Module:
-    """Wrap `model` for training on several ranks: "none", "ddp" or "fsdp" (sharded in place)."""
-    if parallel == "ddp":
+def parallelize(
+    model: nn.Module, parallel: Parallel, blocks: Sequence[nn.Module] = (), bf16: bool = False
+) -> nn.Module:
+    """`model` on this rank's device, wrapped for training on several ranks.
+
+    Under FSDP it is sharded in place, block by block, then what is left: it should still lie on the
+    CPU, because whole it may not fit the device.
+
+    blocks: the modules of `model` that FSDP shards each by itself.
+    bf16: under FSDP blocks gather their parameters in bf16, from shards that stay in fp32.
+    """
+    if parallel.kind != "fsdp":
+        model = model.to(device())
+        if parallel.kind == "none":
+            return model
         device_ids = [local_rank()] if torch.cuda.is_available() else None
-        return DistributedDataParallel(model, device_ids=device_ids)
-    if parallel == "fsdp":
-        fully_shard(model)
-        register_fsdp_forward_method(model, "generate")
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # A block takes its input as it comes: the sum of the layers stays in fp32, as under autocast.
+    # Embeddings, final norm and head, which belong to the root, stay in fp32 for the same reason.
+    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model)
+    for module in _shards(model):
+        # FSDP2 cannot be asked, and gathered_parameters has to restore it.
+        module.reshards_after_forward = module is not model and not parallel.gathered
+        module.set_reshard_after_forward(module.reshards_after_forward, recurse=False)
+    if parallel.gathered:
+        model.set_reshard_after_backward(False)
+    register_fsdp_forward_method(model, "generate")
     return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `model` lies in shards, so that ranks must take the same number of passes."""
+    return isinstance(model, FSDPModule)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -146,26 +208,41 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def _shards(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _release(model: nn.Module) -> None:
+    """Drop whole parameters; what remains are the shards that the optimizer knows."""
+    for module in _shards(model):
+        module.reshard()
+
+
 @contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Exchange gradients in the backward passes inside only when `enabled`: the last micro-step."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.set_requires_gradient_sync(enabled)
     skip = isinstance(model, DistributedDataParallel) and not enabled
     with model.no_sync() if skip else nullcontext():
         yield
+    if enabled:
+        _release(model)
 
 
 @contextmanager
 def gathered_parameters(model: nn.Module) -> Iterator[None]:
     """Hold whole parameters inside, so that ranks may run different numbers of passes there."""
-    if isinstance(model, FSDPModule):
-        model.unshard()
+    shards = _shards(model)
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
-        if isinstance(model, FSDPModule):
-            model.reshard()
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module.reshards_after_forward, recurse=False)
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:

@@ -161,20 +161,24 @@ def acting_stages(config: Config) -> set[int]:
 
 
 def make_model(config: Config, notify=say):
-    """(Coconut module on this rank's device, tokenizer), seeded and ready to train."""
+    """(Coconut module, wrapped for the ranks and on this one's device; tokenizer), all seeded."""
     import torch
 
     import distributed
-    from backbone import build_coconut, load_backbone
+    from backbone import build_coconut, layers, load_backbone
     from utils import seed_everything
 
     if config.bf16 and not distributed.computes_bf16_natively():
         notify("bf16: this hardware has no native bf16 and emulates it; bf16: false is faster")
     seed_everything(config.seed, config.deterministic)
     backbone = load_backbone(config, notify)
-    model = build_coconut(config, backbone).to(distributed.device())
+    model = build_coconut(config, backbone)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
+    say(f"parallel: {parallel.kind} ({parallel.reason})")
     if config.compile:
         model.base_causallm.base_model.compile(dynamic=True)
+    model = distributed.parallelize(model, parallel, layers(backbone.model), config.bf16)
     # From here on only dropout draws, and it must differ between ranks.
     torch.manual_seed(config.seed + distributed.rank())
     return model, backbone.tokenizer
@@ -326,11 +330,8 @@ def evaluate_only(config: Config) -> None:
         distributed.is_main(),
     )
     tracker.truncate(0, epoch)
-    parallel, _ = distributed.choose_parallel(
-        config.parallel, sum(p.numel() for p in model.parameters())
-    )
     outcome = evaluate(
-        distributed.unwrap(distributed.parallelize(model, parallel)),
+        distributed.unwrap(model),
         tokenizer,
         data.val,
         curriculum,

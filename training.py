@@ -18,7 +18,6 @@ import torch
 
 import checkpoint
 import distributed
-from coconut import Coconut
 from config import Config
 from curriculum import Curriculum
 from dataset import (
@@ -120,7 +119,7 @@ def listen_for_signals(tracker: Tracker) -> Iterator[Requests]:
 class Trainer:
     """One training run on this rank.
 
-    model: the Coconut module on its device, not yet wrapped.
+    model: the Coconut module on its device, wrapped by distributed.parallelize.
     settings: what coconut.json of a checkpoint holds, but for the stage.
     state: a training state to go on from, or None.
     """
@@ -128,7 +127,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: Coconut,
+        model: torch.nn.Module,
         tokenizer,
         train_records: TokenizedRecords,
         val_records: TokenizedRecords,
@@ -152,10 +151,7 @@ class Trainer:
         )
         self.steps_per_epoch = -(-len(train_records) // self.effective_batch_size)
         self.total_steps = (config.num_epochs - config.resume) * self.steps_per_epoch
-        num_parameters = sum(p.numel() for p in model.parameters())
-        parallel, reason = distributed.choose_parallel(config.parallel, num_parameters)
-        tracker.message(f"parallel: {parallel} ({reason})")
-        self.model = distributed.parallelize(model, parallel)
+        self.model = model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.lr,
@@ -226,8 +222,13 @@ class Trainer:
             for indices in batches[self.progress.steps_done :]
         ]
         mine = [shares[distributed.rank()] for _, parts in plan for shares in parts]
+        # Sharded ranks need a column for every pass that the longest chain of thoughts takes.
+        min_width = self._num_passes(staged, batches) or 1
         loader = batch_loader(
-            Collator(staged, self.ids), mine, config.num_workers, self.device.type == "cuda"
+            Collator(staged, self.ids, min_width=min_width),
+            mine,
+            config.num_workers,
+            self.device.type == "cuda",
         )
         if epoch == config.resume and self.progress.steps_done == 0:
             self._show_examples(Collator(staged, self.ids), batches[0])
@@ -240,23 +241,37 @@ class Trainer:
         for indices, parts in plan:
             began = time.perf_counter()
             num_labels = int(staged.num_labels[indices].sum())
-            loss, norm = self._step([next(micro) for _ in parts], num_labels)
+            passes = [self._num_passes(staged, shares) for shares in parts]
+            loss, norm = self._step([next(micro) for _ in parts], num_labels, passes)
             seconds = time.perf_counter() - began
             self._after_step(epoch, stage, loss, norm, lengths[indices].sum() / seconds)
             bar.set_postfix_str(f"loss {loss:.4f}, {lengths[indices].sum() / seconds:.0f} tok/s")
             bar.update()
         bar.close()
 
-    def _step(self, batches: list[dict], num_labels: int) -> tuple[float, float]:
+    def _num_passes(self, staged: StagedRecords, shares: list[np.ndarray]) -> int | None:
+        """How many passes all ranks take over a micro-batch; None where each takes its own number.
+
+        shares: the records of each rank.
+        """
+        if not distributed.is_sharded(self.model):
+            return None
+        is_continuous = distributed.unwrap(self.model).thought_kind == "continuous"
+        return 1 + is_continuous * int(staged.num_latents[np.concatenate(shares)].max())
+
+    def _step(
+        self, batches: list[dict], num_labels: int, passes: list[int | None]
+    ) -> tuple[float, float]:
         """One optimizer step over this rank's micro-batches: (loss, gradient norm), global.
 
         num_labels: labelled tokens in the effective batch, on all ranks and micro-batches; the
         gradient is that of their mean cross-entropy, however the batch is split.
+        passes: for each micro-batch, what `_num_passes` gives.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.progress.optimizer_step, self.total_steps)
         local_loss = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches):
+        for number, (batch, num_passes) in enumerate(zip(batches, passes, strict=True)):
             batch = {key: t.to(self.device, non_blocking=True) for key, t in batch.items()}
             is_last = number == len(batches) - 1
             with distributed.gradient_sync(self.model, enabled=is_last):
@@ -266,6 +281,7 @@ class Trainer:
                         attention_mask=batch["attention_mask"],
                         labels=batch["labels"],
                         position_ids=batch["position_ids"],
+                        num_passes=num_passes,
                     )
                 loss = output.loss * (len(output.logits) / num_labels)
                 # Both DDP and FSDP average over ranks; the sum is wanted.

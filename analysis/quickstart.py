@@ -161,7 +161,7 @@ def thought_section(thoughts: ThoughtReport, baseline: dict, share: float) -> li
         "The baseline is the same model, trained to answer at once, without steps or thoughts. It",
         f"trained for about the same time and saw {share:.1f} times as many examples.",
         "",
-        "Scored with the model's own output layer, a thought can be read as a word:",
+        "Scored with the model's own output layer, a thought can be read as a number:",
         f"{', '.join(readings)} of the questions.",
     ]
 
@@ -173,7 +173,7 @@ def sample_section(sample: dict, words: list[str], steps: list[str]) -> list[str
         "## A question it never trained on",
         "",
         f"    question   {sample['question']}",
-        f"    thoughts   {' '.join(words)}   (as words; the steps are {' '.join(steps)})",
+        f"    thoughts   {' '.join(words)}   (as numbers; the steps are {' '.join(steps)})",
         f"    it writes  {sample['text']}   ({verdict})",
     ]
 

@@ -4,7 +4,9 @@
 run three times, at the stage it was trained to: with its own thoughts, with every thought replaced
 by zeros, and with every thought taken from another question of the batch. Then it scores each
 thought with the model's own output layer, as the hidden states it is an average of were scored, and
-counts how often the likeliest word occurs in the step that the thought stands for.
+counts how often the likeliest word occurs in the step that the thought stands for. Only words in
+which answers differ stand for election: a thought also says what kind of word comes next, such as a
+sign, and would mostly read as that.
 
 Evaluation itself is evaluation.py's. Carries out no section of the SPEC: it asks whether the
 thoughts of section 6 are used.
@@ -53,7 +55,8 @@ class ThoughtReport:
 
     stage: the stage it was trained to, at which everything was measured.
     figures: condition -> the figures of its evaluation (`acc`, `acc_low`, `acc_high`, ...).
-    words: a list for each record, with the likeliest word of each of its thoughts.
+    words: a list for each record, with the likeliest word of each of its thoughts, out of those in
+        which answers differ.
     agreement: for each latent position, the share of records that have it whose word there occurs
         in the step it stands for.
     """
@@ -97,7 +100,9 @@ def examine(checkpoint: Path, val_path: str | None = None) -> ThoughtReport:
     }
     stages = np.full(len(records), settings["stage"])
     staged = StagedRecords.of(records, curriculum, stages)
-    word_ids = read_word_ids(models["own"], staged, SpecialIds.of(backbone.tokenizer), batch_size)
+    ids = SpecialIds.of(backbone.tokenizer)
+    candidates = differing_ids(records.table["answer_ids"])
+    word_ids = read_word_ids(models["own"], staged, ids, candidates, batch_size)
     words = [backbone.tokenizer.convert_ids_to_tokens(ids) for ids in word_ids]
     shares = agreement(word_ids, records.table["step_ids"], config.c_thought)
     return ThoughtReport(settings["stage"], figures, words, shares)
@@ -114,11 +119,18 @@ def _make_model(kind: type[Coconut], config: Config, backbone: Backbone) -> Coco
     return model.to(distributed.device()).eval()
 
 
+def differing_ids(answers: Iterable[list[int]]) -> list[int]:
+    """The ids that occur in some answers but not in all; in all, where that leaves none."""
+    sets = [set(ids) for ids in answers]
+    return sorted(set.union(*sets) - set.intersection(*sets)) or sorted(set.union(*sets))
+
+
 @torch.no_grad()
 def read_word_ids(
-    model: Coconut, staged: StagedRecords, ids: SpecialIds, batch_size: int
+    model: Coconut, staged: StagedRecords, ids: SpecialIds, candidates: list[int], batch_size: int
 ) -> list[list[int]]:
-    """For each record, the id of the likeliest word of each of its thoughts."""
+    """For each record, which of `candidates` is the likeliest word of each of its thoughts."""
+    candidates = torch.tensor(candidates, device=distributed.device())
     collator = Collator(staged, ids, "generate")
     score = model.base_causallm.get_output_embeddings()
     word_ids = []
@@ -128,7 +140,7 @@ def read_word_ids(
         embeds = model(batch["input_ids"], batch["attention_mask"]).inputs_embeds  # (B, T, D)
         is_thought = (batch["input_ids"] == ids.latent) & (batch["attention_mask"] != 0)
         word_ids += [
-            score(row[here]).argmax(-1).tolist()
+            candidates[score(row[here])[:, candidates].argmax(-1)].tolist()
             for row, here in zip(embeds, is_thought, strict=True)
         ]
     return word_ids
@@ -163,7 +175,7 @@ def describe(report: ThoughtReport) -> str:
         low, high = 100 * figures["acc_low"], 100 * figures["acc_high"]
         accuracy = f"{100 * figures['acc']:5.1f} % [{low:.1f}, {high:.1f}]"
         lines.append(f"  {names[condition]:<29}{accuracy}")
-    lines.append("share of questions whose thought reads as the step it stands for")
+    lines.append("share of questions whose thought, read as a word of answers, is in its step")
     for position, share in enumerate(report.agreement, start=1):
         lines.append(f"  thought {position:<21}{100 * share:5.1f} %")
     return "\n".join(lines)

@@ -28,6 +28,8 @@ import run
 ROOT = Path(__file__).parents[1]
 PROCESS_TIMEOUT_S = 120
 # Measured, so never the same twice.
+# What one process writes of a training state's tensors.
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 CLOCKS = ("train/tokens_per_second", "eval/seconds_per_record")
 
 

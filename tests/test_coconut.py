@@ -427,6 +427,31 @@ def test_a_batch_costs_one_pass_more_than_its_latents(tiny_model, family, latent
 
 
 @families
+@pytest.mark.parametrize("kind", ["thoughts", "no latents", "pause"])
+def test_more_passes_than_the_thoughts_need_change_nothing(tiny_model, family, kind):
+    base = tiny_model(family)
+    rows = [row for row in ragged_rows() if kind != "no latents" or LATENT not in row]
+    batch = lay_out(rows, [make_labels(row) for row in rows], extra_right=2)
+    model = wrap(base, thought="pause" if kind == "pause" else "continuous")
+    calls = count_columns(base.base_model)
+    plain = model(**batch)
+    needed, width = len(calls), batch["input_ids"].size(1)
+    for num_passes in (needed, needed + 1, width):
+        calls.clear()
+        padded = model(**batch, num_passes=num_passes)
+        assert len(calls) == num_passes
+        assert_close(padded.logits, plain.logits, **exact)
+        assert_close(padded.inputs_embeds, plain.inputs_embeds, **exact)
+        assert_close(gradients(padded.loss, base), gradients(plain.loss, base), **exact)
+        plain = model(**batch)
+    for num_passes in (needed - 1, width + 1):
+        with pytest.raises(
+            ValueError, match=rf"num_passes={num_passes}: thoughts need {needed} pa"
+        ):
+            model(**batch, num_passes=num_passes)
+
+
+@families
 def test_vocabulary_logits_are_computed_at_labelled_positions_only(tiny_model, family):
     base = tiny_model(family)
     rows = ragged_rows()

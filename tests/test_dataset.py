@@ -382,6 +382,18 @@ def test_no_records_make_one_unlabelled_token(marked, purpose):
     assert batch["indices"].tolist() == []
 
 
+def test_a_batch_for_training_is_at_least_as_wide_as_asked(marked):
+    staged = stage_of(ragged([(2, [1])], marked), "coconut", 1)
+    width = Collator(staged, SpecialIds.of(marked))[np.array([0])]["input_ids"].size(1)
+    for indices in ([0], []):
+        batch = Collator(staged, SpecialIds.of(marked), min_width=12)[np.array(indices, dtype=int)]
+        real = width if indices else 1
+        assert batch["attention_mask"].tolist() == [[1] * real + [0] * (12 - real)]
+        assert (batch["labels"][0, real:] == IGNORE_INDEX).all()
+    prompts = Collator(staged, SpecialIds.of(marked), "generate", min_width=12)[np.array([0])]
+    assert prompts["attention_mask"].all()
+
+
 METHODS = ["coconut", "cot", "no_cot", "no_thoughts"]
 
 

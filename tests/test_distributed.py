@@ -1,9 +1,10 @@
 """Laws of several ranks: together they do what one process does, however records divide.
 
-Two gloo ranks on this machine. Their runs are made once, in float64 and without dropout, and the
-tests compare them with one process; run.py under torchrun itself comes last.
+Two and four gloo ranks on this machine. Their runs are made once, in float64 and without dropout,
+and the tests compare them with one process; run.py under torchrun itself comes last.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,61 +12,84 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from runs import ROOT, Experiment, Ranks, assert_same_weights, use_float64
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import backbone
 import distributed
 
-FAMILIES = ("gpt2", "llama")
-KINDS = ("ddp", "fsdp")
-# Batch per process and accumulation. Of 17 records the last effective batch holds 1, so that rank
-# 1 has none; or 5 of 6, so that it has none in the last micro-step.
-SPLITS = ((4, 1), (1, 3))
+KINDS = ("ddp", "fsdp", "fsdp-resharded")
+# Family, batch per process, accumulation and whether all records get equally many latents. Of 17
+# records the last effective batch of two ranks holds 1, so that rank 1 has none; or 5 of 6, so that
+# it has none in the last micro-step.
+CASES = (
+    ("gpt2", 4, 1, False),
+    ("gpt2", 1, 3, True),
+    ("llama", 4, 1, True),
+    ("llama", 1, 3, False),
+)
 
 
-def name_of(family, batch_size, accumulation):
-    return f"{family}-{batch_size}x{accumulation}"
+def gather_for_every_pass():
+    """Let run.py gather the parameters of an FSDP block anew for every pass, in float64."""
+    use_float64()
+    choose = distributed.choose_parallel
+    distributed.choose_parallel = lambda *given: dataclasses.replace(choose(*given), gathered=False)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """`runs[family, split, kind]`: finished experiments; kind "one" is a single process."""
-    folder = tmp_path_factory.mktemp("ranks")
-    experiments, commands = {}, []
-    for family in FAMILIES:
-        for split in SPLITS:
-            for kind in ("one", *KINDS):
-                keys = {
-                    "name": f"{name_of(family, *split)}-{kind}", "batch_size_training": split[0],
-                    "gradient_accumulation_steps": split[1] * (2 if kind == "one" else 1),
-                    "resume": 1, "max_grad_norm": 1.0, "uniform_prob": 0.3, "num_train": 17,
-                    "parallel": "auto" if kind == "one" else kind,
-                }  # fmt: skip
-                experiment = Experiment(folder / f"{family}-{kind}-{split[0]}", family, **keys)
-                experiments[family, split, kind] = experiment
-                if kind != "one":
-                    commands.append([str(experiment.yaml)])
-    ranks = Ranks(2, folder, commands, hook=use_float64)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(world, marks=pytest.mark.xdist_group(f"{world}ranks")) for world in (2, 4)
+    ],
+)
+def runs(request, tmp_path_factory):
+    """`runs[case, kind]`: finished experiments; kind "one" is a single process. `runs["world"]`."""
+    world = request.param
+    folder = tmp_path_factory.mktemp(f"{world}ranks")
+    experiments = {}
+    for number, case in enumerate(CASES):
+        family, batch_size, accumulation, is_fixed = case
+        for kind in ("one", *KINDS):
+            keys = {
+                "name": kind, "batch_size_training": batch_size,
+                "gradient_accumulation_steps": accumulation * (world if kind == "one" else 1),
+                "resume": 1, "max_grad_norm": 1.0, "uniform_prob": 0.0 if is_fixed else 0.3,
+                "pad_latent_to_max": is_fixed, "num_train": 17 if world == 2 else 33,
+                "parallel": {"one": "auto", "fsdp-resharded": "fsdp"}.get(kind, kind),
+            }  # fmt: skip
+            experiments[case, kind] = Experiment(folder / f"{number}-{kind}", family, **keys)
+    for hook, kinds in ((use_float64, KINDS[:2]), (gather_for_every_pass, KINDS[2:])):
+        commands = [[str(experiments[case, kind].yaml)] for case in CASES for kind in kinds]
+        ranks = Ranks(world, folder, commands, hook=hook)
+        assert ranks.wait() == [0] * world, "".join(map(ranks.output, range(world)))
+        assert ranks.output(1) == "", "only rank 0 speaks"
+        assert "Warning" not in ranks.output()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "_build_options", backbone._build_options)
         use_float64()
-        for (_, _, kind), experiment in experiments.items():
-            assert kind != "one" or experiment.main() == 0
-    assert ranks.wait() == [0, 0], ranks.output() + ranks.output(1)
-    assert ranks.output(1) == "", "only rank 0 speaks"
-    assert "Warning" not in ranks.output()
-    return experiments
+        assert [experiments[case, "one"].main() for case in CASES] == [0] * len(CASES)
+    return experiments | {"world": world}
+
+
+def whole_state(experiment):
+    """The tensors of an experiment's newest training state, put together from all shards."""
+    reader = HuggingFaceStorageReader(str(experiment.states()[-1]))
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in stored.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_follow_the_trajectory_of_one_process(runs, family, split, kind):
-    one, two = runs[family, split, "one"], runs[family, split, kind]
-    np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-6)
-    assert len(one.losses()) == 6
-    assert_same_weights(two.weights(), one.weights(), rtol=1e-5, atol=1e-7)
-    for ours, theirs in zip(two.metrics(), one.metrics(), strict=True):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ranks_follow_the_trajectory_of_one_process(runs, case, kind):
+    one, many = runs[case, "one"], runs[case, kind]
+    np.testing.assert_allclose(many.losses(), one.losses(), rtol=1e-6)
+    assert len(one.losses()) >= 5
+    assert_same_weights(many.weights(), one.weights(), rtol=1e-5, atol=1e-7)
+    for ours, theirs in zip(many.metrics(), one.metrics(), strict=True):
         # approx knows no nested values; the first records' texts are the same to the letter.
         assert ours.pop("data_table", None) == theirs.get("data_table")
         numbers = {key: value for key, value in theirs.items() if key != "data_table"}
@@ -73,16 +97,31 @@ def test_two_ranks_follow_the_trajectory_of_one_process(runs, family, split, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_record_is_evaluated_once_and_answered_as_by_one_process(runs, family, kind):
-    for split in SPLITS:
-        one, two = runs[family, split, "one"], runs[family, split, kind]
-        for epoch in (1, 2):
-            assert two.predictions(epoch) == one.predictions(epoch)
-            assert [row["index"] for row in two.predictions(epoch)] == list(range(7))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_and_states_are_those_of_one_process(runs, case, kind):
+    one, many = whole_state(runs[case, "one"]), whole_state(runs[case, kind])
+    # The first moments are a running mean of the gradients themselves.
+    assert any(name.endswith("|exp_avg") for name in one)
+    assert_same_weights(many, one, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_record_is_evaluated_once_and_answered_as_by_one_process(runs, case, kind):
+    one, many = runs[case, "one"], runs[case, kind]
+    for epoch in (1, 2):
+        assert many.predictions(epoch) == one.predictions(epoch)
+        assert [row["index"] for row in many.predictions(epoch)] == list(range(7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_write_the_shards_that_they_alone_hold(runs, kind):
+    shards = runs[CASES[0], kind].states()[-1].glob("shard-*")
+    writers = 1 if kind == "ddp" else runs["world"]
+    assert {int(path.name.split("-")[1]) for path in shards} == set(range(1, writers + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
 def test_ranks_that_stop_and_go_on_end_where_they_would_have_ended(tmp_path, kind):
     keys = {"dropout": 0.1, "parallel": kind, "batch_size_training": 2, "num_epochs": 2}
     straight = Experiment(tmp_path, name="straight", **keys)
@@ -97,7 +136,7 @@ def test_ranks_that_stop_and_go_on_end_where_they_would_have_ended(tmp_path, kin
     assert stopped.metrics() == straight.metrics()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:2])
 def test_run_under_torchrun_follows_the_trajectory_of_one_process(tmp_path, kind):
     one = Experiment(tmp_path, "llama", name="one", batch_size_training=8, num_epochs=2)
     assert one.main() == 0
@@ -142,18 +181,27 @@ def test_the_local_rank_picks_the_device(monkeypatch):
 
 
 def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
-    choose = distributed.choose_parallel
-    assert choose("fsdp", 10) == ("none", "one process")
+    def choose(parallel, num_parameters, bf16=False):
+        return dataclasses.astuple(distributed.choose_parallel(parallel, num_parameters, bf16))
+
+    assert choose("fsdp", 10) == ("none", False, "one process")
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    assert choose("fsdp", 10) == ("fsdp", "as configured")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose("auto", 10)[0] == "ddp"
+    assert choose("fsdp", 10) == ("fsdp", True, "as configured")
+    assert choose("auto", 10) == ("ddp", True, "processes on CPUs share their memory")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device = type("Device", (), {"total_memory": 100 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    # 16 bytes a parameter: 32 GiB of state in 100 GiB, then 80 GiB.
-    assert choose("auto", 2 * 2**30) == ("ddp", "training state 32.0 GiB, device 100.0 GiB")
-    assert choose("auto", 5 * 2**30) == ("fsdp", "training state 80.0 GiB, device 100.0 GiB")
+    # 16 bytes a parameter and 60 % of 100 GiB: 32 GiB of state fit, 80 GiB do not.
+    fits, shards = (f"training state {n}.0 GiB, room 60.0 GiB a device" for n in (32, 80))
+    assert choose("auto", 2 * 2**30) == ("ddp", False, fits)
+    # On two ranks 40 GiB of state, and 20 GiB of whole parameters or 10 GiB in bf16.
+    every = "parameters gathered for every pass of a block"
+    held = "parameters held whole through a step"
+    assert choose("auto", 5 * 2**30) == ("fsdp", False, f"{shards}; {every}")
+    assert choose("auto", 5 * 2**30, True) == ("fsdp", True, f"{shards}; {held}")
+    assert choose("ddp", 5 * 2**30) == ("ddp", False, "as configured")
+    assert choose("fsdp", 2**30) == ("fsdp", True, f"as configured; {held}")
 
 
 def test_the_gradient_norm_is_that_of_all_gradients_together():

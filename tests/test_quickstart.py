@@ -32,14 +32,24 @@ def totals_by_hand(question: str, modulus: int) -> list[str]:
 def test_steps_are_the_running_totals(operations, modulus):
     splits = arithmetic.make_splits({"valid": 3, "train": 4}, operations, modulus, seed=1)
     for record in splits["valid"] + splits["train"]:
-        assert record["steps"] == totals_by_hand(record["question"], modulus)
-        assert len(record["steps"]) == operations
-        assert record["answer"] == record["steps"][-1]
+        hours = [step.strip("= ") for step in record["steps"]]
+        assert hours == totals_by_hand(record["question"], modulus)
+        assert len(hours) == operations
+        assert record["answer"] == hours[-1]
+
+
+def test_the_sign_is_repeated_once_at_any_place_among_the_steps():
+    texts = [" ".join(arithmetic.make_record(5, 3, 10, place)["steps"]) for place in range(4)]
+    hours = texts[0].removeprefix("= ").split()
+    assert texts == [" ".join([*hours[:place], "=", *hours[place:]]) for place in range(4)]
+    drawn = arithmetic.make_splits({"any": 400}, 3, 10, seed=0)["any"]
+    places = [" ".join(record["steps"]).split().index("=") for record in drawn]
+    assert all(70 < places.count(place) < 130 for place in range(4))
 
 
 def test_every_number_is_another_question():
     count = arithmetic.number_of_questions(2, 3)
-    questions = {arithmetic.make_record(n, 2, 3)["question"] for n in range(count)}
+    questions = {arithmetic.make_record(n, 2, 3, 0)["question"] for n in range(count)}
     assert len(questions) == count == 3 * 6 * 6
 
 
@@ -87,14 +97,15 @@ def test_committed_model_folder_is_what_its_script_builds(tmp_path):
         assert (tmp_path / name).read_bytes() == (MODEL_FOLDER / name).read_bytes()
 
 
-def test_every_step_is_one_token_and_white_space_none():
+def test_every_hour_and_sign_is_one_token_and_white_space_none():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     assert tokenizer.eos_token_id is not None
     for record in arithmetic.make_splits({"any": 50}, 3, 10, seed=0)["any"]:
         words = record["question"].split()
         ids = tokenizer(record["question"] + "\n").input_ids
         assert tokenizer.convert_ids_to_tokens(ids) == words
-        assert all(len(tokenizer(step + "\n").input_ids) == 1 for step in record["steps"])
+        steps = " ".join(record["steps"])
+        assert tokenizer.convert_ids_to_tokens(tokenizer(steps).input_ids) == steps.split()
     assert tokenizer("\n").input_ids == []
 
 
@@ -122,7 +133,7 @@ def test_the_three_runs_chain():
     cot, coconut, no_cot = (load_config(quickstart.config_path(name)) for name in quickstart.RUNS)
     assert [config.method for config in (cot, coconut, no_cot)] == ["cot", "coconut", "no_cot"]
     assert coconut.load_model_path == f"{cot.save_path}/{cot.name}/checkpoint_{cot.num_epochs}"
-    assert coconut.resume == cot.num_epochs == coconut.epochs_per_stage
+    assert coconut.resume == coconut.epochs_per_stage
     assert coconut.num_epochs > coconut.epochs_per_stage * coconut.max_latent_stage
     assert {str(quickstart.DEFAULT_OUT)} == {c.save_path for c in (cot, coconut, no_cot)}
     for key in ("lr", "batch_size_training", "train_path", "val_path", "model_id", "weight_decay"):
@@ -200,8 +211,13 @@ def test_zero_and_other_thoughts_replace_every_thought():
 def test_agreement_counts_the_records_that_have_the_step():
     # Two thoughts a step; the second record has one step, the third none.
     word_ids = [[5, 5, 7, 8], [6, 5], []]
-    first_ids = [[5, 7], [6], []]
-    assert thoughts.agreement(word_ids, first_ids, c_thought=2) == [1.0, 0.5, 1.0, 0.0]
+    step_ids = [[[5, 1], [2, 7]], [[6]], []]
+    assert thoughts.agreement(word_ids, step_ids, c_thought=2) == [1.0, 0.5, 1.0, 0.0]
+
+
+def test_thoughts_are_read_as_words_in_which_answers_differ():
+    assert thoughts.differing_ids([[9, 4, 1], [9, 5, 1], [9, 4, 1]]) == [4, 5]
+    assert thoughts.differing_ids([[9, 4], [4, 9]]) == [4, 9]
 
 
 def test_only_coconut_checkpoints_have_thoughts(finished, capsys):

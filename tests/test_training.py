@@ -17,6 +17,7 @@ import torch
 from conftest import build_tiny_model
 from oracle import batch_loss
 from runs import (
+    TENSORS,
     Experiment,
     assert_same_weights,
     at_call,
@@ -179,7 +180,7 @@ def test_bf16_computes_over_float32_weights_and_optimizer_state(tmp_path, capsys
     half = Experiment(tmp_path / "bf16", num_epochs=1, bf16=True)
     assert (full.main(), half.main()) == (0, 0)
     assert capsys.readouterr().out.count("has no native bf16 and emulates it") == 1
-    state = load_file(half.states()[-1] / "optimizer.safetensors")
+    state = load_file(half.states()[-1] / TENSORS)
     for tensor in (*half.weights().values(), *state.values()):
         assert tensor.dtype == torch.float32
     assert half.losses() == pytest.approx(full.losses(), rel=0.03)
@@ -247,7 +248,8 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(
 
 def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, disturbed):
     kills = [
-        ("checkpoint:save_file", 2, []),  # inside the first state
+        ("checkpoint:sha256_file", 2, []),  # inside the first state, its tensors written
+        ("checkpoint:dcp.save", 1, []),  # inside a state, its tensors not written
         ("checkpoint:os.rename", 3, []),  # a whole state without its name
         ("tracking:Tracker.log", 9, []),  # mid-epoch, the step logged but not yet saved
         ("training:evaluate", 1, []),  # between the end of the epoch's steps and evaluation
@@ -368,8 +370,8 @@ def remove(path):
 
 
 DAMAGES = [
-    (truncate, "model.safetensors", "model.safetensors does not match its sum"),
-    (flip_a_bit, "optimizer.safetensors", "optimizer.safetensors does not match its sum"),
+    (truncate, TENSORS, f"{TENSORS} does not match its sum"),
+    (flip_a_bit, TENSORS, f"{TENSORS} does not match its sum"),
     (remove, "generators.json", "No such file or directory"),
     (remove, "state.json", "No such file or directory"),
     (truncate, "state.json", "Expecting"),
@@ -402,7 +404,7 @@ def test_without_an_intact_state_the_run_is_refused(finished, capsys):
 
 def test_a_state_passed_over_does_not_count_among_the_two_kept(finished):
     before, newest = finished.states()
-    truncate(newest / "model.safetensors")
+    truncate(newest / TENSORS)
     later = newest.rename(newest.with_name("1000"))
     assert finished.change(save_every_minutes=1e-9).main() == 0
     assert not later.exists()
