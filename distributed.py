@@ -181,11 +181,14 @@ def parallelize(
             return model
         device_ids = [local_rank()] if torch.cuda.is_available() else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # A block takes its input as it comes: the sum of the layers stays in fp32, as under autocast.
-    # Embeddings, final norm and head, which belong to the root, stay in fp32 for the same reason.
+    # What autocast would compute in bf16 is gathered in bf16. All else stays in fp32, the sum of
+    # the layers too, so that sharding changes no figure: norms are a group of their own, and
+    # embeddings, final norm and head belong to the root.
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     for block in blocks:
+        if bf16:
+            fully_shard(_norms(block))
         fully_shard(block, mp_policy=policy)
     fully_shard(model)
     for module in _shards(model):
@@ -196,6 +199,15 @@ def parallelize(
         model.set_reshard_after_backward(False)
     register_fsdp_forward_method(model, "generate")
     return model
+
+
+def _norms(block: nn.Module) -> list[nn.Module]:
+    """The modules of `block` whose own parameters are all vectors: they scale, and multiply no
+    matrices."""
+    own = {module: list(module.parameters(recurse=False)) for module in block.modules()}
+    return [
+        module for module, params in own.items() if params and all(p.dim() == 1 for p in params)
+    ]
 
 
 def is_sharded(model: nn.Module) -> bool:

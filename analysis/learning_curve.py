@@ -2,7 +2,8 @@
 
 `python -m analysis.learning_curve RUN_DIR [RUN_DIR ...] --out PNG [--chance 0.1]`: loss above,
 held-out accuracy with its interval below, over epochs; the stages are shaded. Runs that follow each
-other (CoT, then Coconut with `resume`) share one axis, since epochs are counted through. Reads what
+other (CoT, then Coconut with `resume`) share one axis, on which each begins where the one before it
+ended, whatever epoch it counts from itself. Reads what
 tracking.py writes (SPEC sections 8 and 10) and computes nothing of its own.
 """
 
@@ -60,6 +61,18 @@ def read_curve(run_dir: Path) -> Curve:
     return Curve(steps, evaluations)
 
 
+def in_a_row(curves: list[Curve]) -> list[Curve]:
+    """The curves, all but the first moved along the epochs to where the one before it ends."""
+    placed, end = [], curves[0].evaluations[0]["eval/epoch"]
+    for curve in curves:
+        shift = end - curve.evaluations[0]["eval/epoch"]
+        steps = [(epoch + shift, loss) for epoch, loss in curve.steps]
+        moved = [line | {"eval/epoch": line["eval/epoch"] + shift} for line in curve.evaluations]
+        placed.append(Curve(steps, moved))
+        end = moved[-1]["eval/epoch"] + 1
+    return placed
+
+
 def stage_spans(evaluations: list[dict]) -> list[tuple[int, float, float]]:
     """(stage, first epoch, epoch after the last) of each run of equal stages."""
     spans = []
@@ -78,6 +91,7 @@ def draw_learning_curve(
 
     Accuracies and `chance` lie between 0 and 1.
     """
+    curves = in_a_row(curves)
     steps = [point for curve in curves for point in curve.steps]
     evaluations = [line for curve in curves for line in curve.evaluations]
     # An evaluation follows its epoch, so it stands at the epoch's end.

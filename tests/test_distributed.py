@@ -5,9 +5,11 @@ and the tests compare them with one process; run.py under torchrun itself comes 
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from runs import ROOT, Experiment, Ranks, assert_same_weights, use_float64
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import backbone
+import checkpoint
 import distributed
 
 KINDS = ("ddp", "fsdp", "fsdp-resharded")
@@ -78,7 +81,9 @@ def whole_state(experiment):
     reader = HuggingFaceStorageReader(str(experiment.states()[-1]))
     stored = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in stored.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -134,6 +139,60 @@ def test_ranks_that_stop_and_go_on_end_where_they_would_have_ended(tmp_path, kin
     assert "continuing from" in ranks.output()
     assert_same_weights(stopped.weights(), straight.weights())
     assert stopped.metrics() == straight.metrics()
+
+
+def test_a_state_in_shards_goes_on_with_any_number_of_ranks(tmp_path):
+    keys = {"parallel": "fsdp", "effective_batch_size": 8, "batch_size_training": 2}
+    straight = Experiment(tmp_path / "straight", "llama", **keys)
+    stopped = Experiment(tmp_path / "stopped", "llama", **keys)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "_build_options", backbone._build_options)
+        use_float64()
+        assert straight.main() == 0
+        for epochs, world in enumerate((2, 4), start=1):
+            command = [str(stopped.yaml), f"num_epochs={epochs}"]
+            ranks = Ranks(world, tmp_path, [command], hook=use_float64)
+            assert ranks.wait() == [0] * world, ranks.output()
+            assert len(list(stopped.states()[-1].glob("shard-*"))) == world
+        assert stopped.main() == 0
+    assert_same_weights(stopped.weights(), straight.weights(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(stopped.losses(), straight.losses(), rtol=1e-6)
+
+
+def tell_what_is_gathered(gathered):
+    """Let every rank print how many whole tensors a checkpoint makes it hold."""
+    choose = distributed.choose_parallel
+    distributed.choose_parallel = lambda *given: dataclasses.replace(
+        choose(*given), gathered=gathered
+    )
+    gather = checkpoint.get_model_state_dict
+
+    def told(model, options=None):
+        state = gather(model, options=options)
+        if options is not None:
+            print(f"rank {distributed.rank()} holds {len(state)} whole tensors")
+        return state
+
+    checkpoint.get_model_state_dict = told
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("gathered", [True, False])
+def test_bf16_shards_follow_ddp_and_rank_0_alone_gathers_the_checkpoint(tmp_path, family, gathered):
+    keys = {"bf16": True, "num_epochs": 2, "resume": 1, "batch_size_training": 4}
+    ddp = Experiment(tmp_path / "ddp", family, parallel="ddp", **keys)
+    two = Experiment(tmp_path / "fsdp", family, parallel="fsdp", **keys)
+    hook = functools.partial(tell_what_is_gathered, gathered)
+    ranks = Ranks(2, tmp_path, [[str(ddp.yaml)], [str(two.yaml)]], hook=hook)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert two.losses() == pytest.approx(ddp.losses(), rel=1e-6)
+    assert {t.dtype for t in (*whole_state(two).values(), *two.weights().values())} == {
+        torch.float32
+    }
+    assert "rank 1 holds 0 whole tensors" in ranks.output(1)
+    # GPT-2's head is the second name of its embeddings.
+    num_tensors = len(two.weights()) + (family == "gpt2")
+    assert f"rank 0 holds {num_tensors} whole tensors" in ranks.output()
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])

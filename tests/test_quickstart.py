@@ -270,6 +270,18 @@ def test_unusable_metrics_are_told(tmp_path, text, message, capsys):
     assert not (tmp_path / "curve.png").exists()
 
 
+def test_a_run_begins_in_the_picture_where_the_one_before_it_ended():
+    def curve(*epochs):
+        return learning_curve.Curve(
+            [(epoch + 0.5, 1.0) for epoch in epochs], [{"eval/epoch": epoch} for epoch in epochs]
+        )
+
+    assert learning_curve.in_a_row([curve(0, 1, 2), curve(2, 3), curve(9)]) == [
+        curve(0, 1, 2), curve(3, 4), curve(5)
+    ]  # fmt: skip
+    assert learning_curve.in_a_row([curve(4, 5)]) == [curve(4, 5)]
+
+
 def test_curve_of_runs_in_a_row_is_drawn(finished, tmp_path, capsys):
     out = tmp_path / "curve.png"
     runs = [str(finished / name) for name in ("cot", "coconut")]
