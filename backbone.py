@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from coconut import Coconut
@@ -147,17 +148,12 @@ def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Back
         if config.only_eval:
             notify(f"{source_name(config)}: these weights never saw the latent markers")
         _add_marker_rows(model, tokenizer, config.new_token_init, notify)
+    _fuse_activations(model)
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     if config.activation_checkpointing:
         _enable_checkpointing(model)
     return Backbone(model, tokenizer, settings, has_markers)
-
-
-def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks of `model`, in order: the modules that its authors say should never be split."""
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def build_coconut(config: Config, backbone: Backbone) -> Coconut:
@@ -203,19 +199,28 @@ def build_coconut(config: Config, backbone: Backbone) -> Coconut:
 
 @torch.no_grad()
 def _reads_plain_text(coconut: Coconut) -> bool:
-    """Whether, without latents, Coconut scores a few tokens just as the base model itself does."""
+    """Whether, without latents, Coconut scores padded tokens as the base model does bare ones."""
     model = coconut.base_causallm
     was_training = model.training
     model.eval()
-    input_ids = torch.full((1, 3), coconut.eos_token_id, device=model.device)
+    input_ids = torch.full((1, 4), coconut.eos_token_id, device=model.device)
+    mask = torch.tensor([[0, 1, 1, 1]], device=model.device)
     try:
-        got = coconut(input_ids, torch.ones_like(input_ids)).logits[:, -1]
-        want = model(input_ids=input_ids, use_cache=False).logits[:, -1]
+        got = coconut(input_ids, mask).logits[:, -1]
+        want = model(input_ids=input_ids[:, 1:], use_cache=False).logits[:, -1]
         return got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-5)
     except (TypeError, AttributeError, ValueError, RuntimeError):
         return False
     finally:
         model.train(was_training)
+
+
+def _fuse_activations(model: PreTrainedModel) -> None:
+    """Let one operation compute GPT-2's `gelu_new`, which transformers writes as eight."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

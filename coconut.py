@@ -46,6 +46,23 @@ class CoconutOutput(ModelOutput):
     inputs_embeds: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What the host has to know of a batch before its passes.
+
+    starts: columns after column 0 at which a pass begins, ascending.
+    thought_columns: those of them that hold a thought in some row; none for `thought: pause`.
+    is_padded: whether any row holds padding.
+    labelled: (N,) long, the labelled predictions as places in the flattened (B, T - 1); None
+        without labels.
+    """
+
+    starts: list[int]
+    thought_columns: list[int]
+    is_padded: bool
+    labelled: Tensor | None
+
+
 class Coconut(nn.Module):
     """A Hugging Face causal LM whose latent positions read thoughts; adds no parameters.
 
@@ -105,6 +122,12 @@ class Coconut(nn.Module):
         # (m,), a buffer so that it follows the model's dtype and device; not part of state_dict.
         self.register_buffer("latent_weights", exact.to(embedding), persistent=False)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of the base model, in order: what its authors say should never be split."""
+        names = set(self.base_causallm._no_split_modules or ())
+        return [m for m in self.base_causallm.modules() if type(m).__name__ in names]
+
     def thought(self, hidden_states: Tensor, attention_mask: Tensor, is_first: Tensor) -> Tensor:
         """The thought that follows the given states: (B, D), in the dtype of `hidden_states`.
 
@@ -131,7 +154,7 @@ class Coconut(nn.Module):
         attention_mask: Tensor,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
-        num_passes: int | None = None,
+        layout: Layout | None = None,
     ) -> CoconutOutput:
         """Read the batch in max(K) + 1 passes, thoughts in place, and score the labels.
 
@@ -139,26 +162,64 @@ class Coconut(nn.Module):
         attention_mask: (B, T), 1 on tokens, 0 on padding.
         labels: (B, T) long, -100 ignored; labels[:, t] is what column t - 1 should predict.
         position_ids: (B, T) long; by default counted from 0 at a row's first token.
-        num_passes: read in as many passes, for ranks that must keep step; where thoughts need
-            fewer, columns that hold none are passed by themselves, which changes no result.
+        layout: what `self.layout` says of this batch. Without it the batch is looked through here,
+            which makes the host wait for the device.
 
-        Raises: ValueError when `num_passes` is fewer than the thoughts need or more than there are
-            columns, when a row starts with a latent, which has nothing before it, or when
+        Raises: ValueError when a row starts with a latent, which has nothing before it, or when
             gradient checkpointing would drop the cache that thoughts are read from.
         """
+        if layout is None:
+            layout = self.layout(input_ids, attention_mask, labels)
         end = input_ids.size(1)
-        passes = self._read(input_ids, attention_mask, position_ids, end, num_passes)
+        passes = self._read(input_ids, attention_mask, position_ids, end, layout)
         hidden_states, inputs_embeds, _ = passes
         head = self.base_causallm.get_output_embeddings()
         if labels is None:
             return CoconutOutput(logits=head(hidden_states[:, -1:]), inputs_embeds=inputs_embeds)
-        targets = labels[:, 1:]
-        labelled = targets != IGNORE_INDEX
-        logits = head(hidden_states[:, :-1][labelled])  # (N, V)
+        labelled = layout.labelled.to(labels.device, non_blocking=True)
+        logits = head(hidden_states[:, :-1].flatten(0, 1)[labelled])  # (N, V)
         exact = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        summed = F.cross_entropy(exact, targets[labelled], reduction="sum")
-        loss = summed / max(len(logits), 1)
+        targets = labels[:, 1:].flatten()[labelled]
+        loss = F.cross_entropy(exact, targets, reduction="sum") / max(len(labelled), 1)
         return CoconutOutput(loss=loss, logits=logits, inputs_embeds=inputs_embeds)
+
+    def layout(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        num_passes: int | None = None,
+    ) -> Layout:
+        """Look a batch through for `forward`; on the CPU, before it goes to a device, this is free.
+
+        input_ids, attention_mask, labels: as `forward` takes them.
+        num_passes: read in as many passes, for ranks that must keep step; where thoughts need
+            fewer, columns that hold none are passed by themselves, which changes no result.
+
+        Raises: ValueError when a row starts with a latent, and when `num_passes` is fewer than the
+            thoughts need or more than there are columns.
+        """
+        is_latent = self._is_latent(input_ids, attention_mask)
+        is_padding = attention_mask == 0
+        is_row_start = ~is_padding & (attention_mask.long().cumsum(1) == 1)
+        # One transfer for all questions, where the batch lies on a device already.
+        starts_row, holds_latent, holds_padding = torch.stack(
+            [(is_latent & is_row_start).any(0), is_latent.any(0), is_padding.any(0)]
+        ).tolist()
+        thought_columns = []
+        if self.thought_kind == "continuous":
+            if any(starts_row):
+                raise ValueError(
+                    "a row starts with a latent token: a thought needs a token before it"
+                )
+            thought_columns = [column for column, holds in enumerate(holds_latent) if holds]
+        starts = thought_columns
+        if num_passes is not None:
+            starts = _add_starts(thought_columns, num_passes, input_ids.size(1))
+        labelled = None
+        if labels is not None:
+            labelled = (labels[:, 1:] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+        return Layout(starts, thought_columns, any(holds_padding), labelled)
 
     @torch.no_grad()
     def generate(
@@ -188,9 +249,12 @@ class Coconut(nn.Module):
         options = defaults | options
         has_latents = bool(self._is_latent(input_ids, attention_mask).any())
         if has_latents and self.thought_kind == "continuous":
+            layout, end = self.layout(input_ids, attention_mask), input_ids.size(1) - 1
+            if end in layout.thought_columns:
+                raise ValueError("a prompt ends with a latent token: close it with the end marker")
             # The last prompt column stays out of the cache: generate must read at least one token
             # itself, and over a complete cache it would return wrong tokens without an error.
-            *_, cache = self._read(input_ids, attention_mask, None, input_ids.size(1) - 1)
+            *_, cache = self._read(input_ids, attention_mask, None, end, layout)
             copies = max(options["num_beams"], options["num_return_sequences"])
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
@@ -213,33 +277,29 @@ class Coconut(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor | None,
         end: int,
-        num_passes: int | None = None,
+        layout: Layout,
     ) -> tuple[Tensor, Tensor, DynamicCache | None]:
         """Read columns [0, end): hidden states (B, end, D), embeddings (B, end, D), the cache."""
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         token_embeds = self.base_causallm.get_input_embeddings()(input_ids[:, :end])
         is_latent = self._is_latent(input_ids, attention_mask)
-        thought_columns = self._thought_columns(is_latent, attention_mask, end)
-        starts = thought_columns
-        if num_passes is not None:
-            starts = _add_starts(thought_columns, num_passes, end)
         checkpointed = getattr(self.base_causallm.base_model, "gradient_checkpointing", False)
-        if starts and self.training and checkpointed:
+        if layout.starts and self.training and checkpointed:
             raise ValueError(
                 "gradient checkpointing drops the cache that latent thoughts need; switch it off"
             )
-        cache = DynamicCache(config=self.base_causallm.config) if starts else None
+        cache = DynamicCache(config=self.base_causallm.config) if layout.starts else None
+        visible = self._visible(attention_mask) if layout.is_padded else None
         hidden_passes, embeds_passes = [], []
         window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
-        bounds = [0, *starts, end]
-        for begin, stop in pairwise(bounds):
+        for begin, stop in pairwise([0, *layout.starts, end]):
             embeds = token_embeds[:, begin:stop]
-            if begin in thought_columns:
+            if begin in layout.thought_columns:
                 embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
             hidden = self.base_causallm.base_model(
                 inputs_embeds=embeds,
-                attention_mask=attention_mask[:, :stop],
+                attention_mask=_cut(visible, begin, stop),
                 position_ids=position_ids[:, begin:stop],
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -249,24 +309,26 @@ class Coconut(nn.Module):
             embeds_passes.append(embeds)
         return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache
 
+    def _visible(self, attention_mask: Tensor) -> Tensor:
+        """What the model takes as mask: (B, 1, T, T) bool where it can, else (B, T) as it is.
+
+        From the latter transformers makes the former itself, in every pass, and makes the host
+        wait for the device to see whether it may do without.
+        """
+        config = self.base_causallm.config.get_text_config()
+        layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        has_window = getattr(config, "sliding_window", None) is not None
+        if config._attn_implementation != "sdpa" or layer_types != {"full_attention"} or has_window:
+            return attention_mask
+        columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
+        is_past = columns <= columns[:, None]
+        # Padding sees itself: a row of a softmax needs something to see.
+        is_self = columns == columns[:, None]
+        return (is_past & (attention_mask != 0)[:, None, None]) | is_self
+
     def _is_latent(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) bool; whatever id pads a row, padding is never a latent."""
         return (input_ids == self.latent_token_id) & (attention_mask != 0)
-
-    def _thought_columns(self, is_latent: Tensor, attention_mask: Tensor, end: int) -> list[int]:
-        """The columns at which a new pass must begin, ascending; none for `thought: pause`."""
-        if self.thought_kind == "pause":
-            return []
-        is_row_start = (attention_mask != 0) & (attention_mask.long().cumsum(1) == 1)
-        # One transfer for both questions, since each makes the host wait for the device.
-        starts_row, holds_latent = torch.stack(
-            [(is_latent & is_row_start).any(0), is_latent.any(0)]
-        ).tolist()
-        if any(starts_row):
-            raise ValueError("a row starts with a latent token: a thought needs a token before it")
-        if any(holds_latent[end:]):
-            raise ValueError("a prompt ends with a latent token: close it with the end marker")
-        return [column for column, holds in enumerate(holds_latent[:end]) if holds]
 
     def _place_thoughts(
         self,
@@ -282,6 +344,13 @@ class Coconut(nn.Module):
         thought = self.thought(window, recent, is_first).to(embeds.dtype)
         first = torch.where(is_latent[:, column, None], thought, embeds[:, 0])
         return torch.cat([first[:, None], embeds[:, 1:]], 1)
+
+
+def _cut(visible: Tensor | None, begin: int, stop: int) -> Tensor | None:
+    """The part of `Coconut._visible` for the pass over columns [begin, stop)."""
+    if visible is None or visible.dim() == 2:
+        return None if visible is None else visible[:, :stop]
+    return visible[:, :, begin:stop, :stop]
 
 
 def _add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:

@@ -6,7 +6,7 @@ gradients over ranks, so the training step multiplies its loss by the number of 
 
 A training step of Coconut calls every block once for each latent pass. DDP does not notice. FSDP2
 gathers a block's parameters before a call, and ranks whose batches take another number of passes
-would wait for each other for ever; so under FSDP all ranks take the same number (`Coconut.forward`,
+would wait for each other for ever; so under FSDP all ranks take the same number (`Coconut.layout`,
 num_passes).
 """
 

@@ -165,7 +165,7 @@ def make_model(config: Config, notify=say):
     import torch
 
     import distributed
-    from backbone import build_coconut, layers, load_backbone
+    from backbone import build_coconut, load_backbone
     from utils import seed_everything
 
     if config.bf16 and not distributed.computes_bf16_natively():
@@ -178,7 +178,7 @@ def make_model(config: Config, notify=say):
     say(f"parallel: {parallel.kind} ({parallel.reason})")
     if config.compile:
         model.base_causallm.base_model.compile(dynamic=True)
-    model = distributed.parallelize(model, parallel, layers(backbone.model), config.bf16)
+    model = distributed.parallelize(model, parallel, model.blocks, config.bf16)
     # From here on only dropout draws, and it must differ between ranks.
     torch.manual_seed(config.seed + distributed.rank())
     return model, backbone.tokenizer

@@ -271,7 +271,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.progress.optimizer_step, self.total_steps)
         local_loss = torch.zeros((), device=self.device)
+        coconut = distributed.unwrap(self.model)
         for number, (batch, num_passes) in enumerate(zip(batches, passes, strict=True)):
+            # Before the batch goes to the device: within a step nothing waits for it.
+            layout = coconut.layout(
+                batch["input_ids"], batch["attention_mask"], batch["labels"], num_passes
+            )
             batch = {key: t.to(self.device, non_blocking=True) for key, t in batch.items()}
             is_last = number == len(batches) - 1
             with distributed.gradient_sync(self.model, enabled=is_last):
@@ -281,7 +286,7 @@ class Trainer:
                         attention_mask=batch["attention_mask"],
                         labels=batch["labels"],
                         position_ids=batch["position_ids"],
-                        num_passes=num_passes,
+                        layout=layout,
                     )
                 loss = output.loss * (len(output.logits) / num_labels)
                 # Both DDP and FSDP average over ranks; the sum is wanted.

@@ -28,6 +28,7 @@ from batches import (
     settings_of,
     wrap,
 )
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from coconut import Coconut
@@ -438,7 +439,7 @@ def test_more_passes_than_the_thoughts_need_change_nothing(tiny_model, family, k
     needed, width = len(calls), batch["input_ids"].size(1)
     for num_passes in (needed, needed + 1, width):
         calls.clear()
-        padded = model(**batch, num_passes=num_passes)
+        padded = model(**batch, layout=model.layout(**batch, num_passes=num_passes))
         assert len(calls) == num_passes
         assert_close(padded.logits, plain.logits, **exact)
         assert_close(padded.inputs_embeds, plain.inputs_embeds, **exact)
@@ -448,7 +449,29 @@ def test_more_passes_than_the_thoughts_need_change_nothing(tiny_model, family, k
         with pytest.raises(
             ValueError, match=rf"num_passes={num_passes}: thoughts need {needed} pa"
         ):
-            model(**batch, num_passes=num_passes)
+            model.layout(**batch, num_passes=num_passes)
+
+
+# Operations after which the host has to know what the device computed.
+WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
+
+
+@families
+@pytest.mark.parametrize("padding", [0, 2])
+def test_nothing_waits_for_the_device_between_layout_and_gradients(tiny_model, family, padding):
+    rng = random.Random(0)
+    rows = [make_row(rng, 4, 3, 3) for _ in range(2)]
+    batch = lay_out(rows, [make_labels(row) for row in rows], extra_left=padding)
+    model = wrap(tiny_model(family))
+    layout = model.layout(**batch)
+    assert layout.is_padded == (padding > 0)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model(**batch, layout=layout).loss.backward()
+    seen = {event.key for event in profiled.key_averages()}
+    assert "aten::mm" in seen and not seen & set(WAITS)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model(**batch)
+    assert {event.key for event in profiled.key_averages()} & set(WAITS), "these do show"
 
 
 @families
