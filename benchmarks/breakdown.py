@@ -1,27 +1,27 @@
 """Where the time of our training step goes: torch's profiler, its operations put into a few kinds.
 
 `python -m benchmarks.breakdown [--device cuda] [--bf16] [--records 8 ...]`. Time is that of the
-operations themselves (on a GPU of their kernels), so what lies between them, Python and launches, is
-the difference to the step's time on the clock; it is shown as "between operations".
+operations themselves (on a GPU of their kernels); what lies between them, Python and launches, is
+the difference to the step's time on the clock, shown as "between operations".
 """
 
 import argparse
-import time
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import (
-    Shape,
     build_model,
+    check_fits,
     make_batch,
     median,
     new_parser,
     parse,
     positive,
     print_table,
-    synchronize,
+    shape_of,
+    take_turns,
     write_report,
 )
 from benchmarks.contenders import train_step
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
     model = build_model(options.model).to(device).train()
     vocab_size = model.config.vocab_size
     step = train_step("ours", model, options.bf16)
-    shape = Shape(options.records, options.question, options.latents, options.answer)
+    shape = shape_of(options)
     batch = make_batch(shape, vocab_size, device)
     warm_up = shape if device.type == "cuda" else WARM_UP
     for _ in range(2):
@@ -80,11 +80,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
     clock = []
     with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(options.repeats):
-            synchronize(device)
-            began = time.perf_counter()
-            step(batch, shape.num_labels)
-            synchronize(device)
-            clock.append(time.perf_counter() - began)
+            work = {"ours": lambda: step(batch, shape.num_labels)}
+            clock += take_turns(work, 1, device)["ours"]
     totals: dict[str, list[float]] = {}
     for event in profiler.key_averages(group_by_input_shape=True):
         # On a GPU a kernel's time is told once with the operation and once by itself.
@@ -117,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in (("records", 8), ("question", 64), ("latents", 6), ("answer", 32)):
         parser.add_argument(f"--{name}", type=positive, default=value, help=f"default {value}")
     options = parse(parser, arguments)
+    check_fits(parser, shape_of(options))
     rows = measure(options)
     print(f"\n{rows[0]['shape']}\n")
     print_rows(rows)

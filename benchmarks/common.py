@@ -1,7 +1,6 @@
 """What all benchmarks share: options, model and batch, contenders taking turns, tables and JSON."""
 
 import argparse
-import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -84,6 +83,18 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return options
 
 
+def shape_of(options: argparse.Namespace) -> Shape:
+    """The shape that --records, --question, --latents and --answer give."""
+    return Shape(options.records, options.question, options.latents, options.answer)
+
+
+def check_fits(parser: argparse.ArgumentParser, shape: Shape, new: int = 0) -> None:
+    """End with status 2 unless the models have positions for `shape` and `new` tokens more."""
+    most = GPT2Config().n_positions
+    if shape.length + new > most:
+        parser.error(f"{shape.length + new} tokens a record: the models read {most}; take fewer")
+
+
 # What is measured
 
 
@@ -139,19 +150,28 @@ def median(values: Sequence[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """The clock that contenders are timed by: seconds on the wall, or of this process alone.
+
+    The latter on a processor with one thread, where it is the same but for other jobs' share.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
 def take_turns(
     contenders: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each of `repeats` rounds, in which all come one by one."""
+    clock = clock_of(device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, contender in contenders.items():
-            gc.collect()
             synchronize(device)
-            began = time.perf_counter()
+            began = clock()
             contender()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 
@@ -189,10 +209,11 @@ def write_report(name: str, options: argparse.Namespace, rows: list[dict]) -> Pa
     """The JSON of a benchmark: name, environment, options, and a dict for each row."""
     path = report_path(name, options)
     path.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
     told = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
     content = {
         "benchmark": name,
-        "environment": environment.describe(torch.device(options.device)),
+        "environment": environment.describe(device) | {"clock": clock_of(device).__name__},
         "options": told,
         "rows": rows,
     }

@@ -16,6 +16,7 @@ from benchmarks import arithmetic
 from benchmarks.common import (
     Shape,
     build_model,
+    check_fits,
     make_batch,
     median,
     new_parser,
@@ -29,12 +30,17 @@ from benchmarks.contenders import add_options, generation
 from benchmarks.environment import MatrixProduct
 
 
+def prompt_shape(options: argparse.Namespace) -> Shape:
+    """What is read before the first new token."""
+    # A prompt must not end with a latent: the question's last token closes it.
+    return Shape(options.records, options.question - 1, options.latents, 1)
+
+
 def measure(options: argparse.Namespace) -> list[dict]:
     """A row for each contender: seconds a record in all turns, and how its tokens compare."""
     device = torch.device(options.device)
     model = build_model(options.model).to(device).eval()
-    # A prompt must not end with a latent: one token more closes it.
-    shape = Shape(options.records, options.question - 1, options.latents, 1)
+    shape = prompt_shape(options)
     prompts = make_batch(shape, model.config.vocab_size, device)["input_ids"]
     writers = {name: generation(name, model, options.bf16) for name in options.contenders}
     parts = {name: prompts for name in writers}
@@ -111,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(parser)
     parser.set_defaults(latents=6)
     options = parse(parser, arguments)
+    check_fits(parser, prompt_shape(options), options.new)
+    if options.question < 2:
+        parser.error("--question 1: one token stands before the latents and one after; write 2")
     rows = measure(options)
     print(f"\nmatrix products {rows[0]['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s\n")
     print_rows(rows)

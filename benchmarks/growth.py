@@ -21,6 +21,7 @@ from benchmarks import arithmetic
 from benchmarks.common import (
     Shape,
     build_model,
+    check_fits,
     make_batch,
     median,
     new_parser,
@@ -28,6 +29,7 @@ from benchmarks.common import (
     positive,
     print_table,
     report_path,
+    shape_of,
     take_turns,
     write_report,
 )
@@ -95,7 +97,7 @@ def measure_point(options: argparse.Namespace, shape: Shape, fields: dict, windo
 
 def measure(options: argparse.Namespace) -> list[dict]:
     """A row for each point of each axis; each axis is printed as soon as it is done."""
-    base = Shape(options.records, options.question, options.latents, options.answer)
+    base = shape_of(options)
     rows = []
     for axis in options.axes:
         mine = []
@@ -156,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     parser.add_argument("--axes", nargs="+", choices=tuple(LABELS), default=list(LABELS))
     options = parse(parser, arguments)
+    for axis in options.axes:
+        for shape, _, _ in points(axis, shape_of(options), options.model):
+            check_fits(parser, shape)
     rows = measure(options)
     write_report("growth", options, rows)
     picture = report_path("growth", options).with_suffix(".png")

@@ -18,13 +18,14 @@ import torch
 
 from benchmarks import environment
 from benchmarks.common import (
-    Shape,
     build_model,
+    check_fits,
     make_batch,
     new_parser,
     parse,
     positive,
     print_table,
+    shape_of,
     write_report,
 )
 from benchmarks.contenders import add_options, train_step
@@ -47,7 +48,7 @@ def measure_here(options: argparse.Namespace) -> dict:
     model = build_model(options.model).to(device).train()
     step = train_step(name, model, options.bf16)
     step(make_batch(WARM_UP, model.config.vocab_size, device), WARM_UP.num_labels)
-    shape = Shape(options.records, options.question, options.latents, options.answer)
+    shape = shape_of(options)
     batch = make_batch(shape, model.config.vocab_size, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -114,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(latents=6, repeats=1)
     options = parse(parser, arguments)
+    check_fits(parser, shape_of(options))
     if options.in_this_process:
         print(json.dumps(measure_here(options)))
         return 0

@@ -16,6 +16,7 @@ from benchmarks import arithmetic
 from benchmarks.common import (
     Shape,
     build_model,
+    check_fits,
     make_batch,
     median,
     new_parser,
@@ -121,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_shape_options(parser)
     add_options(parser)
     options = parse(parser, arguments)
+    for shape in chosen_shapes(options):
+        check_fits(parser, shape)
     rows = []
     for shape in chosen_shapes(options):
         rows += (measured := measure(options, shape))
