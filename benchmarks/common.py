@@ -1,0 +1,227 @@
+"""What all benchmarks share: options, model and batch, contenders taking turns, tables and JSON."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import distributed
+from benchmarks import environment
+from utils import MARKERS, atomic_write_text
+
+DEFAULT_FOLDER = Path("exps/benchmarks")
+NUM_WORDS = 100
+EOS = "<|endoftext|>"
+# GPT-2's own vocabulary and shape with the three markers, and a model for trials.
+MODELS = {
+    "gpt2": {"vocab_size": 50260},
+    "tiny": {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Records of one length: question (start marker included), latents, answer; all labelled."""
+
+    records: int
+    question: int
+    latents: int
+    answer: int
+
+    @property
+    def length(self) -> int:
+        return self.question + self.latents + self.answer
+
+    @property
+    def num_labels(self) -> int:
+        return self.records * self.answer
+
+    def __str__(self) -> str:
+        return f"{self.records} x ({self.question} + {self.latents} + {self.answer})"
+
+
+# Options
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; the first paragraph of `doc` describes it."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--bf16", action="store_true", help="all but the published code in bf16")
+    parser.add_argument(
+        "--model", choices=tuple(MODELS), default="gpt2", help="shape; weights are random"
+    )
+    parser.add_argument("--repeats", type=positive, default=3, help="turns of each contender")
+    parser.add_argument("--out", type=Path, help=f"the JSON (default: in {DEFAULT_FOLDER})")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, and the device made fit for them; a device that cannot ends with status 2."""
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no usable GPU; write --device cpu")
+    if options.bf16 and not distributed.computes_bf16_natively():
+        parser.error("--bf16: this machine only emulates bf16, its times say nothing; leave it out")
+    return options
+
+
+def shape_of(options: argparse.Namespace) -> Shape:
+    """The shape that --records, --question, --latents and --answer give."""
+    return Shape(options.records, options.question, options.latents, options.answer)
+
+
+def check_fits(parser: argparse.ArgumentParser, shape: Shape, new: int = 0) -> None:
+    """End with status 2 unless the models have positions for `shape` and `new` tokens more."""
+    most = GPT2Config().n_positions
+    if shape.length + new > most:
+        parser.error(f"{shape.length + new} tokens a record: the models read {most}; take fewer")
+
+
+# What is measured
+
+
+def build_model(name: str, **shape) -> GPT2LMHeadModel:
+    """The named model with seeded random weights and GPT-2's dropout, on the CPU.
+
+    shape: fields of GPT2Config in place of the named model's.
+    """
+    fields = MODELS[name] | shape
+    end = fields["vocab_size"] - len(MARKERS) - 1
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**fields, bos_token_id=end, eos_token_id=end))
+
+
+def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Words w0 to w99 and ###, one token each; EOS and the markers last, white space dropped."""
+    names = [f"w{i}" for i in range(NUM_WORDS)] + ["###"]
+    words = {name: i for i, name in enumerate(names)}
+    start, end, latent = MARKERS
+    for number, name in enumerate((latent, end, start, EOS), 1):
+        words[name] = vocab_size - number
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, unk_token="w0")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS)})
+    return tokenizer
+
+
+def make_batch(shape: Shape, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
+    """A seeded random batch without padding, as dataset.Collator would make it; (B, T) long."""
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.records, shape.length)
+    input_ids = torch.randint(vocab_size - len(MARKERS) - 1, size, generator=generator)
+    labels = torch.full_like(input_ids, -100)
+    answer = slice(shape.question + shape.latents, None)
+    labels[:, answer] = input_ids[:, answer]
+    input_ids[:, shape.question : shape.question + shape.latents] = vocab_size - 1
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "position_ids": torch.arange(shape.length).expand(size).contiguous(),
+        "labels": labels,
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# Time
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value, or the mean of the middle two."""
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """The clock that contenders are timed by: seconds on the wall, or of this process alone.
+
+    The latter on a processor with one thread, where it is the same but for other jobs' share.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def take_turns(
+    contenders: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each of `repeats` rounds, in which all come one by one."""
+    clock = clock_of(device)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            synchronize(device)
+            began = clock()
+            contender()
+            synchronize(device)
+            seconds[name].append(clock() - began)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def published_precision():
+    """fp32 products as torch does them by default, whatever the product chose for itself."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
+# Results
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A Markdown table whose columns line up in plain text too."""
+    cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    for row in cells:
+        line = " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f"| {line} |", flush=True)
+
+
+def write_report(name: str, options: argparse.Namespace, rows: list[dict]) -> Path:
+    """The JSON of a benchmark: name, environment, options, and a dict for each row."""
+    path = report_path(name, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
+    told = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
+    content = {
+        "benchmark": name,
+        "environment": environment.describe(device) | {"clock": clock_of(device).__name__},
+        "options": told,
+        "rows": rows,
+    }
+    atomic_write_text(path, json.dumps(content, indent=1) + "\n")
+    print(f"\n{path}")
+    return path
+
+
+def report_path(name: str, options: argparse.Namespace) -> Path:
+    """Where the JSON of benchmark `name` goes."""
+    return options.out or DEFAULT_FOLDER / f"{name}.json"

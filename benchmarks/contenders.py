@@ -1,0 +1,118 @@
+"""The contenders: published algorithm, plain prototype and ours, as training steps and generation.
+
+All of them share one base model, so that none is slower for where its weights lie. Ours is the
+product itself: Trainer's optimizer step and Coconut's generate, with a window of one state as in
+the published algorithm. The published one computes in fp32 always: it cannot do otherwise.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks import prototype
+from benchmarks.common import build_tokenizer, published_precision
+from benchmarks.published import Published
+from coconut import Coconut
+from config import Config
+from curriculum import Curriculum
+from evaluation import autocast
+from settings import token_ids
+from training import Requests, Trainer
+
+CONTENDERS = ("published", "prototype", "ours")
+LEARNING_RATE = 1e-4
+
+# (batch, its number of labelled tokens) -> loss
+TrainStep = Callable[[dict[str, Tensor], int], float]
+# (prompts (B, T), number of new tokens) -> (B, T + new), all long
+Generate = Callable[[Tensor, int], Tensor]
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """--contenders and --latents."""
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
+        help=f"some of {', '.join(CONTENDERS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--latents", type=int, choices=range(65), metavar="K", help="latents of a record (6)"
+    )
+
+
+def wrap(base: PreTrainedModel, window: int = 1) -> Coconut:
+    """Coconut around `base`, with a plain average over `window` states."""
+    ids = token_ids(build_tokenizer(base.config.vocab_size))
+    return Coconut(base, **ids, latent_window_size=window, latent_weights=[1.0] * window)
+
+
+def make_trainer(base: PreTrainedModel, bf16: bool, window: int = 1) -> Trainer:
+    """A Trainer that has no records and saves nothing, for its optimizer step."""
+    nowhere = "benchmark"
+    config = Config(
+        name=nowhere, save_path=nowhere, model_id=nowhere, train_path=nowhere, val_path=nowhere,
+        coconut=True, c_thought=1, epochs_per_stage=1, max_latent_stage=1, num_epochs=1,
+        batch_size_training=1, lr=LEARNING_RATE, bf16=bf16, debug=True, wandb="disabled",
+    )  # fmt: skip
+    curriculum = Curriculum("coconut", 1, 1, 1, True)
+    quiet = SimpleNamespace(message=lambda text: None)
+    trainer = Trainer(
+        config, wrap(base, window), build_tokenizer(base.config.vocab_size), [], [], curriculum,
+        {}, quiet,
+    )  # fmt: skip
+    # It takes a GPU wherever there is one; --device may say otherwise.
+    trainer.device = base.device
+    trainer.requests = Requests()
+    trainer.model.train()
+    return trainer
+
+
+def train_step(name: str, base: PreTrainedModel, bf16: bool, window: int = 1) -> TrainStep:
+    """The named contender's step over one batch: forward, backward, AdamW; it returns the loss.
+
+    window: of ours; the others know one state alone.
+    """
+    if name == "ours":
+        trainer = make_trainer(base, bf16, window)
+        return lambda batch, num_labels: trainer._step([batch], num_labels)[0]
+    ids = token_ids(build_tokenizer(base.config.vocab_size))
+    latent, eos = ids["latent_token_id"], ids["eos_token_id"]
+    optimizer = torch.optim.AdamW(base.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    published = Published(base, latent, eos)
+
+    def step(batch: dict[str, Tensor], num_labels: int) -> float:
+        if name == "published":
+            with published_precision():
+                loss = published(**batch)[0]
+                loss.backward()
+        else:
+            with autocast(bf16, base.device):
+                loss = prototype.loss(base, batch["input_ids"], batch["labels"], latent)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def generation(name: str, base: PreTrainedModel, bf16: bool) -> Generate:
+    """The named contender's greedy generation."""
+    coconut = wrap(base)
+    latent, eos = coconut.latent_token_id, coconut.eos_token_id
+    published = Published(base, latent, eos)
+
+    @torch.no_grad()
+    def generate(prompts: Tensor, new: int) -> Tensor:
+        if name == "published":
+            with published_precision():
+                return torch.cat([published.generate(row[None], new) for row in prompts])
+        with autocast(bf16, base.device):
+            if name == "prototype":
+                return prototype.generate(base, prompts, latent, new)
+            return coconut.generate(prompts, torch.ones_like(prompts), max_new_tokens=new)
+
+    return generate

@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# What one GPU shows, in under ten minutes, without network or wandb:
+#
+#   bash benchmarks/gpu.sh OUTDIR [benchmarks] [training] [tests]
+#
+# Without names all three are done, in this order, each part within its own limit of time. OUTDIR
+# gets log.txt (every table), benchmarks.tar.gz (every JSON), growth.png, training.tar.gz (metrics,
+# predictions and console of a short bf16 Coconut run on ProsQA) and tests.txt. The exit status is 1
+# where a part failed, and the log ends with their names.
+#
+# Environment, with what holds by itself:
+#   PYTHON=python3      has torch with CUDA, transformers and what requirements-dev.txt names
+#   WHEELS=             folder of wheels to add where PYTHON lacks some (say pydantic, pydantic_core,
+#                       annotated_types, typing_inspection, datasets and wandb with what they need);
+#                       they are unpacked beside, PYTHON itself stays as it is
+#   COMMIT=             the commit, where the tree is a copy without .git
+#   LIMIT_S=585         seconds for all of it
+#   DEVICE=cuda MODEL=gpt2 PRECISION=--bf16 RECORDS=4000 EPOCHS=4 REPEATS=5 WORKERS=8 TESTS=tests
+#                       smaller ones try the script out: DEVICE=cpu MODEL=tiny PRECISION= RECORDS=40
+set -uo pipefail
+
+if [[ $# -lt 1 ]]; then
+  echo "usage: bash benchmarks/gpu.sh OUTDIR [benchmarks] [training] [tests]" >&2
+  exit 2
+fi
+mkdir -p "$1" || exit 2
+OUT=$(cd "$1" && pwd)
+shift
+PARTS="${*:-benchmarks training tests}"
+cd "$(dirname "$0")/.." || exit 2
+
+PYTHON=${PYTHON:-python3} LIMIT_S=${LIMIT_S:-585} WHEELS=${WHEELS:-}
+DEVICE=${DEVICE:-cuda} MODEL=${MODEL:-gpt2} PRECISION=${PRECISION---bf16}
+RECORDS=${RECORDS:-4000} EPOCHS=${EPOCHS:-4} REPEATS=${REPEATS:-5}
+WORKERS=${WORKERS:-8} TESTS=${TESTS:-tests}
+export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
+WORK=$(mktemp -d)
+FAILED=()
+
+bundle() { # whatever there is by now, also when a limit ends the script
+  [[ -d $WORK/json ]] && tar -C "$WORK" -czf "$OUT/benchmarks.tar.gz" json
+  [[ -f $WORK/json/growth.png ]] && cp "$WORK/json/growth.png" "$OUT/"
+  if [[ -d $WORK/exps/gpu ]]; then
+    tar -C "$WORK/exps/gpu" --exclude='checkpoint_*' --exclude=resume --exclude='.*' \
+      -czf "$OUT/training.tar.gz" .
+  fi
+  rm -rf "$WORK"
+}
+trap bundle EXIT
+exec > >(tee "$OUT/log.txt") 2>&1
+
+# part NAME SECONDS COMMAND...: run it for at most so long, and never past the limit of all.
+part() {
+  local name=$1 most=$2 left=$((LIMIT_S - SECONDS)) began=$SECONDS status=0
+  shift 2
+  ((left < most)) && most=$left
+  echo && echo "== $name (at most $most s): $*"
+  if ((most < 1)); then
+    status=skipped
+  else
+    timeout -k 5 "$most" "$@" || status=$?
+  fi
+  echo "== $name: $((SECONDS - began)) s, status $status"
+  [[ $status == 0 ]] || FAILED+=("$name")
+}
+
+bench() { # NAME SECONDS OPTIONS...: a benchmark module; its JSON is named after what comes first
+  local name=$1 most=$2 module=$3
+  shift 3
+  # shellcheck disable=SC2086
+  part "$name" "$most" "$PYTHON" -m "benchmarks.$module" --device "$DEVICE" --model "$MODEL" \
+    $PRECISION --out "$WORK/json/$name.json" "$@"
+}
+
+benchmarks() {
+  bench train_step 80 train_step --repeats "$REPEATS"
+  bench train_step_128 40 train_step --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))" \
+    --question 362 --answer 12 --contenders prototype ours
+  bench breakdown 30 breakdown --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))" \
+    --question 362 --answer 12
+  bench generate 50 generate --repeats "$REPEATS"
+  bench memory 60 memory
+  bench epoch 60 epoch --repeats "$REPEATS" --records "$((RECORDS < 128 ? 300 : RECORDS))"
+  bench growth 90 growth --repeats "$REPEATS"
+}
+
+train() {
+  "$PYTHON" preprocessing/prosqa.py --out "$WORK/data" --train "$RECORDS" --valid 64 --test 1 &&
+    "$PYTHON" -m benchmarks.local_model --text "$WORK/data/prosqa_train.json" \
+      --out "$WORK/model" --model "$MODEL" &&
+    "$PYTHON" run.py args/prosqa_coconut.yaml name=gpu save_path="$WORK/exps" wandb=disabled \
+      model_id="$WORK/model" from_scratch=true bf16="$([[ $PRECISION == --bf16 ]] && echo true || echo false)" \
+      train_path="$WORK/data/prosqa_train.json" val_path="$WORK/data/prosqa_valid.json" \
+      batch_size_training=128 effective_batch_size=None num_epochs="$EPOCHS" epochs_per_stage=1 \
+      max_new_tokens=32 keep_checkpoints=1
+}
+
+test_suite() {
+  OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$WORKERS" -p no:cacheprovider "$TESTS" \
+    2>&1 | tee "$OUT/tests.txt"
+}
+
+if [[ -n $WHEELS ]]; then
+  part wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$WORK/site" "$WHEELS"/*.whl
+  export PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+mkdir -p "$WORK/json"
+# timeout runs programs, so the functions come to it through bash.
+export -f train test_suite
+export PYTHON WORK OUT MODEL PRECISION RECORDS EPOCHS WORKERS TESTS
+for name in $PARTS; do
+  case $name in
+    benchmarks) benchmarks ;;
+    training) part training 120 bash -o pipefail -c train ;;
+    tests) part tests 600 bash -o pipefail -c test_suite ;;
+    *)
+      echo "no such part: $name; there are benchmarks, training and tests" >&2
+      exit 2
+      ;;
+  esac
+done
+echo && echo "== $SECONDS s in all; failed: ${FAILED[*]:-none}"
+[[ ${#FAILED[@]} == 0 ]]

@@ -1,0 +1,130 @@
+"""Peak memory of one training step, each contender in a process of its own.
+
+`python -m benchmarks.memory [--device cuda] [--bf16] [--records 16 ...]`. On a GPU it is the most
+that torch had allocated; on a processor the process's largest resident set, less what it held
+before the model was built. Weights, gradients and AdamW's moments are in it, since they must fit
+too; they exist before the step that is measured, and are also shown by themselves. With --repeats
+it is the highest of so many steps.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment
+from benchmarks.common import (
+    build_model,
+    check_fits,
+    make_batch,
+    new_parser,
+    parse,
+    positive,
+    print_table,
+    shape_of,
+    write_report,
+)
+from benchmarks.contenders import add_options, train_step
+from benchmarks.train_step import WARM_UP
+
+BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in fp32
+
+
+def resident_bytes(field: str) -> int:
+    """A line of /proc/self/status: VmRSS, what this process holds now, or VmHWM, its highest."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    kibibytes = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return 1024 * int(kibibytes)
+
+
+def measure_here(options: argparse.Namespace) -> dict:
+    """The row of the one contender of `options`, measured in this process."""
+    device, (name,) = torch.device(options.device), options.contenders
+    base_bytes = resident_bytes("VmRSS")
+    model = build_model(options.model).to(device).train()
+    step = train_step(name, model, options.bf16)
+    step(make_batch(WARM_UP, model.config.vocab_size, device), WARM_UP.num_labels)
+    shape = shape_of(options)
+    batch = make_batch(shape, model.config.vocab_size, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(options.repeats):
+        step(batch, shape.num_labels)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resident_bytes("VmHWM") - base_bytes
+    state = BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
+    return {
+        "shape": str(shape),
+        "contender": name,
+        "precision": "bf16" if options.bf16 and name != "published" else "fp32",
+        "peak_bytes": peak,
+        "state_bytes": state,
+        "step_bytes": peak - state,
+    }
+
+
+def measure_apart(options: argparse.Namespace) -> list[dict]:
+    """A row for each contender, each measured by a process of its own that ends before the next."""
+    rows = []
+    for name in options.contenders:
+        command = [sys.executable, "-m", "benchmarks.memory", "--in-this-process"]
+        command += ["--device", options.device, "--model", options.model, "--contenders", name]
+        for field in ("records", "question", "latents", "answer", "repeats"):
+            command += [f"--{field}", str(getattr(options, field))]
+        command += ["--bf16"] if options.bf16 else []
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, cwd=environment.ROOT
+        )
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    published = next((row for row in rows if row["contender"] == "published"), None)
+    for row in rows:
+        for field in ("peak_bytes", "step_bytes"):
+            row[f"published_over_{field}"] = published[field] / row[field] if published else None
+    return rows
+
+
+def print_rows(rows: list[dict]) -> None:
+    """The rows as a table, in GiB."""
+    cells = [
+        [
+            row["contender"],
+            row["precision"],
+            *(f"{row[field] / 2**30:.2f}" for field in ("peak_bytes", "state_bytes", "step_bytes")),
+            *(
+                f"{row[f'published_over_{field}']:.2f}" if row[f"published_over_{field}"] else "-"
+                for field in ("peak_bytes", "step_bytes")
+            ),
+        ]
+        for row in rows
+    ]
+    head = ("contender", "precision", "peak GiB", "weights and AdamW", "the step's own")
+    print_table((*head, "published / peak", "published / own"), cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = new_parser(__doc__)
+    add_options(parser)
+    for name, value in (("records", 16), ("question", 362), ("answer", 12)):
+        parser.add_argument(f"--{name}", type=positive, default=value, help=f"default {value}")
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(latents=6, repeats=1)
+    options = parse(parser, arguments)
+    check_fits(parser, shape_of(options))
+    if options.in_this_process:
+        print(json.dumps(measure_here(options)))
+        return 0
+    rows = measure_apart(options)
+    print(f"\n{rows[0]['shape']}\n")
+    print_rows(rows)
+    write_report("memory", options, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

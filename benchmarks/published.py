@@ -1,0 +1,106 @@
+"""The published algorithm's cost, stated plainly, for the other benchmarks to compare with.
+
+Written from a description of the published training and generation, not from its source. It makes
+the same thoughts as Coconut with a window of one state and gives the same loss, so the comparison
+is one of equals (tests/test_benchmarks.py); it gets there
+
+- by splitting the batch's embeddings into one tensor a position and stacking them again in every
+  latent pass, which the backward pass pays for with a whole gradient for each position: quadratic
+  in records x length;
+- by asking the device for every latent's place, one number after the other;
+- by computing the vocabulary's logits at every position, and keeping every layer's states;
+- in generation by encoding the whole sequence again for every new token, one record at a time.
+
+Shapes: B batch, T tokens, D width, V vocabulary, K latents.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+
+class Published(nn.Module):
+    """A Hugging Face causal LM whose latent positions read the state before them.
+
+    base_causallm, latent_token_id, eos_token_id: as for Coconut.
+    """
+
+    def __init__(self, base_causallm: PreTrainedModel, latent_token_id: int, eos_token_id: int):
+        super().__init__()
+        self.base_causallm = base_causallm
+        self.latent_token_id = latent_token_id
+        self.eos_token_id = eos_token_id
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss (), embeddings with thoughts (B, T, D), logits (B, T, V).
+
+        Takes a batch as Coconut.forward does: first latents in one column, latents in a row.
+        """
+        places = self.latent_places(input_ids)
+        num_passes = 1 + max(map(len, places))
+        T = input_ids.size(1)
+        embeds = self.base_causallm.get_input_embeddings()(input_ids)
+        cache = DynamicCache(config=self.base_causallm.config)
+        begin, stop = 0, min((row[0] for row in places if row), default=T)
+        all_logits = []
+        for pass_index in range(num_passes):
+            stop = T if pass_index == num_passes - 1 else stop
+            output = self.base_causallm(
+                inputs_embeds=embeds[:, begin:stop],
+                attention_mask=attention_mask[:, :stop],
+                position_ids=position_ids[:, begin:stop],
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=True,
+            )
+            all_logits.append(output.logits)
+            if pass_index < num_passes - 1:
+                columns = [row[pass_index] if pass_index < len(row) else None for row in places]
+                embeds = self.restack(embeds, output.hidden_states[-1], columns, begin)
+            begin, stop = stop, stop + 1
+        logits = torch.cat(all_logits, 1)
+        predictions, targets = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
+        loss = F.cross_entropy(predictions.view(-1, logits.size(-1)), targets.view(-1))
+        return loss, embeds, logits
+
+    def latent_places(self, input_ids: Tensor) -> list[list[int]]:
+        """The columns of each row's latents."""
+        places: list[list[int]] = [[] for _ in input_ids]
+        for place in (input_ids == self.latent_token_id).nonzero():
+            places[place[0].item()].append(place[1].item())
+        return places
+
+    def restack(
+        self, embeds: Tensor, hidden_states: Tensor, columns: list[int | None], begin: int
+    ) -> Tensor:
+        """`embeds` (B, T, D) with one more thought a row, made anew from single positions.
+
+        hidden_states: (B, n, D) of the columns from `begin` on.
+        columns: where each row's thought goes; None where a row has no more.
+        """
+        B, T, _ = embeds.shape
+        pieces = [[embeds[row, column] for column in range(T)] for row in range(B)]
+        for row, column in enumerate(columns):
+            if column is not None:
+                pieces[row][column] = hidden_states[row, column - 1 - begin]
+        return torch.stack([torch.stack(row) for row in pieces])
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        """(1, T + new) long: prompt (1, T) and what greedy decoding adds."""
+        mask = torch.ones_like(input_ids)
+        _, embeds, logits = self(input_ids, mask, input_ids.clone(), mask.cumsum(1) - 1)
+        tokens = input_ids[0].tolist()
+        for number in range(max_new_tokens):
+            if number > 0:
+                logits = self.base_causallm(inputs_embeds=embeds).logits
+            token = logits[0, -1].argmax().item()
+            tokens.append(token)
+            if token == self.eos_token_id:
+                break
+            new = torch.tensor([[token]], device=input_ids.device)
+            embeds = torch.cat([embeds, self.base_causallm.get_input_embeddings()(new)], 1)
+        return torch.tensor([tokens], device=input_ids.device)

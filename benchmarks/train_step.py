@@ -1,0 +1,136 @@
+"""Seconds of one training step: the published algorithm, a plain prototype and ours, turn by turn.
+
+`python -m benchmarks.train_step [--device cuda] [--bf16] [--records 8 --question 64 ...]`. A step
+is forward, backward and AdamW over one batch without padding; dropout is on, as in training.
+Without a shape the two of the goals are measured: a short one and ProsQA's. The floor is the least
+arithmetic (benchmarks/arithmetic.py) over the rate of a matrix product that takes its turn too.
+With --bf16 the published code still computes in fp32, which is all it can.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks import arithmetic
+from benchmarks.common import (
+    Shape,
+    build_model,
+    check_fits,
+    make_batch,
+    median,
+    new_parser,
+    parse,
+    positive,
+    print_table,
+    take_turns,
+    write_report,
+)
+from benchmarks.contenders import add_options, train_step
+from benchmarks.environment import MatrixProduct
+
+SHAPES = (Shape(8, 64, 6, 32), Shape(16, 362, 6, 12))
+WARM_UP = Shape(1, 8, 2, 4)
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """--records, --question and --answer; with --latents, none means the shapes of the goals."""
+    group = parser.add_argument_group("shape, instead of those of the goals")
+    for name, value in zip(("records", "question", "answer"), (8, 64, 32), strict=True):
+        group.add_argument(f"--{name}", type=positive, help=f"default {value}")
+
+
+def chosen_shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
+    """The shapes that the options ask for."""
+    names = ("records", "question", "latents", "answer")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if not given:
+        return SHAPES
+    return (Shape(**{name: given.get(name, getattr(SHAPES[0], name)) for name in names}),)
+
+
+def measure(options: argparse.Namespace, shape: Shape) -> list[dict]:
+    """A row for each contender, with its seconds in all turns and the floor of the arithmetic."""
+    device = torch.device(options.device)
+    model = build_model(options.model).to(device).train()
+    vocab_size = model.config.vocab_size
+    steps = {name: train_step(name, model, options.bf16) for name in options.contenders}
+    batch = make_batch(shape, vocab_size, device)
+    # A GPU must have seen the very shape; a processor would lose minutes over it.
+    warm_up = shape if device.type == "cuda" else WARM_UP
+    warm_up_batch = make_batch(warm_up, vocab_size, device)
+    for step in steps.values():
+        step(warm_up_batch, warm_up.num_labels)
+    product = MatrixProduct(device, torch.bfloat16 if options.bf16 else torch.float32)
+    product()
+    turns = {name: lambda step=step: step(batch, shape.num_labels) for name, step in steps.items()}
+    seconds = take_turns({"product": product, **turns}, options.repeats, device)
+    rate = product.flops / median(seconds.pop("product"))
+    flops = arithmetic.step_flops(model, shape.records, shape.length, shape.answer)
+    return rows_of(seconds, flops / rate, rate, shape, options.bf16)
+
+
+def rows_of(
+    seconds: dict[str, list[float]], floor_s: float, rate: float, shape: Shape, bf16: bool
+) -> list[dict]:
+    """The rows of a table out of the turns: medians, how many times the published one, the floor.
+
+    rate: FLOPs a second of the matrix product, in the precision of ours.
+    """
+    medians = {name: median(values) for name, values in seconds.items()}
+    published = medians.get("published")
+    return [
+        {
+            "shape": str(shape),
+            "contender": name,
+            "precision": "bf16" if bf16 and name != "published" else "fp32",
+            "median_s": middle,
+            "seconds": seconds[name],
+            "times_published": published / middle if published else None,
+            "floor_s": floor_s,
+            "share_of_floor": floor_s / middle,
+            "matrix_flops_per_s": rate,
+        }
+        for name, middle in medians.items()
+    ]
+
+
+def print_rows(rows: list[dict]) -> None:
+    """The rows of one shape as a table."""
+    first = rows[0]
+    print(f"\n{first['shape']}: matrix products {first['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s\n")
+    published_s = next((row["median_s"] for row in rows if row["contender"] == "published"), None)
+    times = f"{published_s / first['floor_s']:.2f}" if published_s else "-"
+    cells = [
+        [
+            row["contender"],
+            row["precision"],
+            f"{row['median_s']:.4g}",
+            f"{min(row['seconds']):.4g} to {max(row['seconds']):.4g}",
+            f"{row['times_published']:.2f}" if row["times_published"] else "-",
+            f"{100 * row['share_of_floor']:.0f} %",
+        ]
+        for row in rows
+    ]
+    cells.append(["arithmetic's floor", "", f"{first['floor_s']:.4g}", "", times, ""])
+    head = ("contender", "precision", "median s", "range s", "x published", "floor / median")
+    print_table(head, cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = new_parser(__doc__)
+    add_shape_options(parser)
+    add_options(parser)
+    options = parse(parser, arguments)
+    for shape in chosen_shapes(options):
+        check_fits(parser, shape)
+    rows = []
+    for shape in chosen_shapes(options):
+        rows += (measured := measure(options, shape))
+        print_rows(measured)
+    write_report("train_step", options, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,464 @@
+"""What the benchmarks compare is equal work, what they count is right, and each of them runs.
+
+No figure of time or memory is tested: they belong to the machine.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batches import LATENT, families, lay_out, make_labels, prompts_of, ragged_rows, wrap
+from torch.utils.flop_counter import FlopCounterMode
+
+import distributed
+from benchmarks import (
+    arithmetic,
+    breakdown,
+    common,
+    environment,
+    epoch,
+    generate,
+    growth,
+    local_model,
+    memory,
+    prototype,
+    train_step,
+)
+from benchmarks.contenders import CONTENDERS
+from benchmarks.published import Published
+from curriculum import Curriculum
+from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
+
+ROOT = Path(__file__).parent.parent
+NO_EOS = -1
+
+
+def ragged_batch():
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return batch
+
+
+def even_batch():
+    """Rows of one shape without padding, all the prototype can read."""
+    shape = common.Shape(records=3, question=5, latents=2, answer=4)
+    batch = common.make_batch(shape, LATENT + 1, torch.device("cpu"))
+    assert int((batch["labels"] != -100).sum()) == shape.num_labels
+    return batch
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def run(module, tmp_path, *arguments):
+    """The report that a benchmark's main writes for the tiny model."""
+    out = tmp_path / "report.json"
+    options = ["--device", "cpu", "--model", "tiny", "--repeats", "1", "--out", str(out)]
+    assert module.main([*options, *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+# Equal work
+
+
+@families
+def test_published_statement_has_coconuts_loss_and_gradients(family, tiny_model):
+    batch, model = ragged_batch(), tiny_model(family)
+    expected = wrap(model, m=1)(**batch).loss
+    loss, _, _ = Published(model, LATENT, NO_EOS)(**batch)
+    torch.testing.assert_close(loss, expected)
+    wanted, got = gradients(model, expected), gradients(model, loss)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], msg=name)
+
+
+def test_published_statement_reads_coconuts_thoughts(tiny_model):
+    batch, model = ragged_batch(), tiny_model("gpt2")
+    real = batch["attention_mask"] == 1
+    _, embeds, _ = Published(model, LATENT, NO_EOS)(**batch)
+    torch.testing.assert_close(embeds[real], wrap(model, m=1)(**batch).inputs_embeds[real])
+
+
+@families
+def test_prototype_has_coconuts_loss_and_gradients(family, tiny_model):
+    batch, model = even_batch(), tiny_model(family)
+    expected = wrap(model, m=1)(**batch).loss
+    loss = prototype.loss(model, batch["input_ids"], batch["labels"], LATENT)
+    torch.testing.assert_close(loss, expected)
+    wanted, got = gradients(model, expected), gradients(model, loss)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], msg=name)
+
+
+def test_published_statement_writes_coconuts_tokens(tiny_model):
+    model = tiny_model("gpt2").eval()
+    ours = wrap(model, m=1)
+    prompts = prompts_of(ragged_rows())
+    for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True):
+        prompt = ids[mask == 1][None]
+        expected = ours.generate(prompt, torch.ones_like(prompt), max_new_tokens=8)
+        assert Published(model, LATENT, ours.eos_token_id).generate(prompt, 8).equal(expected)
+
+
+def test_published_statement_stops_at_eos(tiny_model):
+    model = tiny_model("gpt2").eval()
+    prompt = torch.tensor([[3, 4, 5]])
+    first = Published(model, LATENT, NO_EOS).generate(prompt, 4)[0, 3].item()
+    assert Published(model, LATENT, first).generate(prompt, 4).tolist() == [[3, 4, 5, first]]
+
+
+def test_prototype_writes_the_published_tokens(tiny_model):
+    model = tiny_model("gpt2").eval()
+    prompts = even_batch()["input_ids"]
+    written = prototype.generate(model, prompts, LATENT, 6)
+    single = Published(model, LATENT, NO_EOS)
+    assert written.equal(torch.cat([single.generate(row[None], 6) for row in prompts]))
+
+
+def test_contenders_lose_alike_and_then_learn():
+    """On a model without dropout all three report the same first loss, and less after steps."""
+    shape = common.Shape(4, 6, 2, 5)
+    losses = {}
+    for name in CONTENDERS:
+        model = common.build_model("tiny", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        step = train_step.train_step(name, model.train(), bf16=False)
+        batch = common.make_batch(shape, model.config.vocab_size, torch.device("cpu"))
+        losses[name] = [step(batch, shape.num_labels) for _ in range(5)]
+        assert losses[name][-1] < losses[name][0]
+    for name in CONTENDERS:
+        assert losses[name] == pytest.approx(losses["ours"], rel=1e-4), name
+
+
+# What is counted
+
+
+def test_least_flops_are_those_of_the_models_products(tiny_model):
+    """Torch counts attention over all pairs; the least has those of the causal half."""
+    T, B = 7, 3
+    model = tiny_model("gpt2")
+    model.set_attn_implementation("eager")
+    ids = torch.randint(1, 30, (B, T))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    counts = counter.get_flop_counts()["Global"]
+    attention = counts.pop(torch.ops.aten.bmm) * (T + 1) / (2 * T)
+    least = arithmetic.read_flops(model, B, T) + arithmetic.logit_flops(model, B * T)
+    assert least == sum(counts.values()) + attention
+
+
+def test_a_step_costs_three_forward_passes(tiny_model):
+    model = tiny_model("llama")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.randint(1, 30, (2, 4)), use_cache=False).logits.sum().backward()
+    blocks = 2 * arithmetic.block_parameters(model) * 8
+    tied = arithmetic.logit_flops(model, 8)
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.aten.mm] == 3 * (blocks + tied)
+    forward = arithmetic.read_flops(model, 2, 4) + arithmetic.logit_flops(model, 2 * 3)
+    assert arithmetic.step_flops(model, 2, 4, labels=3) == 3 * forward
+
+
+def test_generation_reads_every_token_but_the_last_once(tiny_model):
+    model = tiny_model("gpt2")
+    logits = arithmetic.logit_flops(model, 2 * 3)
+    expected = arithmetic.read_flops(model, 2, 10 + 3 - 1) + logits
+    assert arithmetic.generation_flops(model, records=2, prompt=10, new=3) == expected
+
+
+def test_contenders_take_turns():
+    order = []
+    contenders = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = common.take_turns(contenders, 2, torch.device("cpu"))
+    assert "".join(order) == "abcabc"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.parametrize(("values", "expected"), [([3, 1, 9], 3), ([4, 1, 2, 9], 3), ([5], 5)])
+def test_median(values, expected):
+    assert common.median(values) == expected
+
+
+def test_published_precision_is_torchs_default_inside_alone():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with common.published_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_drawn_records_have_the_lengths_of_gsm8k_aug():
+    tokenizer = common.build_tokenizer(512)
+    tokenized = tokenize_records(epoch.gsm_like_records(4000), tokenizer, "drawn")
+    assert tokenized.question_lengths.mean() == pytest.approx(56.25, rel=0.02)
+    assert tokenized.question_lengths.std() == pytest.approx(20.4, rel=0.05)
+    assert tokenized.num_steps.mean() == pytest.approx(3.15, rel=0.02)
+    assert tokenized.kept_lengths[:, -1].mean() == pytest.approx(3.09, rel=0.01)
+    text = tokenized.kept_lengths[:, 0] - tokenized.kept_lengths[:, -1]
+    assert text.mean() == pytest.approx(3.15 * 8.57, rel=0.03)
+
+
+def staged_records(n, stage):
+    tokenizer = common.build_tokenizer(512)
+    tokenized = tokenize_records(epoch.gsm_like_records(n), tokenizer, "drawn")
+    curriculum = Curriculum(method="coconut", **epoch.GSM)
+    return StagedRecords.of(tokenized, curriculum, np.full(n, stage)), SpecialIds.of(tokenizer)
+
+
+@pytest.mark.parametrize("split", epoch.SPLITS)
+def test_an_epoch_takes_every_record_once(split):
+    staged, _ = staged_records(150, stage=2)
+    steps = list(epoch.plan_epoch(staged, split, epoch=6))
+    assert all(len(indices) <= split[0] for parts in steps for indices in parts)
+    taken = np.concatenate([indices for parts in steps for indices in parts])
+    assert sorted(taken) == list(range(150))
+
+
+@pytest.mark.parametrize("stage", epoch.STAGES)
+def test_padding_is_what_the_rectangles_hold_beyond_the_tokens(stage):
+    staged, ids = staged_records(70, stage)
+    lengths = staged.prompt_lengths + staged.num_labels
+    measured = epoch.measure_padding(Collator(staged, ids), (8, 4), epoch=0)
+    computed = 0
+    for parts in epoch.plan_epoch(staged, (8, 4), epoch=0):
+        for part in parts:
+            questions = staged.tokenized.question_lengths[part]
+            rest = lengths[part] - questions
+            has_latents = staged.num_latents[part].min() > 0
+            # With latents the questions end in one column, without them all rows begin in one.
+            width = questions.max() + rest.max() if has_latents else lengths[part].max()
+            computed += len(part) * width
+    assert measured["real_tokens"] == lengths.sum()
+    assert measured["computed_tokens"] == computed
+    assert measured["padding_share"] == 1 - lengths.sum() / computed
+
+
+VOCAB = 512
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "kind"),
+    [
+        ("aten::addmm", [[96], [8, 32], [32, 96]], "matrices of the blocks"),
+        ("aten::mm", [[96, 8], [8, 32]], "matrices of the blocks"),
+        ("aten::mm", [[8, 32], [32, VOCAB]], "logits and cross-entropy"),
+        ("aten::_log_softmax", [[8, VOCAB]], "logits and cross-entropy"),
+        ("aten::_softmax", [[2, 4, 8, 8]], "attention"),
+        ("aten::bmm", [[8, 4, 4], [8, 4, 4]], "attention"),
+        ("aten::_fused_adamw_", [], "optimizer"),
+        ("aten::bernoulli_", [[4]], "dropout"),
+        ("aten::mul", [[4], [4]], "other element-wise"),
+    ],
+)
+def test_operations_are_put_into_kinds(name, shapes, kind):
+    assert breakdown.kind_of(name, shapes, VOCAB) == kind
+
+
+# The environment
+
+
+def test_commit_is_the_trees_own():
+    assert (
+        environment.commit().removesuffix("+dirty")
+        == subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+    )
+
+
+def test_a_copy_without_git_takes_the_commit_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert environment.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert environment.commit() == "abc1234"
+
+
+def refusal(capsys, module, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        module.main(list(arguments))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refusal(capsys, train_step, "--device", "cuda")
+    assert "--device cuda: this machine has no usable GPU; write --device cpu" in message
+
+
+def test_emulated_bf16_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "computes_bf16_natively", lambda: False)
+    message = refusal(capsys, train_step, "--device", "cpu", "--bf16")
+    assert "--bf16: this machine only emulates bf16" in message
+
+
+def test_no_repeats_are_refused(capsys):
+    assert "0 is not at least 1" in refusal(capsys, memory, "--repeats", "0")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (train_step, ["--question", "1100"]),
+        (memory, ["--question", "1100"]),
+        (breakdown, ["--question", "1100"]),
+        (growth, ["--answer", "600"]),
+        (generate, ["--new", "1000"]),
+    ],
+)
+def test_records_longer_than_the_models_are_refused(capsys, module, arguments):
+    assert "tokens a record: the models read 1024; take fewer" in refusal(
+        capsys, module, "--device", "cpu", *arguments
+    )
+
+
+def test_a_question_without_a_token_on_either_side_is_refused(capsys):
+    assert "--question 1: one token stands" in refusal(
+        capsys, generate, "--device", "cpu", "--question", "1"
+    )
+
+
+# Each of them runs
+
+SMALL = ("--records", "3", "--question", "6", "--latents", "2")
+
+
+def assert_environment(report, name):
+    assert report["benchmark"] == name
+    keys = {"device", "cores", "threads", "torch", "transformers", "commit", "clock", "date"}
+    assert keys <= report["environment"].keys()
+
+
+def test_train_step_measures_every_contender(tmp_path, capsys):
+    report = run(train_step, tmp_path, *SMALL, "--answer", "4")
+    assert_environment(report, "train_step")
+    assert [row["contender"] for row in report["rows"]] == list(CONTENDERS)
+    for row in report["rows"]:
+        assert row["shape"] == "3 x (6 + 2 + 4)"
+        assert row["times_published"] == report["rows"][0]["median_s"] / row["median_s"]
+        assert row["share_of_floor"] == row["floor_s"] / row["median_s"]
+        assert len(row["seconds"]) == 1
+    printed = capsys.readouterr().out
+    assert all(f"| {name} " in printed for name in (*CONTENDERS, "arithmetic's floor"))
+
+
+def test_generate_measures_every_contender(tmp_path):
+    report = run(generate, tmp_path, *SMALL, "--new", "5")
+    assert_environment(report, "generate")
+    sizes = {row["contender"]: row["batch_size"] for row in report["rows"]}
+    assert sizes == {"published": 1, "prototype": 3, "ours": 3}
+    assert [row["share_of_same_tokens"] for row in report["rows"]] == [1.0, 1.0, 1.0]
+
+
+def test_memory_measures_in_a_process_of_its_own(tmp_path):
+    report = run(memory, tmp_path, *SMALL, "--answer", "4", "--contenders", "published")
+    assert_environment(report, "memory")
+    (row,) = report["rows"]
+    parameters = sum(p.numel() for p in common.build_model("tiny").parameters())
+    assert row["state_bytes"] == 16 * parameters
+    assert row["step_bytes"] == row["peak_bytes"] - row["state_bytes"] > 0
+    assert row["published_over_peak_bytes"] == 1
+
+
+def test_epoch_measures_every_stage_and_split(tmp_path):
+    report = run(epoch, tmp_path, "--records", "40")
+    assert_environment(report, "epoch")
+    rows = [(row["stage"], row["batch_size"], row["accumulation"]) for row in report["rows"]]
+    assert rows == [(stage, *split) for stage in epoch.STAGES for split in epoch.SPLITS]
+    assert all(row["trained_tokens_per_s"] > 0 for row in report["rows"])
+
+
+def test_epoch_reads_a_file(tmp_path):
+    data, folder = tmp_path / "data.json", tmp_path / "tokenizer"
+    data.write_text(json.dumps(epoch.gsm_like_records(30, seed=5)))
+    common.build_tokenizer(512).save_pretrained(folder)
+    report = run(epoch, tmp_path, "--data", str(data), "--tokenizer", str(folder))
+    staged, _ = staged_records(30, stage=0)
+    assert report["rows"][0]["real_tokens"] > 0
+    assert report["rows"][0]["real_tokens"] != (staged.prompt_lengths + staged.num_labels).sum()
+
+
+def test_growth_is_measured_over_0_to_12_latents():
+    assert growth.POINTS["latents"] == tuple(range(13))
+
+
+def test_growth_draws_every_axis(tmp_path, monkeypatch):
+    monkeypatch.setitem(growth.POINTS, "latents", (0, 3))
+    monkeypatch.setitem(growth.POINTS, "window", (1, 2))
+    report = run(growth, tmp_path, *SMALL, "--answer", "4", "--axes", "latents", "size", "window")
+    assert_environment(report, "growth")
+    values = {axis: [] for axis in report["options"]["axes"]}
+    for row in report["rows"]:
+        values[row["axis"]].append(row["value"])
+        assert row["share_of_floor"] == row["floor_s"] / row["median_s"]
+    assert values["latents"] == [0, 3]
+    assert values["window"] == [1, 2]
+    assert values["size"] == [12 * 64**2 * layers for layers in (1, 2, 4)]
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_breakdown_accounts_for_the_whole_step(tmp_path):
+    report = run(breakdown, tmp_path, *SMALL, "--answer", "4")
+    assert_environment(report, "breakdown")
+    assert sum(row["share"] for row in report["rows"]) == pytest.approx(1)
+    kinds = {row["kind"] for row in report["rows"]}
+    assert {"matrices of the blocks", "attention", "optimizer", "between operations"} <= kinds
+
+
+def test_reports_go_under_exps_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = common.parse(common.new_parser("text"), ["--device", "cpu"])
+    path = common.write_report("name", options, [{"key": 1}])
+    assert path == Path("exps/benchmarks/name.json")
+    assert json.loads(path.read_text())["rows"] == [{"key": 1}]
+
+
+# The GPU script
+
+
+def test_local_model_has_gpt2s_shape_and_loses_no_text(tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    texts = ["Every grimpus is a wumpus.", "Tom is a grimpus. Is Tom a wumpus or a yimpus?"]
+    data = tmp_path / "data.json"
+    records = [{"question": text, "answer": "x", "steps": []} for text in texts]
+    data.write_text(json.dumps(records))
+    assert local_model.main(["--text", str(data), "--out", str(tmp_path / "model")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in [*texts, "### Größe\n"]:
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert (config.n_layer, config.n_embd, config.n_head) == (12, 768, 12)
+    assert not list((tmp_path / "model").glob("*.safetensors"))
+
+
+def bash(*arguments):
+    return subprocess.run(
+        ["bash", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_gpu_script_is_bash():
+    assert bash("-n", "benchmarks/gpu.sh").returncode == 0
+
+
+def test_gpu_script_names_its_usage():
+    done = bash("benchmarks/gpu.sh")
+    assert done.returncode == 2
+    assert "usage: bash benchmarks/gpu.sh OUTDIR" in done.stderr
+
+
+def test_gpu_script_refuses_a_part_it_does_not_have(tmp_path):
+    done = bash("benchmarks/gpu.sh", str(tmp_path / "out"), "nothing")
+    assert done.returncode == 2
+    assert "no such part: nothing" in done.stdout
