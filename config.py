@@ -144,6 +144,9 @@ class Config(BaseModel):
     """Epoch count in total, those skipped by resume included."""
     batch_size_training: PositiveInt = 32
     """Records in a forward and backward pass, for each process."""
+    tokens_per_micro_batch: PositiveInt | None = None
+    """Cut an effective batch by rows x columns of a pass instead, so that long and short records
+    use the memory alike; batch_size_training then only counts towards the effective batch."""
     batch_size_eval: PositiveInt | None = None
     """Records generated at once, for each process. None: batch_size_training."""
     gradient_accumulation_steps: PositiveInt = 1

@@ -270,18 +270,49 @@ def effective_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np
 
 
 def micro_batches(
-    indices: np.ndarray, staged: StagedRecords, batch_size: int, world_size: int
+    indices: np.ndarray,
+    staged: StagedRecords,
+    batch_size: int,
+    world_size: int,
+    max_tokens: int | None = None,
 ) -> list[list[np.ndarray]]:
     """Deal one effective batch: result[micro_step][rank] holds at most `batch_size` indices.
 
     Records of like shape stand together, which saves padding; the gradient does not notice. All
     ranks get the same number of micro-steps, so some arrays are empty when records are few.
+
+    max_tokens: where given, it rules instead of `batch_size`: a batch has no more rows x columns,
+        padding included, unless it is a single record.
     """
     keys = tuple(key[indices] for key in staged.sort_keys)
     indices = indices[np.lexsort(keys)]
-    micro_steps = -(-len(indices) // (batch_size * world_size))
-    parts = np.array_split(indices, micro_steps * world_size)
+    if max_tokens is None:
+        micro_steps = -(-len(indices) // (batch_size * world_size))
+        parts = np.array_split(indices, micro_steps * world_size)
+    else:
+        parts = _cut_by_tokens(indices, staged, max_tokens)
+        while len(parts) % world_size:
+            largest = max(range(len(parts)), key=lambda number: len(parts[number]))
+            parts[largest : largest + 1] = np.array_split(parts[largest], 2)
     return [parts[i : i + world_size] for i in range(0, len(parts), world_size)]
+
+
+def _cut_by_tokens(indices: np.ndarray, staged: StagedRecords, max_tokens: int) -> list[np.ndarray]:
+    """`indices` in a row, cut wherever one record more would make a batch too large."""
+    # Columns up to the first latent and from there on; a row without latents begins at column 0.
+    has_latents = staged.num_latents[indices] > 0
+    lengths = staged.prompt_lengths[indices] + staged.num_labels[indices]
+    before = np.where(has_latents, staged.tokenized.question_lengths[indices] + 1, 0)
+    after = np.where(has_latents, lengths - before, 0)
+    cuts, begin = [], 0
+    for end in range(1, len(indices) + 1):
+        rows = slice(begin, end)
+        aligned = before[rows].max() + after[rows].max()
+        columns = max(aligned, lengths[rows][~has_latents[rows]].max(initial=0))
+        if columns * (end - begin) > max_tokens and end - begin > 1:
+            begin = end - 1
+            cuts.append(begin)
+    return np.split(indices, cuts)
 
 
 @dataclass(frozen=True)

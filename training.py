@@ -161,6 +161,7 @@ class Trainer:
             fused=True,
         )
         self.progress = Progress(epoch=config.resume)
+        self.halves_batches = False
         self.last_saved_s = time.monotonic()
         if state is not None:
             self._continue_from(state)
@@ -216,7 +217,11 @@ class Trainer:
             (
                 indices,
                 micro_batches(
-                    indices, staged, config.batch_size_training, distributed.world_size()
+                    indices,
+                    staged,
+                    config.batch_size_training,
+                    distributed.world_size(),
+                    config.tokens_per_micro_batch,
                 ),
             )
             for indices in batches[self.progress.steps_done :]
@@ -270,28 +275,12 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.progress.optimizer_step, self.total_steps)
-        local_loss = torch.zeros((), device=self.device)
-        coconut = distributed.unwrap(self.model)
-        for number, (batch, num_passes) in enumerate(zip(batches, passes, strict=True)):
-            # Before the batch goes to the device: within a step nothing waits for it.
-            layout = coconut.layout(
-                batch["input_ids"], batch["attention_mask"], batch["labels"], num_passes
-            )
-            batch = {key: t.to(self.device, non_blocking=True) for key, t in batch.items()}
-            is_last = number == len(batches) - 1
-            with distributed.gradient_sync(self.model, enabled=is_last):
-                with autocast(self.config.bf16, self.device):
-                    output = self.model(
-                        input_ids=batch["input_ids"],
-                        attention_mask=batch["attention_mask"],
-                        labels=batch["labels"],
-                        position_ids=batch["position_ids"],
-                        layout=layout,
-                    )
-                loss = output.loss * (len(output.logits) / num_labels)
-                # Both DDP and FSDP average over ranks; the sum is wanted.
-                (loss * distributed.world_size()).backward()
-            local_loss += loss.detach()
+        local_loss = None
+        while local_loss is None:
+            try:
+                local_loss = self._add_gradients(batches, num_labels, passes)
+            except torch.OutOfMemoryError as error:
+                self._halve_after(error, batches)
         norm = distributed.gradient_norm(self.model)
         stop, save = float(self.requests.stop > 0), float(self._save_is_due())
         total_loss, self.stop_asked, self.save_asked = distributed.sum_over_ranks(
@@ -306,6 +295,63 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total_loss, norm.item()
+
+    def _add_gradients(
+        self, batches: list[dict], num_labels: int, passes: list[int | None]
+    ) -> torch.Tensor:
+        """Backward passes over this rank's micro-batches, as `_step` says: () its share of loss."""
+        local_loss = torch.zeros((), device=self.device)
+        coconut = distributed.unwrap(self.model)
+        parts = [
+            (part, num_passes)
+            for batch, num_passes in zip(batches, passes, strict=True)
+            for part in (_halves(batch) if self.halves_batches else [batch])
+        ]
+        for number, (batch, num_passes) in enumerate(parts):
+            # Before the batch goes to the device: within a step nothing waits for it.
+            layout = coconut.layout(
+                batch["input_ids"], batch["attention_mask"], batch["labels"], num_passes
+            )
+            batch = {key: t.to(self.device, non_blocking=True) for key, t in batch.items()}
+            is_last = number == len(parts) - 1
+            with distributed.gradient_sync(self.model, enabled=is_last):
+                with autocast(self.config.bf16, self.device):
+                    output = self.model(
+                        input_ids=batch["input_ids"],
+                        attention_mask=batch["attention_mask"],
+                        labels=batch["labels"],
+                        position_ids=batch["position_ids"],
+                        layout=layout,
+                    )
+                loss = output.loss * (len(output.logits) / num_labels)
+                # Both DDP and FSDP average over ranks; the sum is wanted.
+                (loss * distributed.world_size()).backward()
+            local_loss += loss.detach()
+        return local_loss
+
+    def _halve_after(self, error: torch.OutOfMemoryError, batches: list[dict]) -> None:
+        """Forget this step's gradients and let every micro-batch be computed in two halves.
+
+        Raises: TrainingFailed when they are halved already, and with several ranks: the others
+            may wait for this one's gradients.
+        """
+        tokens = max(batch["input_ids"].numel() for batch in batches)
+        advice = (
+            f"write tokens_per_micro_batch: {tokens // 2} or a smaller batch_size_training (with"
+            " effective_batch_size the gradient stays the same)"
+        )
+        if self.halves_batches or distributed.world_size() > 1:
+            raise TrainingFailed(
+                f"rank {distributed.rank()} is out of memory at optimizer step"
+                f" {self.progress.optimizer_step}; {advice}"
+            ) from error
+        self.halves_batches = True
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        self.tracker.message(
+            f"out of memory at optimizer step {self.progress.optimizer_step}: from here on every"
+            f" micro-batch is computed in two halves; to make room for good, {advice}"
+        )
 
     def _after_step(
         self, epoch: int, stage: int, loss: float, norm: float, tokens_per_second: float
@@ -493,3 +539,12 @@ class Trainer:
             f"loss {loss} or gradient norm {norm} is not finite at optimizer step {step}"
             f" (epoch {self.progress.epoch}); the weights were not changed, {where}"
         )
+
+
+def _halves(batch: dict) -> list[dict]:
+    """A batch as two of half as many rows; a single row stays as it is."""
+    rows = len(batch["input_ids"])
+    if rows < 2:
+        return [batch]
+    cuts = (slice(0, rows // 2), slice(rows // 2, rows))
+    return [{key: tensor[cut] for key, tensor in batch.items()} for cut in cuts]

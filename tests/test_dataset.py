@@ -529,6 +529,23 @@ def test_micro_batches_hold_records_of_like_question_length(many):
         assert shorter.max() <= longer.min()
 
 
+@pytest.mark.parametrize("max_tokens", [1, 40, 90, 10_000])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_micro_batches_cut_by_tokens_are_as_large_as_they_may_be(many, max_tokens, world_size):
+    staged, ids = many
+    indices = np.random.default_rng(1).permutation(60)[:41]
+    shares = micro_batches(indices, staged, 4, world_size, max_tokens)
+    assert {len(step) for step in shares} == {world_size}
+    parts = [part for step in shares for part in step]
+    assert sorted(np.concatenate(parts).tolist()) == sorted(indices.tolist())
+    sizes = [Collator(staged, ids)[part]["input_ids"].numel() for part in parts]
+    assert all(n <= max_tokens or len(p) == 1 for n, p in zip(sizes, parts, strict=True))
+    if world_size == 1:
+        for part, following in zip(parts, parts[1:], strict=False):
+            one_more = np.append(part, following[0])
+            assert Collator(staged, ids)[one_more]["input_ids"].numel() > max_tokens
+
+
 # Loading
 
 

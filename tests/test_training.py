@@ -60,6 +60,7 @@ def test_the_split_of_an_effective_batch_changes_nothing(tmp_path, float64, fami
         Experiment(
             tmp_path / "1x8", batch_size_training=1, gradient_accumulation_steps=8, **shared
         ),
+        Experiment(tmp_path / "tokens", batch_size_training=8, tokens_per_micro_batch=40, **shared),
     ]
     assert whole.main() == 0
     for split in splits:
@@ -69,6 +70,43 @@ def test_the_split_of_an_effective_batch_changes_nothing(tmp_path, float64, fami
         assert_same_weights(split.weights(), whole.weights(), **EXACT)
         for epoch in range(3):
             assert split.predictions(epoch) == whole.predictions(epoch)
+
+
+def run_out_of_memory(monkeypatch, times):
+    """Let the first backward passes fail as on a full GPU, after the gradients are there."""
+    backward, left = torch.Tensor.backward, [times]
+
+    def failing(tensor, *arguments, **options):
+        backward(tensor, *arguments, **options)
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "backward", failing)
+
+
+def test_out_of_memory_halves_the_micro_batches_and_changes_nothing(
+    tmp_path, float64, monkeypatch, capsys
+):
+    whole = Experiment(tmp_path / "whole", num_epochs=1)
+    halved = Experiment(tmp_path / "halved", num_epochs=1)
+    assert whole.main() == 0
+    run_out_of_memory(monkeypatch, times=1)
+    assert halved.main() == 0
+    assert (
+        capsys.readouterr().out.count("step 0: from here on every micro-batch is computed in") == 1
+    )
+    np.testing.assert_allclose(halved.losses(), whole.losses(), rtol=1e-6)
+    assert_same_weights(halved.weights(), whole.weights(), **EXACT)
+
+
+def test_out_of_memory_again_ends_the_run_with_advice(tmp_path, monkeypatch, capsys):
+    run_out_of_memory(monkeypatch, times=2)
+    assert Experiment(tmp_path, num_epochs=1).main() == run.EXIT_FAILED
+    message = capsys.readouterr().err
+    assert re.search(
+        r"rank 0 is out of memory at optimizer step 0; write tokens_per_mi\w+: \d", message
+    )
 
 
 # One step
