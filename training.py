@@ -265,14 +265,15 @@ class Trainer:
         return 1 + is_continuous * int(staged.num_latents[np.concatenate(shares)].max())
 
     def _step(
-        self, batches: list[dict], num_labels: int, passes: list[int | None]
+        self, batches: list[dict], num_labels: int, passes: list[int | None] | None = None
     ) -> tuple[float, float]:
         """One optimizer step over this rank's micro-batches: (loss, gradient norm), global.
 
         num_labels: labelled tokens in the effective batch, on all ranks and micro-batches; the
         gradient is that of their mean cross-entropy, however the batch is split.
-        passes: for each micro-batch, what `_num_passes` gives.
+        passes: for each micro-batch, what `_num_passes` gives; by default None for each.
         """
+        passes = passes or [None] * len(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.progress.optimizer_step, self.total_steps)
         local_loss = None

@@ -77,7 +77,7 @@ def train_step(name: str, base: PreTrainedModel, bf16: bool, window: int = 1) ->
     """
     if name == "ours":
         trainer = make_trainer(base, bf16, window)
-        return lambda batch, num_labels: trainer._step([batch], num_labels, [None])[0]
+        return lambda batch, num_labels: trainer._step([batch], num_labels)[0]
     ids = token_ids(build_tokenizer(base.config.vocab_size))
     latent, eos = ids["latent_token_id"], ids["eos_token_id"]
     optimizer = torch.optim.AdamW(base.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
