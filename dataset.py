@@ -9,22 +9,33 @@ nothing.
 Shapes: B batch, T tokens, n records, S the largest number of steps of a record.
 """
 
+import atexit
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from curriculum import Curriculum
-from utils import END_LATENT, LATENT, MARKERS, START_LATENT, UserError
+from utils import END_LATENT, LATENT, MARKERS, START_LATENT, UserError, print_line
 
 IGNORE_INDEX = -100
+# A batch takes milliseconds; the first one also what it takes to start a process.
+STALLED_WORKER_S = 60.0
+
+Worker = tuple[BaseProcess, Connection]
 
 # The tokenizer is done before any worker is forked; without this it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -402,25 +413,93 @@ def _pad(
 
 def batch_loader(
     collator: Collator, batches: Sequence[np.ndarray], num_workers: int, pin_memory: bool
-) -> Iterable[dict[str, Tensor]]:
-    """The given batches in order, made ahead of time by `num_workers` processes (0: none)."""
-    return DataLoader(
-        collator,
-        sampler=batches,
-        batch_size=None,
-        num_workers=min(num_workers, len(batches)),
-        pin_memory=pin_memory,
-        # Workers are not seeded from the main generator: they draw nothing, and resume must not
-        # depend on how many epochs were started.
-        generator=torch.Generator(),
-        worker_init_fn=_outlive_signals,
-    )
+) -> Iterator[dict[str, Tensor]]:
+    """The given batches in order, made ahead of time by `num_workers` processes (0: none).
+
+    A worker that dies or stalls is told of and costs time, never the run: a batch depends on its
+    indices alone, so this process makes all that are left.
+    """
+    ahead = _made_by_workers(collator, batches, min(num_workers, len(batches)))
+    for indices in batches:
+        batch = next(ahead, None) or collator[indices]
+        yield {key: t.pin_memory() for key, t in batch.items()} if pin_memory else batch
 
 
-def _outlive_signals(_worker: int) -> None:
-    """Ctrl-C and torchrun signal the whole process group, but the run ends its step first."""
+def _made_by_workers(
+    collator: Collator, batches: Sequence[np.ndarray], num_workers: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches from `num_workers` processes in turn; ends early, with a notice, when one fails."""
+    if num_workers == 0:
+        return
+    workers: list[Worker] = []
+    # Python joins its children when it exits, even where a crash keeps this generator alive.
+    end = atexit.register(partial(_end_workers, workers))
+    try:
+        for number in range(num_workers):
+            workers.append(_start_worker(collator, batches[number::num_workers]))
+        for number in range(len(batches)):
+            arrays = _receive(*workers[number % num_workers])
+            yield {key: torch.from_numpy(array) for key, array in arrays.items()}
+    except OSError as error:
+        print_line(f"data workers: {error}; this process makes the batches of this pass itself")
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _start_worker(collator: Collator, batches: Sequence[np.ndarray]) -> Worker:
+    """A process that makes `batches` one after another, and where they can be read."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=_work, args=(collator, batches, there), daemon=True)
+    with there:
+        process.start()
+    return process, here
+
+
+def _work(collator: Collator, batches: Sequence[np.ndarray], connection: Connection) -> None:
+    """What a data worker does; the pipe holds it back when it is ahead."""
+    # Ctrl-C and torchrun signal the whole process group, but the run ends its step first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The fork brought along the run's lock, connections to other ranks, other workers' pipes. Held
+    # open here they would outlive a rank that is killed.
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        if descriptor > 2 and descriptor != connection.fileno():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+    # The threads that helped the process before the fork are not here.
+    torch.set_num_threads(1)
+    # BrokenPipeError: nobody reads any more.
+    with contextlib.suppress(BrokenPipeError):
+        for indices in batches:
+            connection.send({key: t.numpy() for key, t in collator[indices].items()})
+
+
+def _receive(process: BaseProcess, connection: Connection) -> dict[str, np.ndarray]:
+    """The next batch of a worker, which is killed when that does not come in time.
+
+    Raises: OSError when there is no such batch.
+    """
+    began = time.monotonic()
+    # Waiting for the first byte would not do: a worker may stall in the middle of a batch.
+    killer = threading.Timer(STALLED_WORKER_S, process.kill)
+    killer.start()
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        stalled = time.monotonic() - began >= STALLED_WORKER_S
+        what = f"gave no batch in {STALLED_WORKER_S:g} s" if stalled else "died"
+        raise OSError(f"process {process.pid} {what}") from None
+    finally:
+        killer.cancel()
+
+
+def _end_workers(workers: list[Worker]) -> None:
+    while workers:
+        process, connection = workers.pop()
+        process.kill()
+        process.join()
+        connection.close()
 
 
 def check_lengths(

@@ -2,13 +2,16 @@
 
 Carries out the logging of SPEC sections 9 and 10. What is logged, and under which name, is
 decided by training.py and evaluation.py. metrics.jsonl is the record: every `log` appends a line
-there first, and nothing that wandb does (absent, unreachable, no key) stops a run.
+there first. Logging stops no run: wandb may be absent, unreachable or without a key, and lines that
+a full disk refuses wait in memory.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from utils import atomic_write_text
 
 # wandb waits this long for its server before the run goes on offline.
 WANDB_TIMEOUT_S = 30
+# About 5 MB of memory; then the oldest give way.
+MAX_WAITING_LINES = 20_000
 
 
 class Tracker:
@@ -45,6 +50,9 @@ class Tracker:
         self.wandb_id = wandb_id
         self._wandb_run = None
         self._metrics_path = None
+        self._waiting: deque[str] = deque(maxlen=MAX_WAITING_LINES)
+        self._num_lost = 0
+        self._is_refused = False
         if not is_main or run_dir is None:
             return
         Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -77,8 +85,10 @@ class Tracker:
     def message(self, text: str) -> None:
         """Prints a line that stays above progress bars, on rank 0's standard output."""
         if self.is_main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            # Nor does a console that takes no more: there is nowhere to tell of it.
+            with contextlib.suppress(OSError):
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
         """A progress bar on standard error, shown on rank 0 and at a terminal only."""
@@ -97,8 +107,9 @@ class Tracker:
 
         epoch: the epoch that the run goes on in; an evaluation of it will be made again, so its
             line goes too. None keeps all evaluations.
-        Lines that are no JSON object (a crash tears the last one) go too, with a notice. The file
-        is replaced whole: an interruption leaves the old one.
+        Lines that are no JSON object (a crash tears the last one) go too, with a notice; so does
+        a file that ends too early (a crash while lines waited) not pass unnoticed. The file is
+        replaced whole: an interruption leaves the old one.
         """
         if self._metrics_path is None or not self._metrics_path.exists():
             return
@@ -108,24 +119,59 @@ class Tracker:
         if unreadable:
             self.message(f"{self._metrics_path}: dropped {unreadable} unreadable line(s)")
         kept = [
-            line + "\n"
+            (line, entry.get("step", 0))
             for line, entry in entries
             if entry is not None
             and entry.get("step", 0) <= step
             and (epoch is None or entry.get("eval/epoch", -1) < epoch)
         ]
-        atomic_write_text(self._metrics_path, "".join(kept))
+        last = max((number for _, number in kept), default=0)
+        if last < step < sys.maxsize:
+            self.message(f"{self._metrics_path}: what followed step {last} up to {step} was lost")
+        atomic_write_text(self._metrics_path, "".join(line + "\n" for line, _ in kept))
 
     def close(self) -> None:
-        """Ends the wandb run, which waits for what is still being sent. May be called twice."""
+        """Ends the wandb run, which waits for what is still being sent. May be called twice.
+
+        Lines that still cannot be written are counted aloud.
+        """
+        if self._waiting:
+            self._write_waiting()
+        if self._waiting:
+            lost = self._num_lost + len(self._waiting)
+            self.message(f"{self._metrics_path}: {lost} line(s) could not be written and are lost")
+            self._waiting.clear()
         self._guarded(lambda run: run.finish())
         self._wandb_run = None
 
     def _append(self, entry: dict[str, Any]) -> None:
-        if self._metrics_path is not None:
-            line = json.dumps(_plain(entry), allow_nan=False)
-            with open(self._metrics_path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        if self._metrics_path is None:
+            return
+        self._num_lost += len(self._waiting) == MAX_WAITING_LINES
+        self._waiting.append(json.dumps(_plain(entry), allow_nan=False) + "\n")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Appends the waiting lines, all or none; tells when the disk begins and ceases to refuse.
+
+        The lines are kept in order, so the file never has a gap but at what was lost.
+        """
+        path = self._metrics_path
+        try:
+            _append_whole(path, "".join(self._waiting))
+        except OSError as error:
+            if not self._is_refused:
+                self.message(
+                    f"{path}: cannot be written ({error.strerror}); training goes on, up to"
+                    f" {MAX_WAITING_LINES} lines wait in memory until it can"
+                )
+            self._is_refused = True
+            return
+        if self._is_refused:
+            late, lost = len(self._waiting), self._num_lost
+            self.message(f"{path}: written again, {late} line(s) late, {lost} lost")
+        self._waiting.clear()
+        self._num_lost, self._is_refused = 0, False
 
     def _drop_torn_line(self) -> None:
         """Mends a file that ends inside a line, lest the next line is glued to the torn one."""
@@ -192,6 +238,18 @@ class Tracker:
         except Exception as error:
             self._wandb_run = None
             self.message(f"wandb stopped, metrics.jsonl goes on: {_first_line(error)}")
+
+
+def _append_whole(path: Path, text: str) -> None:
+    """Appends `text` or nothing: a disk that fills up takes the beginning and refuses the rest."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ that run.py turns into one message and exit status 2. Anything that fits a room 
 logging, checkpoints) does not belong here.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -37,6 +38,15 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def print_line(text: object) -> None:
+    """Print `text` on standard output at once, if it takes any.
+
+    A log on a full disk or a reader that has gone ends no run; there is nowhere to tell of it.
+    """
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def fsync_directory(path: Path) -> None:

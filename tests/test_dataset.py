@@ -6,9 +6,13 @@ Most tokenizers here make one token of each text they are given, so that an expe
 as the texts of SPEC section 2 and a text that was cut or glued differently becomes `<unk>`.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from tokenizers import Tokenizer, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
+import dataset
 from curriculum import Curriculum
 from dataset import (
     IGNORE_INDEX,
@@ -37,7 +42,8 @@ from dataset import (
 )
 from utils import END_LATENT, LATENT, MARKERS, START_LATENT, UserError
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
 GOOD = {"question": "What ?", "answer": "4", "steps": ["1 + 1 = 2", "2 + 2 = 4"]}
 
 
@@ -565,19 +571,104 @@ def test_workers_change_nothing(many, purpose):
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_workers_outlive_signals_to_the_process_group(many, number):
+@pytest.fixture
+def loading(many):
+    """(the batches as made here, the same from two workers of which one came, those workers)."""
     staged, ids = many
+    collator = Collator(staged, ids)
+    # Each takes up more than a pipe holds, so that the workers are still busy.
+    batches = [np.tile(np.roll(np.arange(60), i), 2) for i in range(12)]
     before = set(multiprocessing.active_children())
-    batches = [np.array([i]) for i in range(30)]
-    loader = iter(batch_loader(Collator(staged, ids), batches, 2, False))
-    loaded = [next(loader), next(loader)]  # so both workers are up
+    loader = batch_loader(collator, batches, 2, False)
+    first = next(loader)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
+    yield [collator[batch] for batch in batches], itertools.chain([first], loader), workers
+    loader.close()
+    assert not workers & set(multiprocessing.active_children())
+
+
+def assert_same_batches(got, expected):
+    for one, two in zip(got, expected, strict=True):
+        assert all(torch.equal(one[key], two[key]) for key in two)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_signals_to_the_process_group(loading, number, capsys):
+    expected, loader, workers = loading
     for worker in workers:
         os.kill(worker.pid, number)
-    loaded += loader
-    assert [int(batch["indices"]) for batch in loaded] == list(range(30))
+    assert_same_batches(loader, expected)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "number, what", [(signal.SIGKILL, "died"), (signal.SIGSTOP, "gave no batch in 0.5 s")]
+)
+def test_a_worker_that_dies_or_stalls_is_told_of_and_changes_nothing(
+    loading, monkeypatch, capsys, number, what
+):
+    monkeypatch.setattr(dataset, "STALLED_WORKER_S", 0.5)
+    expected, loader, workers = loading
+    worker = workers.pop()
+    # Asleep it has filled its pipe: it will be struck in the middle of a batch.
+    while "S (sleeping)" not in Path(f"/proc/{worker.pid}/status").read_text():
+        time.sleep(0.01)
+    os.kill(worker.pid, number)
+    assert_same_batches(loader, expected)
+    words = (
+        f"data workers: process {worker.pid} {what}; this process makes the batches of this pass"
+    )
+    assert capsys.readouterr().out == words + " itself\n"
+
+
+def test_without_room_for_workers_batches_are_made_here(many, monkeypatch, capsys):
+    def refuse(_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    alone, _ = load(many, 0)
+    monkeypatch.setattr(multiprocessing.Process, "start", refuse)
+    helped, _ = load(many, 2)
+    assert_same_batches(helped, alone)
+    assert "data workers: [Errno 11] Resource temporarily unavailable;" in capsys.readouterr().out
+
+
+def test_an_error_in_making_a_batch_is_raised_as_it_is(many):
+    staged, ids = many
+    with pytest.raises(IndexError):
+        list(batch_loader(Collator(staged, ids), [np.array([0]), np.array([60])], 2, False))
+
+
+def test_workers_hold_nothing_open_but_the_console_and_their_pipe(loading):
+    _, _, workers = loading
+    for worker in workers:
+        assert len(os.listdir(f"/proc/{worker.pid}/fd")) == 4
+
+
+def test_a_loader_that_a_crash_keeps_alive_does_not_hold_up_the_end():
+    code = """
+import torch
+from dataset import batch_loader
+class Large:
+    def __getitem__(self, indices):
+        return {"x": torch.zeros(100_000)}
+loader = batch_loader(Large(), [0] * 9, 2, False)
+next(loader)
+1 / 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_batches_for_a_gpu_are_pinned_in_this_process(many, monkeypatch):
+    staged, ids = many
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (os.getpid(), tensor.tolist()))
+    (batch,) = batch_loader(Collator(staged, ids), [np.array([3])], 1, True)
+    assert batch["indices"] == (os.getpid(), [3])
+    assert len(batch) == 5
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -1,7 +1,9 @@
 """tracking.py: metrics.jsonl whatever happens, and wandb that never stops or holds up a run."""
 
+import io
 import json
 import math
+import resource
 import sys
 from types import SimpleNamespace
 
@@ -150,6 +152,91 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
     make(tmp_path).log({}, step=5)
     assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 5]
+
+
+@pytest.fixture
+def fill_disk(tmp_path):
+    """`fill_disk(n)`: from now on metrics.jsonl may grow by n bytes; `fill_disk(None)`: at will.
+
+    The file is so long that nothing else that tests write comes near the limit.
+    """
+    path, before = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text(json.dumps({"step": 0, "long": "x" * 10**6}) + "\n")
+
+    def fill(room):
+        limit = before[0] if room is None else path.stat().st_size + room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    yield fill
+    fill(None)
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, fill_disk, capsys):
+    tracker = make(tmp_path)
+    tracker.log({"x": 1}, 1)
+    # Room for a part of a line must not tear it.
+    fill_disk(10)
+    for step in (2, 3, 4):
+        tracker.log({"x": step}, step)
+        assert len(entries(tmp_path)) == 2
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'metrics.jsonl'}: cannot be written (File too large); training goes on, up to"
+        " 20000 lines wait in memory until it can\n"
+    )
+    fill_disk(None)
+    tracker.log({"x": 5}, 5)
+    assert [entry["step"] for entry in entries(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.endswith(": written again, 4 line(s) late, 0 lost\n")
+    tracker.log({"x": 6}, 6)
+    assert capsys.readouterr().out == ""
+    # The next time it is told of again, and the end of the run is a last chance.
+    fill_disk(0)
+    tracker.log({"x": 7}, 7)
+    fill_disk(None)
+    tracker.close()
+    assert entries(tmp_path)[-1] == {"step": 7, "x": 7}
+    assert capsys.readouterr().out.count("cannot be written") == 1
+
+
+def test_lines_that_can_no_longer_wait_are_counted(tmp_path, fill_disk, capsys, monkeypatch):
+    monkeypatch.setattr("tracking.MAX_WAITING_LINES", 3)
+    tracker = make(tmp_path)
+    fill_disk(0)
+    for step in range(1, 6):
+        tracker.log({}, step)
+    fill_disk(None)
+    tracker.log({}, 6)
+    assert [entry["step"] for entry in entries(tmp_path)] == [0, 4, 5, 6]
+    assert capsys.readouterr().out.endswith(": written again, 3 line(s) late, 3 lost\n")
+
+
+def test_lines_that_are_never_written_are_counted_at_the_end(tmp_path, fill_disk, capsys):
+    tracker = make(tmp_path)
+    fill_disk(5)
+    for step in range(1, 4):
+        tracker.log({}, step)
+    tracker.close()
+    assert capsys.readouterr().out.endswith(": 3 line(s) could not be written and are lost\n")
+    tracker.close()
+    assert capsys.readouterr().out == ""
+    assert len(entries(tmp_path)) == 1
+
+
+def test_a_run_that_goes_on_tells_of_lines_that_its_crash_took_along(tmp_path, capsys):
+    tracker = make(tmp_path)
+    for step in (1, 2, 5):
+        tracker.log({}, step)
+    tracker.truncate(5)
+    assert capsys.readouterr().out == ""
+    tracker.truncate(4)
+    words = "metrics.jsonl: what followed step 2 up to 4 was lost\n"
+    assert capsys.readouterr().out.endswith(words)
+
+
+def test_a_console_that_takes_no_more_ends_nothing(tmp_path, monkeypatch):
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        make(tmp_path).message("hello")
 
 
 def test_other_ranks_write_and_show_nothing(tmp_path, capsys, use_wandb):

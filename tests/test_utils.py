@@ -1,15 +1,24 @@
 """Files that appear whole or not at all, seeding, and sums."""
 
 import errno
+import io
 import os
 import random
 import stat
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from utils import MARKERS, atomic_write_text, fsync_file, seed_everything, sha256_file
+from utils import (
+    MARKERS,
+    atomic_write_text,
+    fsync_file,
+    print_line,
+    seed_everything,
+    sha256_file,
+)
 
 
 def contents(folder):
@@ -133,3 +142,14 @@ def test_sha256_reads_the_whole_file(tmp_path):
 
 def test_markers_are_the_published_strings():
     assert MARKERS == ("<|start-latent|>", "<|end-latent|>", "<|latent|>")
+
+
+# Lines
+
+
+def test_a_line_that_nobody_takes_ends_nothing(monkeypatch, capsys):
+    print_line("one")
+    assert capsys.readouterr().out == "one\n"
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        print_line("two")
