@@ -6,29 +6,21 @@ published code saves it; whatever does not fit exactly is refused by name. What 
 about itself is settings.py's, saving checkpoint.py's, devices and precision training.py's.
 """
 
-import json
 import os
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
-from transformers.utils import logging as transformers_logging
 
 from coconut import Coconut
 from config import Config
@@ -43,6 +35,15 @@ from settings import (
     shorten,
     source_name,
     token_ids,
+)
+from sources import (
+    check_folder,
+    first_fault,
+    read_config,
+    read_tensors,
+    read_tokenizer,
+    reading,
+    weight_bytes,
 )
 from utils import MARKERS, UserError
 
@@ -62,9 +63,8 @@ WRAPPER_PREFIX = "base_causallm."
 WRAPPER_COPY = "embedding.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 TOKENIZER_FILES += ("tokenizer.model", "spiece.model")
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 CORE_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+MOST_LAYERS = 1000
 # A model with one of these set does not score a hidden state h as lm_head(h).
 LOGIT_SETTINGS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 LOGIT_SETTINGS += ("lm_head_multiplier", "output_multiplier")
@@ -74,11 +74,12 @@ LOGIT_SETTINGS += ("lm_head_multiplier", "output_multiplier")
 class ModelOutline:
     """What can be known of a model before its weights are read.
 
-    num_parameters: with the rows of the markers where the method adds them.
+    num_parameters, vocab_size: with the rows of the markers where the method adds them.
     max_positions: longest sequence the model can read, None where it states none.
     """
 
     num_parameters: int
+    vocab_size: int
     max_positions: int | None
 
 
@@ -103,7 +104,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
     Raises: UserError when it cannot be had or read, or has no EOS.
     """
-    return _prepare_tokenizer(_read_tokenizer(config))
+    return _prepare_tokenizer(read_tokenizer(*_tokenizer_source(config)))
 
 
 def model_outline(config: Config, tokenizer: PreTrainedTokenizerBase) -> ModelOutline:
@@ -115,10 +116,9 @@ def model_outline(config: Config, tokenizer: PreTrainedTokenizerBase) -> ModelOu
     text_config = model_config.get_text_config()
     if config.method == "coconut":
         text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    with torch.device("meta"):
-        shell = _model_class(config, model_config)(model_config)
-    num_parameters = sum(parameter.numel() for parameter in shell.parameters())
-    return ModelOutline(num_parameters, getattr(text_config, "max_position_embeddings", None))
+    num_parameters = _shell(config, model_config).num_parameters()
+    max_positions = getattr(text_config, "max_position_embeddings", None)
+    return ModelOutline(num_parameters, text_config.vocab_size, max_positions)
 
 
 def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Backbone:
@@ -132,10 +132,10 @@ def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Back
     """
     settings = read_checkpoint_settings(config.load_model_path or config.model_id)
     check_method(config, settings)
-    tokenizer = _read_tokenizer(config)
+    tokenizer = read_tokenizer(*_tokenizer_source(config))
     had_markers = tokenizer.get_vocab().keys() >= set(MARKERS)
     _prepare_tokenizer(tokenizer)
-    if config.load_model_path and Path(config.load_model_path).is_file():
+    if config.load_model_path and os.path.isfile(config.load_model_path):
         model, has_markers = _load_single_file(config, tokenizer)
     else:
         model = _load_model(config, tokenizer)
@@ -231,107 +231,15 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-# Reading files
-
-
-@contextmanager
-def _reading(field: str, source: str) -> Iterator[None]:
-    """Turn whatever a Hugging Face loader raises about `source` into one UserError, and hush it.
-
-    The loaders raise many classes (tokenizers even a bare Exception), hence the wide net.
-    """
-    verbosity = transformers_logging.get_verbosity()
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    # A download may take minutes, so only what lies here already is loaded without a bar.
-    if Path(source).exists():
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except Exception as error:
-        raise UserError(_why_unreadable(field, source, error)) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _why_unreadable(field: str, source: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    folder = Path(source)
-    if not folder.exists() and isinstance(error, OSError):
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        return (
-            f"{field}: {source!r} is no local folder and could not be had from the Hugging Face"
-            f" hub{offline}: {reason}; check the name and the connection, or write a local folder"
-        )
-    if folder.is_dir() and (broken := _first_broken_file(folder)):
-        return f"{broken}: truncated or corrupt; restore it"
-    return f"{field}: {source} cannot be loaded: {reason}"
-
-
-def _first_broken_file(folder: Path) -> Path | None:
-    """The first file of a model folder that does not parse, None where all do."""
-    for file in sorted(folder.iterdir()):
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-            elif file.suffix in (".safetensors", ".bin"):
-                _read_tensors(file)
-        except (ValueError, UserError):
-            return file
-    return None
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a single file, on the CPU; nothing in it is ever executed.
-
-    Raises: UserError when it is broken, or holds anything but named tensors.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file}: corrupt, or holds more than tensors, and code in such a file is never run;"
-            " save model.state_dict() alone with torch.save"
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: truncated or corrupt, no weights can be read from it") from error
-    if not isinstance(tensors, dict) or not tensors:
-        raise UserError(f"{file}: holds no state dict; save model.state_dict() with torch.save")
-    strange = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise UserError(
-            f"{file}: entries that are no tensors ({shorten(strange)}); save model.state_dict()"
-            " alone with torch.save"
-        )
-    return tensors
-
-
 # The tokenizer
 
 
 def _tokenizer_source(config: Config) -> tuple[str, str]:
     """(configuration field, folder or hub name) that the tokenizer comes from."""
     path = config.load_model_path
-    if path and any(Path(path, name).is_file() for name in TOKENIZER_FILES):
+    if path and any(os.path.isfile(os.path.join(path, name)) for name in TOKENIZER_FILES):
         return "load_model_path", path
     return "model_id", config.model_id
-
-
-def _read_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    field, source = _tokenizer_source(config)
-    # False, not unset: unset, transformers asks on a terminal whether to run a folder's code.
-    with _reading(field, source):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{field}: the tokenizer of {source} has no EOS token to end an answer with; set"
-            " eos_token in its tokenizer_config.json"
-        )
-    return tokenizer
 
 
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -347,23 +255,24 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 # Weights
 
 
+def _weights_source(config: Config) -> tuple[str, str]:
+    """(configuration field, file, folder or hub name) that the weights come from."""
+    field = "load_model_path" if config.load_model_path else "model_id"
+    return field, getattr(config, field)
+
+
 def _read_model_config(config: Config) -> PretrainedConfig:
     """The architecture of the weights' folder or hub name; of model_id for a single file."""
     path = config.load_model_path
-    if path and not Path(path).exists():
+    if path and not os.path.exists(path):
         raise UserError(f"load_model_path: {path} does not exist; name a checkpoint or None")
-    is_file = path is not None and Path(path).is_file()
+    is_file = path is not None and os.path.isfile(path)
     field, source = (
         ("load_model_path", path) if path and not is_file else ("model_id", config.model_id)
     )
-    if Path(source).is_dir():
-        _check_folder(field, Path(source), needs_weights=not (config.from_scratch or is_file))
-    return _read_config(field, source)
-
-
-def _read_config(field: str, source: str, **options) -> PretrainedConfig:
-    with _reading(field, source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    if os.path.isdir(source):
+        check_folder(field, Path(source), needs_weights=not (config.from_scratch or is_file))
+    return read_config(field, source)
 
 
 def _model_class(config: Config, model_config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -373,6 +282,30 @@ def _model_class(config: Config, model_config: PretrainedConfig) -> type[PreTrai
             " a GPT-2 or Llama kind of model"
         )
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+
+
+def _shell(config: Config, model_config: PretrainedConfig) -> PreTrainedModel:
+    """The model without storage, to know its sizes by.
+
+    Raises: UserError where the described model cannot be, or cannot be that of the weights.
+    """
+    field, source = _weights_source(config)
+    num_layers = model_config.get_text_config().num_hidden_layers
+    if num_layers > MOST_LAYERS:
+        raise UserError(
+            f"{field}: {source}: config.json describes {num_layers} layers; restore config.json"
+        )
+    with reading(field, source), torch.device("meta"):
+        shell = _model_class(config, model_config)(model_config)
+    num_bytes = None if config.from_scratch else weight_bytes(source)
+    # Even at four bits a parameter; what such a model takes might not fit any memory.
+    if num_bytes is not None and shell.num_parameters() > 2 * num_bytes:
+        raise UserError(
+            first_fault(source)
+            or f"{field}: {source}: config.json describes {shell.num_parameters():,} parameters,"
+            f" more than {num_bytes:,} bytes of weights can hold; restore config.json"
+        )
+    return shell
 
 
 def _build_options(config: Config) -> dict:
@@ -390,19 +323,9 @@ def _load_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         _check_core_shape(config, model_config, tokenizer)
     model_class = _model_class(config, model_config)
     if config.from_scratch:
-        with _reading("model_id", config.model_id):
+        with reading("model_id", config.model_id):
             return model_class._from_config(model_config, **_build_options(config))
     return _load_weights(config, model_class, model_config)
-
-
-def _check_folder(field: str, folder: Path, needs_weights: bool) -> None:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{field}: folder {folder} has no config.json; name a model folder")
-    if needs_weights and not any((folder / name).is_file() for name in WEIGHT_FILES):
-        hint = "set from_scratch: true to start from random ones, or " * (field == "model_id")
-        raise UserError(
-            f"{field}: folder {folder} holds no weights; {hint}name a folder with model.safetensors"
-        )
 
 
 def _check_core_shape(
@@ -410,9 +333,9 @@ def _check_core_shape(
 ) -> None:
     """Raise where a checkpoint's architecture is not model_id's, if that lies on this machine."""
     try:
-        wanted = _read_config("model_id", config.model_id, local_files_only=True)
+        wanted = read_config("model_id", config.model_id, local_files_only=True)
     except UserError:
-        if Path(config.model_id, "config.json").is_file():
+        if os.path.isfile(os.path.join(config.model_id, "config.json")):
             raise
         return
     own, wanted = own.get_text_config(), wanted.get_text_config()
@@ -442,15 +365,16 @@ def _load_weights(
     Raises: UserError naming tensors that are missing, surplus or of a wrong shape; those that the
     model class declares ignorable do not count.
     """
-    field = "load_model_path" if config.load_model_path else "model_id"
-    source = config.load_model_path or config.model_id
-    with _reading(field, source):
+    field, source = _weights_source(config)
+    _shell(config, model_config)
+    with reading(field, source):
         model, report = model_class.from_pretrained(
             source if tensors is None else None,
             config=model_config,
             state_dict=tensors,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
             **_build_options(config),
         )
     faults = []
@@ -480,8 +404,7 @@ def _load_single_file(
     """The model of a single-file state dict, and whether its embedding holds the markers."""
     model_config = _read_model_config(config)
     model_class = _model_class(config, model_config)
-    with torch.device("meta"):
-        shell = model_class(model_config)
+    shell = _shell(config, model_config)
     embedding_name = next(
         name
         for name, parameter in shell.named_parameters()
@@ -507,7 +430,7 @@ def _unwrap(config: Config, embedding_name: str) -> tuple[dict[str, Tensor], Ten
         of the base model.
     Raises: UserError for tensors beside the wrapped model, but for its equal copy of the embedding.
     """
-    saved = _read_tensors(Path(config.load_model_path))
+    saved = read_tensors(Path(config.load_model_path))
     is_wrapped = any(name.startswith(WRAPPER_PREFIX) for name in saved)
     embeddings = (
         tensor

@@ -22,7 +22,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,12 +111,24 @@ def recover(folder: Path) -> None:
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold `run_dir` for one training run; the lock goes with the process, however it ends.
 
-    A run that ends before it wrote anything leaves no folder.
+    A run that ends before it wrote anything leaves no folder that was not there before.
 
     Raises: UserError when another process holds it or the folder cannot be written.
     """
+    missing = _missing(run_dir)
     make_writable(run_dir)
-    with open(run_dir / ".lock", "w") as file:
+    try:
+        with _held_lock(run_dir):
+            yield
+    finally:
+        _remove_empty(missing)
+
+
+@contextmanager
+def _held_lock(run_dir: Path) -> Iterator[None]:
+    """The lock alone, in a file that goes again when nothing else was written."""
+    # Appending empties nothing, should the name lead to another file.
+    with open(run_dir / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -130,23 +142,46 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             if run_dir.is_dir() and os.listdir(run_dir) == [".lock"]:
-                shutil.rmtree(run_dir)
+                (run_dir / ".lock").unlink()
 
 
 def make_writable(folder: Path) -> None:
     """Create `folder` where it is missing.
 
-    Raises: UserError when it cannot be written.
+    Raises: UserError when it cannot be written, or is a link.
     """
+    refuse_link(folder)
+    missing = _missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(folder, os.W_OK) else "no permission"
     except OSError as error:
         reason = error.strerror
     if reason:
+        _remove_empty(missing)
         raise UserError(
             f"save_path: {folder} cannot be written ({reason}); choose another save_path"
         )
+
+
+def refuse_link(folder: Path) -> None:
+    """Raise UserError where a run would write through a link, and so outside save_path."""
+    if os.path.islink(folder):
+        raise UserError(
+            f"save_path: {folder} is a link to {os.readlink(folder)}, but a run writes inside"
+            " save_path alone; write the folder it leads to as save_path and name, or remove it"
+        )
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folders on the way to `folder` and itself that do not exist yet, innermost first."""
+    return [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -> None:

@@ -8,10 +8,11 @@ torch, so a wrong file is reported within a second.
 """
 
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from textwrap import shorten, wrap
+from textwrap import wrap
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -19,9 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -41,7 +40,17 @@ _NEEDED_TO_TRAIN = {
     "max_latent_stage": ("coconut", "no_thoughts"),
 }
 
-Text = Annotated[str, Field(min_length=1)]
+# NUL ends a name for the system, so what follows it would go unseen.
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+# A larger count is a slip, and would take hours or all memory before anything is said.
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+PositiveCount = Annotated[int, Field(gt=0, le=1_000_000)]
+Stages = Annotated[int, Field(ge=0, le=1000)]
+
+# Values in messages, whose size an alias of an alias could multiply without end.
+_shown = reprlib.Repr()
+_shown.maxlevel = 2
+_shown.maxstring = _shown.maxlong = _shown.maxother = 80
 
 
 class ConfigError(Exception):
@@ -81,11 +90,11 @@ class Config(BaseModel):
     """Train on question and answer alone, without steps."""
 
     # Curriculum
-    c_thought: NonNegativeInt = 1
+    c_thought: Count = 1
     """Latent thoughts for each replaced reasoning step."""
-    epochs_per_stage: PositiveInt = 1
+    epochs_per_stage: PositiveCount = 1
     """Epochs for each stage; one more step becomes latent at each stage."""
-    max_latent_stage: NonNegativeInt = Field(0, examples=["3"])
+    max_latent_stage: Stages = Field(0, examples=["3"])
     """Most steps that are replaced by thoughts; one stage more drops all steps that are still text
     and adds no further thoughts."""
     pad_latent_to_max: bool = True
@@ -101,7 +110,7 @@ class Config(BaseModel):
     thought: Literal["continuous", "pause"] = "continuous"
     """continuous: a thought is made from hidden states. pause: the latent positions keep their
     learned token embedding; coconut only."""
-    latent_window_size: PositiveInt = 3
+    latent_window_size: PositiveCount = 3
     """Number m of hidden states that are averaged into a thought; 1 is the original Coconut."""
     latent_weights: tuple[NonNegativeFloat, ...] = (0.6, 0.3, 0.1)
     """Weights of the window, nearest state first; the first m count."""
@@ -131,34 +140,34 @@ class Config(BaseModel):
     """Records evaluated after each epoch, or by only_eval."""
     allow_changed_data: bool = False
     """Go on with a run although train_path holds other records than when it began."""
-    num_workers: NonNegativeInt = 2
+    num_workers: Count = 2
     """Processes that make batches ahead of time, for each rank."""
 
     # Training
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of weights, record order, stage mixing and dropout."""
-    resume: NonNegativeInt = 0
+    resume: Count = 0
     """First epoch of a new run that starts from load_model_path; with only_eval the epoch whose
     stage is taken where the checkpoint records none."""
-    num_epochs: PositiveInt = Field(1, examples=["25"])
+    num_epochs: PositiveCount = Field(1, examples=["25"])
     """Epoch count in total, those skipped by resume included."""
-    batch_size_training: PositiveInt = 32
+    batch_size_training: PositiveCount = 32
     """Records in a forward and backward pass, for each process."""
-    tokens_per_micro_batch: PositiveInt | None = None
+    tokens_per_micro_batch: PositiveCount | None = None
     """Cut an effective batch by rows x columns of a pass instead, so that long and short records
     use the memory alike; batch_size_training then only counts towards the effective batch."""
-    batch_size_eval: PositiveInt | None = None
+    batch_size_eval: PositiveCount | None = None
     """Records generated at once, for each process. None: batch_size_training."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: PositiveCount = 1
     """Passes for an optimizer step; overruled by effective_batch_size."""
-    effective_batch_size: PositiveInt | None = None
+    effective_batch_size: PositiveCount | None = None
     """Records for an optimizer step over all processes; sets the accumulation. None:
     batch_size_training x gradient_accumulation_steps x processes."""
     lr: PositiveFloat = Field(1e-4, examples=["1.0e-4"])
     """Learning rate of AdamW."""
     lr_scheduler: Literal["constant", "cosine"] = "constant"
     """Course of the learning rate after the warmup."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Count = 0
     """Optimizer steps over which the learning rate rises linearly."""
     weight_decay: NonNegativeFloat = 0.01
     """Decay of AdamW, on every weight."""
@@ -182,12 +191,12 @@ class Config(BaseModel):
     """Trial: at most 5,000 training and 32 validation records, no wandb, nothing saved."""
 
     # Evaluation, checkpoints, logging
-    max_new_tokens: PositiveInt = 128
+    max_new_tokens: PositiveCount = 128
     """Most tokens generated for an answer, reasoning text included."""
     save_only_improve: bool = False
     """Keep a checkpoint only when validation accuracy improves. For coconut leave it false: early
     stages still write text and win."""
-    keep_checkpoints: PositiveInt | None = None
+    keep_checkpoints: PositiveCount | None = None
     """Newest checkpoints that are kept. None: all."""
     save_every_minutes: PositiveFloat | None = None
     """Save the state to resume from also at this interval. None: each epoch only."""
@@ -436,7 +445,7 @@ def _field_problem(item: dict[str, Any]) -> str:
         return _unknown_key(key)
     if kind == "missing":
         return f"{key} is missing; add {key}: {_example(key)}"
-    shown = f"{key}{''.join(f'[{index}]' for index in item['loc'][1:])}={shorten(repr(value), 80)}"
+    shown = f"{key}{''.join(f'[{index}]' for index in item['loc'][1:])}={_shown.repr(value)}"
     limit = next(iter(item.get("ctx", {}).values()), None)
     limit = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
     wanted = {
@@ -446,7 +455,9 @@ def _field_problem(item: dict[str, Any]) -> str:
         "float_type": "is not a number",
         "finite_number": "is not a finite number",
         "string_type": "is not text",
+        "string_unicode": "is not valid Unicode",
         "string_too_short": "is empty",
+        "string_pattern_mismatch": "holds a NUL character",
         "tuple_type": "is not a list of numbers",
         "greater_than": f"is not above {limit}",
         "greater_than_equal": f"is below {limit}",
@@ -459,7 +470,7 @@ def _field_problem(item: dict[str, Any]) -> str:
     if kind == "bool_type":
         return f"{shown} {wanted}; write {key}: true or {key}: false"
     if kind == "string_type" and isinstance(value, int | float):
-        return f'{shown} {wanted}; write {key}: "{value}"'
+        return f'{shown} {wanted}; write {key}: "{_shown.repr(value)}"'
     return f"{shown} {wanted}; write {key}: {_example(key)}"
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -129,7 +130,7 @@ class TokenizedRecords:
 
     path: the file they came from, for messages.
     table: Hugging Face data set with columns question, answer, steps (texts) and question_ids,
-        step_ids (one list a step), answer_ids ("### " + answer, then EOS).
+        step_ids (one list a step), answer_ids ("### " + answer, then EOS), highest_id (of these).
     num_steps: (n,) steps a record has.
     question_lengths: (n,) tokens of the question, leading special tokens included.
     kept_lengths: (n, S + 1) tokens of remaining steps and answer once 0..S steps are dropped.
@@ -148,24 +149,46 @@ class TokenizedRecords:
 def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedRecords:
     """Tokenise each part of each record by itself, as SPEC section 2 lays them out.
 
-    Raises: UserError when a question becomes no tokens at all.
+    Raises: UserError when a question becomes no tokens at all, a text holds the tokenizer's EOS, or
+    the tokenizer fails.
     """
-    prefix = leading_special_ids(tokenizer, records[0]["question"])
+    eos = tokenizer.eos_token_id
 
     def ids_of(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        try:
+            return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        # Tokenizers of broken files raise even a bare Exception.
+        except Exception as error:
+            raise UserError(f"{path}: the tokenizer fails on its texts ({error})") from error
 
-    def tokenize(batch: dict) -> dict:
+    def refuse_eos(ids: list[int], index: int, field: str) -> None:
+        if eos in ids:
+            raise UserError(
+                f"{path}: record {index}: {field} holds the tokenizer's EOS {tokenizer.eos_token},"
+                " which ends an answer; expected text without it"
+            )
+
+    def tokenize(batch: dict, indices: list[int]) -> dict:
+        questions = ids_of([question + "\n" for question in batch["question"]])
         flat = iter(ids_of([step + "\n" for steps in batch["steps"] for step in steps]))
+        steps = [[next(flat) for _ in steps] for steps in batch["steps"]]
+        answers = ids_of([f"### {answer}" for answer in batch["answer"]])
+        for row, index in enumerate(indices):
+            refuse_eos(questions[row], index, "question")
+            for number, ids in enumerate(steps[row]):
+                refuse_eos(ids, index, f"steps[{number}]")
+            refuse_eos(answers[row], index, "answer")
+        question_ids = [prefix + ids for ids in questions]
+        answer_ids = [ids + [eos] for ids in answers]
+        parts = zip(question_ids, steps, answer_ids, strict=True)
         return {
-            "question_ids": [prefix + ids for ids in ids_of([q + "\n" for q in batch["question"]])],
-            "step_ids": [[next(flat) for _ in steps] for steps in batch["steps"]],
-            "answer_ids": [
-                ids + [tokenizer.eos_token_id]
-                for ids in ids_of([f"### {answer}" for answer in batch["answer"]])
-            ],
+            "question_ids": question_ids,
+            "step_ids": steps,
+            "answer_ids": answer_ids,
+            "highest_id": [max(chain(q, *s, a)) for q, s, a in parts],
         }
 
+    prefix = leading_special_ids(tokenizer, records[0]["question"])
     features = datasets.Features(
         question=datasets.Value("string"),
         answer=datasets.Value("string"),
@@ -173,12 +196,13 @@ def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedReco
         question_ids=datasets.List(datasets.Value("int32")),
         step_ids=datasets.List(datasets.List(datasets.Value("int32"))),
         answer_ids=datasets.List(datasets.Value("int32")),
+        highest_id=datasets.Value("int32"),
     )
     datasets.disable_progress_bars()
     texts = datasets.Dataset.from_list(
         records, features=datasets.Features({k: features[k] for k in list(features)[:3]})
     )
-    table = texts.map(tokenize, batched=True, features=features)
+    table = texts.map(tokenize, batched=True, with_indices=True, features=features)
     return TokenizedRecords(path, table, *_lengths(table, path))
 
 
@@ -192,8 +216,7 @@ def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, np.ndarray
     kept = np.zeros((len(steps), num_steps.max() + 1), dtype=np.int64)
     kept += np.array([len(ids) for ids in table["answer_ids"]])[:, None]
     for row, lengths in enumerate(steps):
-        for dropped in range(len(lengths)):
-            kept[row, dropped] += sum(lengths[dropped:])
+        kept[row, : len(lengths)] += np.cumsum(lengths[::-1], dtype=np.int64)[::-1]
     return num_steps, question_lengths, kept
 
 
@@ -232,13 +255,14 @@ class StagedRecords:
     ) -> "StagedRecords":
         """Every record at its own stage; `stages`: (n,) integers."""
         most_steps = int(tokenized.num_steps.max())
-        plans = np.array(  # (stage, number of steps) -> dropped steps, latents
+        distinct, rows = np.unique(stages, return_inverse=True)
+        plans = np.array(  # (row of a stage, number of steps) -> dropped steps, latents
             [
                 [curriculum.plan(stage, steps) for steps in range(most_steps + 1)]
-                for stage in range(int(stages.max()) + 1)
+                for stage in distinct.tolist()
             ]
         )
-        chosen = plans[stages, tokenized.num_steps]
+        chosen = plans[rows, tokenized.num_steps]
         return cls(tokenized, chosen[:, 0], chosen[:, 1], curriculum.method == "coconut")
 
     @property
@@ -500,6 +524,20 @@ def _end_workers(workers: list[Worker]) -> None:
         process.kill()
         process.join()
         connection.close()
+
+
+def check_vocabulary(tokenized: TokenizedRecords, vocab_size: int) -> None:
+    """Refuse records that the tokenizer gives ids of which the model knows no embedding.
+
+    Raises: UserError naming the first such record and id.
+    """
+    for index, highest in enumerate(tokenized.table["highest_id"]):
+        if highest >= vocab_size:
+            raise UserError(
+                f"{tokenized.path}: record {index}: the tokenizer gives the token id {highest}, the"
+                f" model has embeddings for 0 to {vocab_size - 1}; use the tokenizer that belongs"
+                " to the model"
+            )
 
 
 def check_lengths(

@@ -7,6 +7,8 @@ would happen.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -22,8 +24,8 @@ DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; `--help` explains every configuration key."""
+def parse_arguments(arguments: Sequence[str] | None, speaks: bool = True) -> argparse.Namespace:
+    """The command line; `--help` explains every configuration key. `speaks`: not in silence."""
     parser = argparse.ArgumentParser(
         prog="run.py",
         description="Train or evaluate a language model that reasons in latent thoughts.",
@@ -37,13 +39,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="show configuration, schedule and sizes, then stop"
     )
-    return parser.parse_intermixed_args(arguments)
+    with contextlib.ExitStack() as silenced:
+        if not speaks:
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                silenced.enter_context(redirect(io.StringIO()))
+        return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one experiment; returns the exit status."""
-    options = parse_arguments(arguments)
     speaks = os.environ.get("RANK", "0") == "0"
+    options = parse_arguments(arguments, speaks)
 
     def complain(text: object) -> None:
         if speaks:
@@ -137,12 +143,15 @@ def make_curriculum(config: Config):
     )
 
 
-def check_positions(config: Config, data: Data, stages: set[int], max_positions: int | None):
-    """Refuse data that the model's positions cannot hold in any of `stages`."""
+def check_fit(config: Config, data: Data, stages: set[int], outline):
+    """Refuse data with tokens that the model lacks, or too long for it in any of `stages`."""
     import numpy as np
 
-    from dataset import StagedRecords, check_lengths
+    from dataset import StagedRecords, check_lengths, check_vocabulary
 
+    for records in filter(None, (data.train, data.val)):
+        check_vocabulary(records, outline.vocab_size)
+    max_positions = outline.max_positions
     curriculum = make_curriculum(config)
     for stage in sorted(stages):
         for records in filter(None, (data.train, data.val)):
@@ -157,7 +166,8 @@ def acting_stages(config: Config) -> set[int]:
     curriculum = make_curriculum(config)
     if config.uniform_prob > 0:
         return set(range(curriculum.last_stage + 1))
-    return {curriculum.stage(epoch) for epoch in range(config.resume, config.num_epochs)}
+    first, last = (curriculum.stage(epoch) for epoch in (config.resume, config.num_epochs - 1))
+    return set(range(first, last + 1))
 
 
 def make_model(config: Config, notify=say):
@@ -186,8 +196,6 @@ def make_model(config: Config, notify=say):
 
 def train(config: Config) -> None:
     """Train from the beginning, or go on from the newest training state of the run directory."""
-    import contextlib
-
     import checkpoint
     import distributed
     from utils import UserError
@@ -213,7 +221,9 @@ def train(config: Config) -> None:
             train_from(config, config, None)
         else:
             from settings import reconcile
+            from training import check_progress
 
+            check_progress(state)
             config = reconcile(config, state.progress["settings"], continuing=True)
             say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
             config = config.model_copy(update={"resume": state.progress["first_epoch"]})
@@ -236,7 +246,7 @@ def train_from(config: Config, model_config: Config, state) -> None:
             say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
     data = load_data(config if state is None else model_config)
     outline = model_outline(model_config, data.tokenizer)
-    check_positions(config, data, acting_stages(config), outline.max_positions)
+    check_fit(config, data, acting_stages(config), outline)
     model, tokenizer = make_model(model_config, say if state is None else lambda text: None)
     saves = not config.debug
     tracker = Tracker(
@@ -280,7 +290,7 @@ def prepare_run_dir(config: Config) -> None:
         say(f"{config.run_dir}: left alone, not files of a run: {', '.join(strangers)}")
     path, text = config.run_dir / "config.yaml", dump_config(config)
     if path.exists():
-        before = path.read_text(encoding="utf-8").splitlines()
+        before = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in text.splitlines():
             if line not in before:
                 say(f"{path}: changed since the last start: {line}")
@@ -314,12 +324,13 @@ def evaluate_only(config: Config) -> None:
     curriculum = make_curriculum(config)
     stage, epoch = evaluated_stage(config, settings)
     data = load_data(config)
-    check_positions(config, data, {stage}, model_outline(config, data.tokenizer).max_positions)
+    check_fit(config, data, {stage}, model_outline(config, data.tokenizer))
     model, tokenizer = make_model(config)
     folder = None
     if not config.debug:
         source = Path(config.load_model_path)
         folder = config.run_dir / f"eval_{Path(config.val_path).stem}_{source.name}"
+        checkpoint.refuse_link(config.run_dir)
         checkpoint.make_writable(folder)
     tracker = Tracker(
         folder,
@@ -383,7 +394,7 @@ def dry_run(config: Config) -> None:
     outline = model_outline(config, data.tokenizer)
     say(dump_config(config))
     if not config.only_eval:
-        check_positions(config, data, acting_stages(config), outline.max_positions)
+        check_fit(config, data, acting_stages(config), outline)
         steps = config.accumulation_steps(distributed.world_size())
         effective = config.batch_size_training * steps * distributed.world_size()
         per_epoch = -(-len(data.train) // effective)
@@ -400,15 +411,17 @@ def dry_run(config: Config) -> None:
 
 def schedule_table(config: Config, records) -> str:
     """Epochs of the same stage in one line: stage, latents and steps kept, over the records."""
+    from itertools import groupby
+
     import numpy as np
 
     from dataset import StagedRecords
 
     curriculum = make_curriculum(config)
-    stages = [curriculum.stage(epoch) for epoch in range(config.num_epochs)]
     lines = [f"{'epochs':>9}  {'stage':>5}  {'latents':>16}  {'steps kept':>16}"]
-    for stage in sorted(set(stages[config.resume :])):
-        epochs = [e for e, s in enumerate(stages) if s == stage and e >= config.resume]
+    epochs_of = groupby(range(config.resume, config.num_epochs), curriculum.stage)
+    for stage, epochs in epochs_of:
+        epochs = list(epochs)
         staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
         kept = records.num_steps - staged.dropped
         cells = [

@@ -5,20 +5,14 @@ what. Reading and writing weights is left to backbone.py and checkpoint.py.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from config import Config
+from config import Config, Count, PositiveCount, Stages
 from utils import END_LATENT, LATENT, START_LATENT, UserError
 
 SETTINGS_NAME = "coconut.json"
@@ -33,8 +27,8 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    epochs_per_stage: PositiveInt
-    max_latent_stage: NonNegativeInt
+    epochs_per_stage: PositiveCount
+    max_latent_stage: Stages
     pad_latent_to_max: bool
     curriculum: bool
 
@@ -50,13 +44,13 @@ class CheckpointSettings(BaseModel):
     start_latent_id: NonNegativeInt
     end_latent_id: NonNegativeInt
     eos_token_id: NonNegativeInt
-    latent_window_size: PositiveInt
+    latent_window_size: PositiveCount
     latent_weights: list[float]
     window_scope: Literal["sequence", "pass"]
     thought: Literal["continuous", "pause"]
-    c_thought: NonNegativeInt
-    stage: NonNegativeInt
-    epoch: NonNegativeInt
+    c_thought: Count
+    stage: Count
+    epoch: Count
     schedule: Schedule
 
     @model_validator(mode="after")
@@ -99,16 +93,15 @@ def read_checkpoint_settings(path: str | Path | None) -> dict | None:
     Raises: UserError when it is broken or of an unknown format.
     """
     file = Path(path, SETTINGS_NAME) if path else None
-    if file is None or not file.is_file():
+    if file is None or not os.path.isfile(file):
         return None
     try:
         return CheckpointSettings.model_validate_json(file.read_bytes()).model_dump()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        faults = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
         raise UserError(
-            f"{file}: broken or of another version: {shorten(faults)}; restore the file or name"
+            f"{file}: broken or of another version: {faults(error)}; restore the file or name"
             " another checkpoint"
         ) from error
 
@@ -181,6 +174,12 @@ def source_name(config: Config) -> str:
     """The key and value that name where the weights come from, to open a message with."""
     field = "load_model_path" if config.load_model_path else "model_id"
     return f"{field} {getattr(config, field)}"
+
+
+def faults(error: ValidationError) -> str:
+    """What pydantic found, each fault with the path to its field."""
+    texts = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
+    return shorten([text if len(text) < 300 else f"{text[:150]}...{text[-150:]}" for text in texts])
 
 
 def shorten(names: list[str], most: int = 4) -> str:

@@ -6,12 +6,15 @@ mean is config.py's business.
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 UNREADABLE = object()  # stands for a value that YAML itself refused, reported already
+# A data file or weights named by mistake would keep the parser busy for hours.
+MOST_BYTES = 100_000
+# The schema needs three levels; PyYAML's recursion would end in an error of Python's own.
+MOST_LEVELS = 20
 
 
 class YamlError(Exception):
@@ -42,6 +45,16 @@ class StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
     yaml_constructors: dict = {}
     bool_values = {"true": True, "false": False}
+    level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.level == MOST_LEVELS:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "is nested too deeply", mark)
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         return int(self.construct_scalar(node))
@@ -82,19 +95,10 @@ StrictLoader.add_constructor(None, StrictLoader.construct_undefined)
 
 def read_file(path: str) -> tuple[dict[str, Any], list[str]]:
     """The file's values by key and its problems; raises YamlError where nothing can be read."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise YamlError(
-            f"{path}: {error.strerror}; name a YAML file such as args/gsm_coconut.yaml"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise YamlError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
-    try:
-        loader = StrictLoader(text)
-        node = loader.get_single_node()
-    except yaml.YAMLError as error:
-        raise YamlError(f"{path}: {_yaml_problem(error, text)}; mend the YAML there") from None
+    text = _read_text(path)
+    loader, node, problem = _parse(text)
+    if problem:
+        raise YamlError(f"{path}: {problem}; mend the YAML there")
     if not isinstance(node, yaml.MappingNode):
         found = "is empty" if node is None else f"holds a {node.id}"
         raise YamlError(f"{path}: {found}; write one `key: value` a line")
@@ -103,8 +107,11 @@ def read_file(path: str) -> tuple[dict[str, Any], list[str]]:
     problems = []
     for key_node, value_node in node.value:
         key, line = key_node.value, key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{path}: line {line}: a key is no plain word; write `key: value`")
+        if not isinstance(key_node, yaml.ScalarNode) or not key.isprintable():
+            shown = repr(key) if isinstance(key, str) else f"a {key_node.id}"
+            problems.append(
+                f"{path}: line {line}: {shown} is no plain word for a key; write `key: value`"
+            )
         elif key in first_lines:
             problems.append(
                 f"{path}: line {line}: {key} stands twice, first on line {first_lines[key]}; "
@@ -127,22 +134,56 @@ def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]
         if not equals:
             problems.append(f"command line: {override!r} is not key=value; write {key}=VALUE")
             continue
+        if not key.isprintable():
+            problems.append(f"command line: {key!r} is no plain word for a key; write key=value")
+            continue
         if key in values:
             problems.append(f"command line: {key} stands twice; keep one")
             continue
-        try:
-            loader = StrictLoader(text)
-            node = loader.get_single_node()
-        except yaml.YAMLError as error:
+        loader, node, problem = _parse(text)
+        if problem:
             values[key] = UNREADABLE
-            problems.append(
-                f"command line: {override!r}: {_yaml_problem(error, text)}; quote the value"
-            )
+            problems.append(f"command line: {override!r}: {problem}; quote the value")
             continue
         values[key], problem = _construct(loader, node) if node is not None else (None, None)
         if problem:
             problems.append(f"command line: {override!r}: {problem}")
     return values, problems
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8-sig") if len(content) <= MOST_BYTES else None
+    except OSError as error:
+        raise YamlError(
+            f"{path}: {error.strerror}; name a YAML file such as args/gsm_coconut.yaml"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise YamlError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    if text is None:
+        raise YamlError(
+            f"{path}: is longer than {MOST_BYTES} bytes, so it is no experiment; name a YAML file"
+            " such as args/gsm_coconut.yaml"
+        )
+    return text
+
+
+def _parse(text: str) -> tuple[StrictLoader | None, yaml.Node | None, str | None]:
+    """(loader, root node, None), or (None, None, the problem with its line)."""
+    try:
+        loader = StrictLoader(text)
+    except yaml.YAMLError as error:
+        return None, None, _yaml_problem(error, text)
+    try:
+        return loader, loader.get_single_node(), None
+    except yaml.YAMLError as error:
+        problem = _yaml_problem(error, text)
+    except (ValueError, OverflowError):
+        # PyYAML hands the number of an escape such as "\UFFFFFFFF" to chr() unchecked.
+        problem = f"line {loader.line + 1}: an escape is no character"
+    return None, None, problem
 
 
 def _construct(loader: StrictLoader, node: yaml.Node) -> tuple[Any, str | None]:
@@ -158,6 +199,9 @@ def _construct(loader: StrictLoader, node: yaml.Node) -> tuple[Any, str | None]:
 def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
-        return f"line {mark.line + 1}: {error.problem or error.context}"
+        problem = error.problem or error.context
+        # Of two equal anchors PyYAML keeps the anchor's name to the first one's part of the error.
+        problem = "an anchor's second occurrence" if problem == "second occurrence" else problem
+        return f"line {mark.line + 1}: {problem}"
     line = text.count("\n", 0, error.position) + 1
     return f"line {line}: character {error.character!r} is not allowed"

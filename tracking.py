@@ -107,8 +107,8 @@ class Tracker:
 
         epoch: the epoch that the run goes on in; an evaluation of it will be made again, so its
             line goes too. None keeps all evaluations.
-        Lines that are no JSON object (a crash tears the last one) go too, with a notice; so does
-        a file that ends too early (a crash while lines waited) not pass unnoticed. The file is
+        Lines that `log` cannot have written (a crash tears the last one) go too, with a notice; so
+        does a file that ends too early (a crash while lines waited) not pass unnoticed. The file is
         replaced whole: an interruption leaves the old one.
         """
         if self._metrics_path is None or not self._metrics_path.exists():
@@ -266,11 +266,15 @@ def _plain(value: Any) -> Any:
 
 
 def _entry(line: str) -> dict[str, Any] | None:
+    """The line as `log` wrote it, None for anything else."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) else None
+    if not isinstance(entry, dict):
+        return None
+    positions = (entry.get("step", 0), entry.get("eval/epoch", 0))
+    return entry if all(isinstance(position, int) for position in positions) else None
 
 
 def _first_line(error: Exception) -> str:

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 import checkpoint
 import distributed
-from config import Config
+from config import Config, Count
 from curriculum import Curriculum
 from dataset import (
     Collator,
@@ -31,6 +32,7 @@ from dataset import (
     micro_batches,
 )
 from evaluation import Evaluation, autocast, evaluate, write_predictions
+from settings import CheckpointSettings, faults
 from tracking import Tracker
 from utils import UserError, atomic_write_text, sha256_file
 
@@ -58,12 +60,42 @@ class Progress:
     best_accuracy: highest validation accuracy so far, with its epoch; -1 before the first.
     """
 
-    epoch: int
-    steps_done: int = 0
-    optimizer_step: int = 0
+    epoch: NonNegativeInt
+    steps_done: NonNegativeInt = 0
+    optimizer_step: NonNegativeInt = 0
     loss_sum: float = 0.0
     best_accuracy: float = -1.0
     best_epoch: int = -1
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StoredProgress(BaseModel):
+    """What a training state holds beside tensors and generators."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    position: Progress
+    settings: CheckpointSettings
+    trajectory: dict[str, str | int | float]
+    first_epoch: Count
+    wandb_id: str | None
+
+
+def check_progress(state: checkpoint.TrainingState) -> None:
+    """Raise UserError where a training state, though intact, holds no position of this program's"""
+    try:
+        stored = StoredProgress.model_validate_json(json.dumps(state.progress))
+        problem = None
+    except ValidationError as error:
+        problem = faults(error)
+    if problem is None and str(stored.position.optimizer_step) != state.folder.name:
+        problem = f"position: optimizer_step: is {stored.position.optimizer_step}"
+    if problem:
+        raise UserError(
+            f"{state.folder / 'state.json'}: changed by hand or of another version: {problem};"
+            f" remove {state.folder} to go on from an earlier state"
+        )
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
@@ -503,24 +535,32 @@ class Trainer:
         """
         stored, now = state.progress["trajectory"], self._trajectory()
         for name, value in now.items():
-            if stored[name] == value:
+            before = stored.get(name)
+            if before == value:
                 continue
             if name == "training_data_sha256":
                 changed = f"{self.train_records.path}: holds other records than when the run began"
                 if not self.config.allow_changed_data:
                     raise UserError(
-                        f"{changed} (sha256 {value[:12]}, was {stored[name][:12]}); restore them,"
+                        f"{changed} (sha256 {value[:12]}, was {str(before)[:12]}); restore them,"
                         " write allow_changed_data: true to go on with these, or choose another"
                         " name to start a new run"
                     )
                 self.tracker.message(f"{changed}; going on, since allow_changed_data is true")
             else:
                 raise UserError(
-                    f"{state.folder}: this run began with {name}={stored[name]}, now it is {value};"
+                    f"{state.folder}: this run began with {name}={before}, now it is {value};"
                     " restore it, or choose another name to start a new run"
                 )
         self.progress = Progress(**state.progress["position"])
-        if not checkpoint.load_state(state, self.model, self.optimizer):
+        try:
+            is_complete = checkpoint.load_state(state, self.model, self.optimizer)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{state.folder}: its tensors or generators are not this run's ({error!r}); remove"
+                " it to go on from an earlier state"
+            ) from error
+        if not is_complete:
             self.tracker.message(
                 "more processes than before: new ones start with fresh random generators"
             )

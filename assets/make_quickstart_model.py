@@ -68,7 +68,8 @@ def write_weights(folder: Path, seed: int) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(model_config)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     disable_progress_bar()
     model.save_pretrained(folder)

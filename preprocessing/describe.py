@@ -271,7 +271,7 @@ def load_token_counter(name: str) -> Callable[[list[str]], list[int]]:
     try:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         # Hugging Face raises a dozen unrelated types here, and each means the same to the user.
         reason = " ".join(str(error).split())[:200]

@@ -138,6 +138,23 @@ def assert_same_weights(got, expected, **tolerance):
             assert torch.equal(got[name], expected[name]), name
 
 
+def tree(folder):
+    """Every path below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+def assert_refused(capsys, experiment, *arguments, words):
+    """Status 2, a message that holds `words` on standard error, and nothing written."""
+    before = tree(experiment.folder)
+    assert experiment.main(*arguments) == run.EXIT_USER_ERROR
+    captured = capsys.readouterr()
+    for word in words:
+        assert word in captured.err
+    assert "Traceback" not in captured.err + captured.out
+    assert tree(experiment.folder) == before
+    return captured.err
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -155,15 +154,6 @@ def test_hub_name_out_of_reach_is_told_with_the_way_out(configure):
     wanted = r"model_id: 'no/such-model' is no local folder .*HF_HUB_OFFLINE is set.*local folder"
     with pytest.raises(UserError, match=wanted):
         load_tokenizer(configure("no/such-model"))
-
-
-def test_folder_that_wants_to_run_its_own_code_is_refused(configure, tiny_folder):
-    folder = tiny_folder()
-    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}
-    (folder / "config.json").write_text(json.dumps(own))
-    (folder / "mine.py").write_text("raise SystemExit('code of a model folder was run')")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_quietly(configure(folder))
 
 
 # Growing
@@ -495,35 +485,6 @@ def test_wrapper_copy_that_differs_and_strangers_are_surplus(configure, tiny_fol
         torch.save(state | changes, path)
         with pytest.raises(UserError, match=rf"1 surplus \({next(iter(changes))}\)"):
             load_quietly(configure(folder, cot=True, load_model_path=path))
-
-
-class Malicious:
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
-def test_pickle_with_code_is_refused_and_not_run(configure, tiny_folder, tmp_path):
-    path, trace = tmp_path / "weights", tmp_path / "trace"
-    config = configure(tiny_folder(), cot=True, load_model_path=path)
-    torch.save({"weight": Malicious(trace)}, path)
-    with pytest.raises(UserError, match="weights: corrupt, or holds more than tensors"):
-        load_quietly(config)
-    path.write_bytes(pickle.dumps(Malicious(trace)))
-    with pytest.raises(UserError, match="weights: corrupt, or holds more than tensors"):
-        load_quietly(config)
-    assert not trace.exists()
-
-
-def test_pickle_with_code_in_a_folder_is_refused_and_not_run(configure, tiny_folder, tmp_path):
-    folder, trace = tiny_folder(), tmp_path / "trace"
-    (folder / "model.safetensors").unlink()
-    torch.save({"weight": Malicious(trace)}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: truncated or corrupt"):
-        load_quietly(configure(folder))
-    assert not trace.exists()
 
 
 def test_file_of_something_else_than_a_state_dict_is_refused(configure, tiny_folder, tmp_path):

@@ -287,9 +287,13 @@ def test_a_lock_error_that_is_no_refusal_is_not_taken_for_one(tmp_path, monkeypa
 
 
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
-    with pytest.raises(UserError, match="mistake"), run_lock(tmp_path / "run"):
+    with pytest.raises(UserError, match="mistake"), run_lock(tmp_path / "exps" / "run"):
         raise UserError("mistake")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "exps").mkdir()
+    with pytest.raises(UserError, match="mistake"), run_lock(tmp_path / "exps" / "run"):
+        raise UserError("mistake")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "exps"]
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path, monkeypatch):

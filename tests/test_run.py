@@ -12,29 +12,11 @@ import sys
 import pytest
 import torch
 from conftest import build_tiny_model
-from runs import ROOT, Experiment, assert_same_weights, make_records
+from runs import ROOT, Experiment, assert_refused, assert_same_weights, make_records, tree
 from safetensors.torch import load_file, save_file
 
 import run
 from utils import MARKERS
-
-
-def tree(folder):
-    """Every path below a folder."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def assert_refused(capsys, experiment, *arguments, words):
-    """Status 2, one message that holds `words` on standard error, and nothing written."""
-    before = tree(experiment.folder)
-    assert experiment.main(*arguments) == run.EXIT_USER_ERROR
-    captured = capsys.readouterr()
-    for word in words:
-        assert word in captured.err
-    assert "Traceback" not in captured.err + captured.out
-    written = set(tree(experiment.folder)) - set(before)
-    assert written <= {"exps"}, written
-
 
 # Mistakes in the configuration
 

@@ -1,0 +1,296 @@
+"""Mangled files: configuration, checkpoints, training states, weights.
+
+One law: whatever a file holds, reading it succeeds or ends in one message that names the file and
+the field; no other exception escapes, nothing hangs and nothing is written. Data files have
+their own fuzz in test_dataset_reading.py. Every source of chance is fixed, so a failure repeats.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import shutil
+
+import pytest
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from runs import ROOT, Experiment, tree
+
+import run
+from backbone import build_coconut, load_backbone, load_tokenizer, model_outline
+from config import Config, ConfigError, dump_config, load_config
+from dataset import read_records, tokenize_records
+from settings import read_checkpoint_settings, reconcile
+from utils import UserError
+
+
+def fuzz(max_examples):
+    return profile(
+        max_examples=max_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        # Explaining a failure would trace every line that any parser runs.
+        phases=[phase for phase in Phase if phase is not Phase.explain],
+    )
+
+
+# Mangling
+
+DEEP = "[" * 40 + "]" * 40
+# Each has broken some parser, or means something else than it seems to.
+SCALARS = [
+    *(None, True, False, 0, -1, 1, 2, 3, 5, 1.5, -0.5, 0.0, 1e308, math.nan, math.inf, -math.inf),
+    *(10**6, 10**9, 2**31, 2**32, 2**63, 10**30, "", " ", "x", "1", "\ud800", "a\0b", "\u202e"),
+    *("../..", "/dev/zero", "None", "true", "1e-4", "gpt2", "🜁" * 9),
+]
+VALUES = [*SCALARS, [], {}, [[]], [None], [0, 0, 0], ["a"], {"a": {}}, {"0": 1}, json.loads(DEEP)]
+SNIPPETS = [
+    *(b"\0", b"\xff", b"\xef\xbb\xbf", b"\x1b[2J", b"\r", b"\t", b"\n", b"\n\n", b"\xc2\x85"),
+    *(b"\xed\xa0\x80", b"\xe2\x80\xa8", b"[" * 3000, b"{a: " * 3000, b"- " * 3000, b"9" * 5000),
+    *(b"&a", b"*a", b"&a [*a, *a]", b"!!", b"!!python/object/apply:os.system", b"!!int x"),
+    *(b"!!binary aa", b"? ", b": ", b"- ", b"|", b">", b"%YAML 9.9\n---\n", b"---\n", b"...\n"),
+    *(b'"\\ud800"', b'"\\UFFFFFFFF"', b'"\\x"', b"<<: *a", b"<<: {a: 1}", b"{", b"}", b"[", b"]"),
+    *(b"\\", b'"', b"'", b"#", b",", b":", b"NaN", b"Infinity", b"null", b"-", b"1e999", b"1_0"),
+]
+
+
+@st.composite
+def mangled_bytes(draw, good):
+    """`good` with one to three stretches cut out, doubled or replaced."""
+    content = good
+    for _ in range(draw(st.integers(1, 3))):
+        begin = draw(st.integers(0, len(content)))
+        end = draw(st.integers(begin, min(len(content), begin + 40)))
+        middle = draw(st.sampled_from([b"", *SNIPPETS]) | st.binary(max_size=8))
+        content = content[:begin] + middle + content[end:]
+    return content
+
+
+def places(value, path=()):
+    """The path of every value inside a JSON value."""
+    if path:
+        yield path
+    entries = value.items() if isinstance(value, dict) else ()
+    entries = enumerate(value) if isinstance(value, list) else entries
+    for key, inner in entries:
+        yield from places(inner, (*path, key))
+
+
+@st.composite
+def mangled_json(draw, good):
+    """(JSON value, path): a copy of `good` in which the value at `path` was changed or is gone."""
+    value = copy.deepcopy(good)
+    path = draw(st.sampled_from(list(places(value))))
+    owner = value
+    for key in path[:-1]:
+        owner = owner[key]
+    change = draw(st.sampled_from(["delete", "rename", "replace", "replace", "replace"]))
+    if change == "replace":
+        owner[path[-1]] = draw(st.sampled_from(VALUES))
+    else:
+        old = owner.pop(path[-1])
+        if change == "rename" and isinstance(owner, dict):
+            owner[f"{path[-1]}x"] = old
+    return value, path
+
+
+def to_text(value):
+    return json.dumps(value).encode()
+
+
+def outcome_of(read, *names):
+    """What `read()` gives, or the text of its refusal, which must hold one of `names`."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return read(), None
+        except (UserError, ConfigError) as error:
+            text = str(error)
+    assert text.strip() and all(line.strip() for line in text.split("\n"))
+    text.encode()
+    assert len(text) < 30_000
+    assert any(str(name) in text for name in names), text
+    return None, text
+
+
+# Configuration
+
+SHIPPED = sorted([*ROOT.glob("args/*.yaml"), *ROOT.glob("cpu_args/*.yaml")])
+
+
+def check_config(folder, content, overrides=()):
+    """Loading `content` gives a configuration that its dump repeats, or one message."""
+    path = folder / "config.yaml"
+    path.write_bytes(content)
+    config, refusal = outcome_of(lambda: load_config(path, overrides), path, "command line")
+    if refusal is None:
+        path.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(path) == config
+    return refusal
+
+
+@fuzz(150)
+@given(st.data())
+def test_any_bytes_as_yaml_load_or_give_a_message(tmp_path, data):
+    pieces = st.sampled_from(SNIPPETS) | st.binary(max_size=20)
+    keys = st.sampled_from([f"\n{key}: ".encode() for key in Config.model_fields])
+    check_config(tmp_path, b"".join(data.draw(st.lists(pieces | keys, max_size=6))))
+
+
+@fuzz(150)
+@given(st.data())
+def test_a_mangled_experiment_file_loads_or_gives_a_message(tmp_path, data):
+    good = data.draw(st.sampled_from(SHIPPED)).read_bytes()
+    check_config(tmp_path, data.draw(mangled_bytes(good)))
+
+
+near_keys = st.sampled_from([*Config.model_fields, "lrr", "fp16", "", "method", "run_dir", "a\nb"])
+
+
+@fuzz(200)
+@given(st.dictionaries(near_keys, st.sampled_from(VALUES), max_size=4), st.booleans())
+def test_any_values_under_the_keys_load_or_give_a_message(tmp_path, changes, complete):
+    values = load_config(SHIPPED[0]).model_dump() if complete else {}
+    refusal = check_config(tmp_path, to_text(values | changes))
+    if refusal and complete:
+        told = [*changes, *map(repr, changes), "line 1: is nested too deeply"]
+        assert any(words in refusal for words in told)
+
+
+@fuzz(100)
+@given(st.lists(st.tuples(near_keys, st.sampled_from(SNIPPETS + [b"1", b"x"])), max_size=3))
+def test_any_override_loads_or_gives_a_message(tmp_path, pairs):
+    overrides = [f"{key}={text.decode('utf-8', 'surrogateescape')}" for key, text in pairs]
+    check_config(tmp_path, SHIPPED[0].read_bytes(), overrides)
+
+
+WIDE = "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+HOSTILE = {
+    "deep": ("lr: " + "[" * 3000, "line 1: is nested too deeply"),
+    "deep maps": ("lr: " + "{a: " * 3000, "line 1: is nested too deeply"),
+    "deep values": ("lr: " + "[" * 300 + "]" * 300, "line 1: is nested too deeply"),
+    "deep blocks": ("lr:\n" + "- " * 3000, "line 2: is nested too deeply"),
+    "aliases without end": ("a0: &a0 [x]\n" + WIDE + "name: *a9\nlr: *a9", "lr=[[[...], "),
+    "an alias of itself": ("lr: &a [*a]", "found unconstructable recursive node"),
+    "an unknown alias": ("lr: *a", "line 1: found undefined alias 'a'"),
+    "equal anchors": ("lr: &a 1\nseed: &a 2", "line 2: an anchor's second occurrence"),
+    "a long number": ("seed: " + "9" * 5000, "seed: line 1: cannot be read: Exceeds the limit"),
+    "a large number": ("seed: " + "9" * 4000, "seed=9999"),
+    "a large number for text": ("name: " + "9" * 4000, "name=9999"),
+    "a large count": ("num_epochs: 10000000", "num_epochs=10000000 is above 1000000"),
+    "a large stage": ("max_latent_stage: 1001", "max_latent_stage=1001 is above 1000"),
+    "an object": ("lr: !!python/object:os.x {}", "could not determine a constructor"),
+    "a tag": ("lr: !!timestamp 2001-01-01", "could not determine a constructor"),
+    "half a pair": ('name: "\\ud800"', "name='\\ud800' is not valid Unicode"),
+    "half a pair as key": ('"\\ud800": 1', "'\\ud800' is no plain word for a key"),
+    "no character": ('name: "\\UFFFFFFFF"', "line 1: an escape is no character"),
+    "beyond the last character": ('name: "\\U00110000"', "line 1: an escape is no character"),
+    "a control character": ("name: \x07", "line 1: character 7 is not allowed"),
+    "an escape in a key": ('"\\x1b[2J": 1', "'\\x1b[2J' is no plain word for a key"),
+    "NUL": ('val_path: "a\\0b"', "val_path='a\\x00b' holds a NUL character"),
+    "a mark in the middle": ("lr: 1\n\ufeffseed: 1", "line 2: '\\ufeffseed' is no plain word"),
+    "another encoding": ("name: a".encode("utf-16"), "byte 0 is not UTF-8"),
+    "a data file": ("- [1, 2, 3]\n" * 10_000, "is longer than 100000 bytes, so it is no exper"),
+}
+
+
+@pytest.mark.parametrize("content, words", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_yaml_gets_one_message_and_status_2(tmp_path, capsys, content, words):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert run.main([str(path)]) == run.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith(f"{path}: ") and words in error
+    assert len(error) < 5000
+    assert tree(tmp_path) == ["config.yaml"]
+
+
+def test_a_hostile_override_gets_one_message_and_status_2(tmp_path, capsys):
+    experiment = Experiment(tmp_path)
+    for override, words in (
+        ("lr=" + "[" * 3000, "line 1: is nested too deeply"),
+        ('name="\\UFFFFFFFF"', "line 1: an escape is no character"),
+        ("\x1b[2J=1", "'\\x1b[2J' is no plain word for a key; write key=value"),
+    ):
+        assert experiment.main(override) == run.EXIT_USER_ERROR
+        error = capsys.readouterr().err
+        assert error.startswith("command line: ") and words in error
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A Coconut run of one epoch: one checkpoint, one training state."""
+    experiment = Experiment(tmp_path_factory.mktemp("finished"), num_epochs=1, num_train=6)
+    assert experiment.main() == 0
+    return experiment
+
+
+@pytest.fixture
+def evaluation(finished, tmp_path):
+    """Evaluation of a copy of the checkpoint, to be mangled; little is written out."""
+    folder = tmp_path / "checkpoint_1"
+    shutil.copytree(finished.run_dir / "checkpoint_1", folder)
+    keys = ("c_thought", "epochs_per_stage", "max_latent_stage", "pad_latent_to_max")
+    keys += ("train_path", "num_epochs")
+    return Experiment(
+        tmp_path / "e", only_eval=True, load_model_path=folder, num_val=2,
+        **dict.fromkeys(keys),
+    )  # fmt: skip
+
+
+def check_weights(experiment, *names):
+    """Reading the checkpoint as an evaluation does succeeds, or gives one message."""
+    config = load_config(experiment.yaml)
+
+    def read():
+        settings = read_checkpoint_settings(config.load_model_path)
+        reconciled = reconcile(config, settings)
+        tokenizer = load_tokenizer(reconciled)
+        texts = read_records(reconciled.val_path)
+        records = tokenize_records(texts, tokenizer, reconciled.val_path)
+        outline = model_outline(reconciled, tokenizer)
+        run.check_fit(reconciled, run.Data(tokenizer, None, records), {0}, outline)
+        build_coconut(reconciled, load_backbone(reconciled, lambda text: None))
+
+    before = tree(experiment.folder.parent)
+    outcome = outcome_of(read, *names, "load_model_path", config.val_path)
+    assert tree(experiment.folder.parent) == before
+    return outcome
+
+
+@fuzz(120)
+@given(st.data())
+def test_mangled_settings_load_or_name_file_and_field(evaluation, data):
+    file = evaluation.keys["load_model_path"] / "coconut.json"
+    good = file.read_bytes()
+    value, path = data.draw(mangled_json(json.loads(good)))
+    file.write_bytes(to_text(value))
+    config = load_config(evaluation.yaml)
+    try:
+        names = [field for field in path if isinstance(field, str)]
+        settings, refusal = outcome_of(lambda: read_checkpoint_settings(file.parent), file)
+        if refusal:
+            told = [*names, "are no weights", "Invalid JSON"]
+            assert any(words in refusal for words in told)
+        else:
+            outcome_of(lambda: reconcile(config, settings), "load_model_path")
+    finally:
+        file.write_bytes(good)
+
+
+@fuzz(120)
+@given(st.data())
+def test_settings_of_mangled_bytes_load_or_name_the_file(evaluation, data):
+    file = evaluation.keys["load_model_path"] / "coconut.json"
+    good = file.read_bytes()
+    file.write_bytes(data.draw(mangled_bytes(good)))
+    try:
+        outcome_of(lambda: read_checkpoint_settings(file.parent), file)
+    finally:
+        file.write_bytes(good)
