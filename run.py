@@ -11,9 +11,10 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from config import Config, ConfigError, dump_config, fields_help, load_config
 
@@ -22,6 +23,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32
+
+T = TypeVar("T")
 
 
 def parse_arguments(arguments: Sequence[str] | None, speaks: bool = True) -> argparse.Namespace:
@@ -48,12 +51,14 @@ def parse_arguments(arguments: Sequence[str] | None, speaks: bool = True) -> arg
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one experiment; returns the exit status."""
-    speaks = os.environ.get("RANK", "0") == "0"
+    # Until the ranks meet, nobody knows what the other machines saw: one process of each speaks.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     options = parse_arguments(arguments, speaks)
 
     def complain(text: object) -> None:
         if speaks:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
 
     try:
         config = load_config(options.config, options.overrides)
@@ -73,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     try:
         distributed.initialize()
+        speaks = distributed.is_main()
+        require_same(config.model_dump())
         if options.dry_run:
             dry_run(config)
         elif config.only_eval:
@@ -100,9 +107,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def say(text: str) -> None:
     """Print on rank 0."""
     import distributed
+    from utils import print_line
 
     if distributed.is_main():
-        print(text, flush=True)
+        print_line(text)
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work()` returns; every rank must call.
+
+    A file may be missing on one machine alone, whose refusal must stop the others, or they would
+    wait for it.
+
+    Raises: UserError on all ranks when `work` raises it on any.
+    """
+    import distributed
+    from utils import UserError
+
+    result, refusal = None, None
+    try:
+        result = work()
+    except UserError as error:
+        refusal = f"rank {distributed.rank()}: {error}" if distributed.rank() else str(error)
+    refusals = distributed.gather_to_main(refusal) or []
+    refusal = distributed.broadcast_from_main(next(filter(None, refusals), None))
+    if refusal:
+        raise UserError(refusal)
+    return result
+
+
+def require_same(facts: dict[str, object]) -> None:
+    """Compare the ranks' `facts`, by name; every rank must call.
+
+    Raises: UserError for the first that is not the same on all of them.
+    """
+    import distributed
+    from utils import UserError
+
+    expected = distributed.broadcast_from_main(facts)
+
+    def compare() -> None:
+        for name, value in facts.items():
+            if value != expected[name]:
+                raise UserError(
+                    f"{name} is {value} here, {expected[name]} on rank 0; every machine needs the"
+                    " same command and the same files, or a file system that they share"
+                )
+
+    together(compare)
 
 
 @dataclass
@@ -115,18 +167,27 @@ class Data:
 
 
 def load_data(config: Config) -> Data:
-    """Read, check and tokenise the records of a run; texts first, so that errors come early."""
+    """Read, check and tokenise the records of a run, the same on every rank; texts first, so that
+    errors come early."""
     from backbone import load_tokenizer
     from dataset import read_records, tokenize_records
+    from utils import sha256_file
 
     limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS) if config.debug else (None, None)
-    train_texts = None
-    if not config.only_eval:
-        train_texts = read_records(config.train_path, limits[0], say)
-    val_texts = read_records(config.val_path, limits[1], say)
-    tokenizer = load_tokenizer(config)
-    train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
-    return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
+
+    def load() -> Data:
+        train_texts = None
+        if not config.only_eval:
+            train_texts = read_records(config.train_path, limits[0], say)
+        val_texts = read_records(config.val_path, limits[1], say)
+        tokenizer = load_tokenizer(config)
+        train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
+        return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
+
+    data = together(load)
+    paths = [records.path for records in (data.train, data.val) if records]
+    require_same({f"the sha256 of {path}": sha256_file(path)[:12] for path in paths})
+    return data
 
 
 def make_curriculum(config: Config):
@@ -198,25 +259,29 @@ def train(config: Config) -> None:
     """Train from the beginning, or go on from the newest training state of the run directory."""
     import checkpoint
     import distributed
-    from utils import UserError
 
     config.accumulation_steps(distributed.world_size())  # refuses what cannot be divided
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        say(
+            "--max-restarts: this torchrun hands the processes of a restart the addresses of the"
+            " dead ones; write TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it"
+        )
     with contextlib.ExitStack() as held:
-        refusal = None
-        # One process holds the directory for all of its run's ranks.
-        if distributed.is_main() and not config.debug:
-            try:
+
+        def take_run_dir() -> None:
+            # One process holds the directory for all of its run's ranks.
+            if distributed.is_main() and not config.debug:
                 held.enter_context(checkpoint.run_lock(config.run_dir))
                 checkpoint.recover(config.run_dir)
                 checkpoint.refuse_obstacles(config.run_dir)
                 checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)
-            except UserError as error:
-                refusal = str(error)
-        # What one rank alone can see must stop them all, or they would wait for it.
-        refusal = distributed.broadcast_from_main(refusal)
-        if refusal:
-            raise UserError(refusal)
-        state = None if config.debug else checkpoint.newest_state(config.run_dir, say)
+
+        together(take_run_dir)
+        state = None
+        if not config.debug:
+            state = together(lambda: checkpoint.newest_state(config.run_dir, say))
+            require_same({f"newest state of {config.run_dir}": state and state.folder.name})
         if state is None:
             train_from(config, config, None)
         else:
@@ -240,14 +305,15 @@ def train_from(config: Config, model_config: Config, state) -> None:
     from training import Trainer
 
     if state is None:
-        config = reconcile(config, read_checkpoint_settings(config.load_model_path))
-        model_config = config
+        stored = together(lambda: read_checkpoint_settings(config.load_model_path))
+        config = model_config = reconcile(config, stored)
         if config.resume and not config.load_model_path:
             say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
     data = load_data(config if state is None else model_config)
-    outline = model_outline(model_config, data.tokenizer)
+    outline = together(lambda: model_outline(model_config, data.tokenizer))
     check_fit(config, data, acting_stages(config), outline)
-    model, tokenizer = make_model(model_config, say if state is None else lambda text: None)
+    notify = say if state is None else lambda text: None
+    model, tokenizer = together(lambda: make_model(model_config, notify))
     saves = not config.debug
     tracker = Tracker(
         config.run_dir if saves else None,
@@ -319,19 +385,20 @@ def evaluate_only(config: Config) -> None:
     from settings import read_checkpoint_settings, reconcile
     from tracking import Tracker
 
-    settings = read_checkpoint_settings(config.load_model_path)
+    settings = together(lambda: read_checkpoint_settings(config.load_model_path))
     config = reconcile(config, settings)
     curriculum = make_curriculum(config)
     stage, epoch = evaluated_stage(config, settings)
     data = load_data(config)
-    check_fit(config, data, {stage}, model_outline(config, data.tokenizer))
-    model, tokenizer = make_model(config)
+    outline = together(lambda: model_outline(config, data.tokenizer))
+    check_fit(config, data, {stage}, outline)
+    model, tokenizer = together(lambda: make_model(config))
     folder = None
     if not config.debug:
         source = Path(config.load_model_path)
         folder = config.run_dir / f"eval_{Path(config.val_path).stem}_{source.name}"
         checkpoint.refuse_link(config.run_dir)
-        checkpoint.make_writable(folder)
+        together(lambda: distributed.is_main() and checkpoint.make_writable(folder))
     tracker = Tracker(
         folder,
         config.model_dump(),
@@ -433,5 +500,16 @@ def schedule_table(config: Config, records) -> str:
     return "\n".join(lines)
 
 
+def let_go_of_the_console() -> None:
+    """Keep a console that takes no more from changing the exit status when Python ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    let_go_of_the_console()
+    sys.exit(status)

@@ -267,7 +267,7 @@ class Trainer:
             config.num_workers,
             self.device.type == "cuda",
         )
-        if epoch == config.resume and self.progress.steps_done == 0:
+        if self.progress.optimizer_step == 0 and distributed.is_main():
             self._show_examples(Collator(staged, self.ids), batches[0])
         micro = iter(loader)
         lengths = staged.prompt_lengths + staged.num_labels

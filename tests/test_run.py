@@ -279,8 +279,12 @@ def test_an_interrupt_while_loading_ends_cleanly(tmp_path, monkeypatch, capsys):
     assert not experiment.run_dir.exists()
 
 
-def test_other_ranks_than_0_keep_silent_about_mistakes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+def test_one_process_of_each_machine_tells_of_mistakes_in_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert Experiment(tmp_path).main("lr=fast") == run.EXIT_USER_ERROR
+    assert "lr" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert Experiment(tmp_path).main("lr=fast") == run.EXIT_USER_ERROR
     assert capsys.readouterr() == ("", "")
 
