@@ -282,13 +282,15 @@ def save_state(
     generators = distributed.gather_to_main(_generator_states())
     folder = run_dir / RESUME_FOLDER
     with _whole_directory_of_all_ranks(folder / str(step)) as unfinished:
-        with _of_these_ranks() as ranks:
-            dcp.save(
-                _state_tensors(model, optimizer),
-                storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
-                planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-                **ranks,
-            )
+        sharded = distributed.is_sharded(model)
+        if sharded or distributed.is_main():
+            with _quiet_without_group():
+                dcp.save(
+                    _state_tensors(model, optimizer),
+                    storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+                    planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+                    no_dist=not sharded,
+                )
         if distributed.is_main():
             distributed.unwrap(model).base_causallm.config.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
@@ -365,8 +367,12 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
     """
     tensors = _state_tensors(model, optimizer)
     try:
-        with _of_these_ranks() as ranks:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(state.folder)), **ranks)
+        with _quiet_without_group():
+            dcp.load(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(str(state.folder)),
+                no_dist=not distributed.is_sharded(model),
+            )
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         raise UserError(f"{state.folder}: cannot be restored (rank {rank}: {cause})") from None
@@ -379,11 +385,11 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
 
 
 @contextmanager
-def _of_these_ranks() -> Iterator[dict]:
-    """Options of dcp.save and dcp.load; one process needs no group and no warning about it."""
+def _quiet_without_group() -> Iterator[None]:
+    """A model that is not sharded needs no group to be saved, and no warning about that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield {"no_dist": distributed.world_size() == 1}
+        yield
 
 
 def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -232,7 +232,7 @@ def acting_stages(config: Config) -> set[int]:
 
 
 def make_model(config: Config, notify=say):
-    """(Coconut module, wrapped for the ranks and on this one's device; tokenizer), all seeded."""
+    """(Coconut module on the CPU, tokenizer), seeded; `share_model` is what is left to do."""
     import torch
 
     import distributed
@@ -244,15 +244,21 @@ def make_model(config: Config, notify=say):
     seed_everything(config.seed, config.deterministic)
     backbone = load_backbone(config, notify)
     model = build_coconut(config, backbone)
+    # From here on only dropout draws, and it must differ between ranks.
+    torch.manual_seed(config.seed + distributed.rank())
+    return model, backbone.tokenizer
+
+
+def share_model(config: Config, model):
+    """`model` on this rank's device, wrapped for the ranks; every rank must call."""
+    import distributed
+
     num_parameters = sum(p.numel() for p in model.parameters())
     parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
     say(f"parallel: {parallel.kind} ({parallel.reason})")
     if config.compile:
         model.base_causallm.base_model.compile(dynamic=True)
-    model = distributed.parallelize(model, parallel, model.blocks, config.bf16)
-    # From here on only dropout draws, and it must differ between ranks.
-    torch.manual_seed(config.seed + distributed.rank())
-    return model, backbone.tokenizer
+    return distributed.parallelize(model, parallel, model.blocks, config.bf16)
 
 
 def train(config: Config) -> None:
@@ -314,6 +320,7 @@ def train_from(config: Config, model_config: Config, state) -> None:
     check_fit(config, data, acting_stages(config), outline)
     notify = say if state is None else lambda text: None
     model, tokenizer = together(lambda: make_model(model_config, notify))
+    model = share_model(config, model)
     saves = not config.debug
     tracker = Tracker(
         config.run_dir if saves else None,
@@ -393,6 +400,7 @@ def evaluate_only(config: Config) -> None:
     outline = together(lambda: model_outline(config, data.tokenizer))
     check_fit(config, data, {stage}, outline)
     model, tokenizer = together(lambda: make_model(config))
+    model = share_model(config, model)
     folder = None
     if not config.debug:
         source = Path(config.load_model_path)

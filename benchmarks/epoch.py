@@ -89,7 +89,7 @@ def load_records(
     if options.data is None:
         tokenizer = build_tokenizer(vocab_size)
         return tokenize_records(gsm_like_records(options.records), tokenizer, "drawn"), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS)})
     records = read_records(str(options.data), options.records)
     return tokenize_records(records, tokenizer, str(options.data)), tokenizer

@@ -46,6 +46,9 @@ def watch(folder, save_path):
             if isinstance(path, str | os.PathLike) and Path(save_path) in Path(path).parents:
                 note("written", os.fspath(path))
 
+    def note_sent(object_list, *_, **__):
+        note("sent", len(pickle.dumps(object_list)))
+
     def audit(event, arguments):
         if event == "open" and arguments[2] & WRITING:
             note_written(arguments[0])
@@ -53,12 +56,12 @@ def watch(folder, save_path):
             note_written(*arguments[:2])
 
     sys.addaudithook(audit)
-    _before(dist, "broadcast_object_list", lambda box, *_: note("sent", len(pickle.dumps(box))))
+    _before(dist, "broadcast_object_list", note_sent)
     _before(dataset.Collator, "__getitem__", lambda _, indices: note("made", indices.tolist()))
     # safetensors writes in Rust, which no audit hook of Python sees.
     import safetensors.torch
 
-    _before(safetensors.torch, "serialize_file", lambda _, path, *__: note_written(path))
+    _before(safetensors.torch, "serialize_file", lambda _, path, *__, **___: note_written(path))
     # The examples that rank 0 shows are no part of training.
     Trainer._show_examples = lambda *_: None
 
@@ -67,7 +70,7 @@ def _before(owner, name, action):
     original = getattr(owner, name)
 
     def watched(*arguments, **options):
-        action(*arguments)
+        action(*arguments, **options)
         return original(*arguments, **options)
 
     setattr(owner, name, watched)

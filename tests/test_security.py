@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Experiment, assert_refused, tree
+from runs import TENSORS, Experiment, assert_refused, tree
 from safetensors.torch import load_file
 from test_house import SOURCES, parse
 
@@ -294,7 +294,7 @@ def test_files_with_code_beside_a_training_state_are_never_touched(again, finish
 @pytest.mark.parametrize("save", WRITERS)
 def test_no_file_of_a_training_state_is_unpickled(tmp_path, finished, capsys, trace, save):
     names = sorted(path.name for path in state_folder(finished).iterdir())
-    assert {"state.json", "model.safetensors"} <= set(names)
+    assert {"state.json", TENSORS} <= set(names)
     for name in names:
         folder = tmp_path / name
         shutil.copytree(finished.folder, folder)
