@@ -338,12 +338,16 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
     """Put weights, optimizer and this rank's random generators back.
 
     Returns whether generators for this rank were stored (not so with more ranks than before).
+
+    Raises: ValueError for tensors that are not exactly the model's; torch would pass some over.
     """
-    set_model_state_dict(model, _load(state.folder / "model.safetensors"), options=SCATTERED)
+    weights = _load(state.folder / "model.safetensors")
     moments: dict[str, dict] = {}
     for name, tensor in _load(state.folder / "optimizer.safetensors").items():
         parameter, key = name.rsplit("|", 1)
         moments.setdefault(parameter, {})[key] = tensor
+    _check_shapes(weights, moments, model)
+    set_model_state_dict(model, weights, options=SCATTERED)
     # GATHERED would leave every rank but 0 without.
     groups = get_optimizer_state_dict(model, optimizer, options=SCATTERED)["param_groups"]
     set_optimizer_state_dict(
@@ -355,6 +359,20 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
         return False
     _restore_generators(generators[distributed.rank()])
     return True
+
+
+def _check_shapes(
+    weights: dict[str, torch.Tensor], moments: dict[str, dict], model: nn.Module
+) -> None:
+    shapes = {name: t.shape for name, t in distributed.unwrap(model).state_dict().items()}
+    strange = set(weights.keys() ^ shapes.keys())
+    strange |= {name for name in weights if weights[name].shape != shapes.get(name)}
+    for name, state in moments.items():
+        wanted = {"step": (), "exp_avg": shapes.get(name), "exp_avg_sq": shapes.get(name)}
+        if {key: tensor.shape for key, tensor in state.items()} != wanted:
+            strange.add(name)
+    if strange:
+        raise ValueError(f"unlike the model's: {', '.join(sorted(strange)[:3])}")
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
