@@ -302,8 +302,9 @@ def _shell(config: Config, model_config: PretrainedConfig) -> PreTrainedModel:
     if num_bytes is not None and shell.num_parameters() > 2 * num_bytes:
         raise UserError(
             first_fault(source)
-            or f"{field}: {source}: config.json describes {shell.num_parameters():,} parameters,"
-            f" more than {num_bytes:,} bytes of weights can hold; restore config.json"
+            or f"{field}: {source}: {num_bytes:,} bytes of weights cannot hold the"
+            f" {shell.num_parameters():,} parameters that config.json describes; name weights and"
+            " config.json that belong together"
         )
     return shell
 
@@ -413,7 +414,7 @@ def _load_single_file(
     tensors, embedding, is_wrapped = _unwrap(config, embedding_name)
     text_config = model_config.get_text_config()
     old_rows = text_config.vocab_size
-    rows = old_rows if embedding is None else len(embedding)
+    rows = old_rows if embedding is None or embedding.dim() == 0 else len(embedding)
     has_grown = rows == len(tokenizer) and (is_wrapped or rows > old_rows)
     if has_grown:
         text_config.vocab_size = rows

@@ -364,6 +364,8 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
     """Put weights, optimizer and this rank's random generators back.
 
     Returns whether generators for this rank were stored (not so with more ranks than before).
+
+    Raises: UserError for tensors that are missing, unlike the model's or not to be read.
     """
     tensors = _state_tensors(model, optimizer)
     try:

@@ -152,34 +152,19 @@ def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedReco
     Raises: UserError when a question becomes no tokens at all, a text holds the tokenizer's EOS, or
     the tokenizer fails.
     """
-    eos = tokenizer.eos_token_id
 
     def ids_of(texts: list[str]) -> list[list[int]]:
-        try:
-            return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        # Tokenizers of broken files raise even a bare Exception.
-        except Exception as error:
-            raise UserError(f"{path}: the tokenizer fails on its texts ({error})") from error
-
-    def refuse_eos(ids: list[int], index: int, field: str) -> None:
-        if eos in ids:
-            raise UserError(
-                f"{path}: record {index}: {field} holds the tokenizer's EOS {tokenizer.eos_token},"
-                " which ends an answer; expected text without it"
-            )
+        return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
     def tokenize(batch: dict, indices: list[int]) -> dict:
         questions = ids_of([question + "\n" for question in batch["question"]])
         flat = iter(ids_of([step + "\n" for steps in batch["steps"] for step in steps]))
         steps = [[next(flat) for _ in steps] for steps in batch["steps"]]
         answers = ids_of([f"### {answer}" for answer in batch["answer"]])
-        for row, index in enumerate(indices):
-            refuse_eos(questions[row], index, "question")
-            for number, ids in enumerate(steps[row]):
-                refuse_eos(ids, index, f"steps[{number}]")
-            refuse_eos(answers[row], index, "answer")
+        for index, *parts in zip(indices, questions, steps, answers, strict=True):
+            _refuse_eos(f"{path}: record {index}", *parts, tokenizer)
         question_ids = [prefix + ids for ids in questions]
-        answer_ids = [ids + [eos] for ids in answers]
+        answer_ids = [ids + [tokenizer.eos_token_id] for ids in answers]
         parts = zip(question_ids, steps, answer_ids, strict=True)
         return {
             "question_ids": question_ids,
@@ -188,22 +173,36 @@ def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedReco
             "highest_id": [max(chain(q, *s, a)) for q, s, a in parts],
         }
 
-    prefix = leading_special_ids(tokenizer, records[0]["question"])
-    features = datasets.Features(
-        question=datasets.Value("string"),
-        answer=datasets.Value("string"),
-        steps=datasets.List(datasets.Value("string")),
-        question_ids=datasets.List(datasets.Value("int32")),
-        step_ids=datasets.List(datasets.List(datasets.Value("int32"))),
-        answer_ids=datasets.List(datasets.Value("int32")),
-        highest_id=datasets.Value("int32"),
-    )
+    text, ids = datasets.Value("string"), datasets.List(datasets.Value("int32"))
+    texts = {"question": text, "answer": text, "steps": datasets.List(text)}
+    added = {"question_ids": ids, "step_ids": datasets.List(ids), "answer_ids": ids}
+    features = datasets.Features(**texts, **added, highest_id=datasets.Value("int32"))
     datasets.disable_progress_bars()
-    texts = datasets.Dataset.from_list(
-        records, features=datasets.Features({k: features[k] for k in list(features)[:3]})
-    )
-    table = texts.map(tokenize, batched=True, with_indices=True, features=features)
+    table = datasets.Dataset.from_list(records, features=datasets.Features(texts))
+    try:
+        prefix = leading_special_ids(tokenizer, records[0]["question"])
+        table = table.map(tokenize, batched=True, with_indices=True, features=features)
+    except UserError:
+        raise
+    # The tokenizer of a broken file raises even a bare Exception.
+    except Exception as error:
+        raise UserError(
+            f"{path}: the tokenizer fails on its texts ({error!r}); restore the tokenizer's files"
+        ) from error
     return TokenizedRecords(path, table, *_lengths(table, path))
+
+
+def _refuse_eos(
+    record: str, question: list[int], steps: list[list[int]], answer: list[int], tokenizer
+) -> None:
+    fields = [("question", question), ("answer", answer)]
+    fields += [(f"steps[{number}]", ids) for number, ids in enumerate(steps)]
+    for field, ids in fields:
+        if tokenizer.eos_token_id in ids:
+            raise UserError(
+                f"{record}: {field} holds the tokenizer's EOS {tokenizer.eos_token!r}, which ends"
+                " an answer; expected text without it"
+            )
 
 
 def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -25,14 +25,15 @@ from utils import UserError
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+MOST_OF_A_REASON = 300
 STATE_FILE = "state.json"  # of a training state, as checkpoint.py writes it
 
 
 @contextmanager
-def reading(field: str, source: str) -> Iterator[None]:
+def reading(field: str, source: str, part: str = "the model") -> Iterator[None]:
     """Turn whatever a Hugging Face loader raises about `source` into one UserError, and hush it.
 
-    field: the configuration key that named the source, for the message.
+    field, part: the configuration key that named the source, and what of it is read.
     The loaders raise many classes (tokenizers even a bare Exception), hence the wide net.
     """
     verbosity = transformers_logging.get_verbosity()
@@ -47,7 +48,7 @@ def reading(field: str, source: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_why_unreadable(field, source, error)) from error
+        raise UserError(_why_unreadable(field, source, part, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if had_bars:
@@ -60,7 +61,7 @@ def read_config(field: str, source: str, **options) -> PretrainedConfig:
     Raises: UserError when it cannot be had or read, or brings code of its own.
     """
     # False, not unset: unset, transformers asks on a terminal whether to run a folder's code.
-    with reading(field, source):
+    with reading(field, source, "config.json"):
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         if getattr(model_config, "auto_map", None):
             raise UserError(_code_is_refused(field, source))
@@ -72,7 +73,7 @@ def read_tokenizer(field: str, source: str) -> PreTrainedTokenizerBase:
 
     Raises: UserError when it cannot be had or read, brings code of its own, or has no EOS.
     """
-    with reading(field, source):
+    with reading(field, source, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if tokenizer.init_kwargs.get("auto_map"):
             raise UserError(_code_is_refused(field, source))
@@ -123,12 +124,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     strange = [
         str(name)
         for name, value in tensors.items()
-        if not isinstance(name, str) or not isinstance(value, Tensor)
+        if not isinstance(name, str)
+        or not isinstance(value, Tensor)
+        or value.layout != torch.strided
     ]
     if strange:
         raise UserError(
-            f"{file}: entries that are no tensors ({shorten(strange)}); save model.state_dict()"
-            " alone with torch.save"
+            f"{file}: entries that are no plain tensors ({shorten(strange)}); save"
+            " model.state_dict() alone with torch.save"
         )
     return tensors
 
@@ -169,11 +172,11 @@ def _code_is_refused(field: str, source: str) -> str:
     )
 
 
-def _why_unreadable(field: str, source: str, error: Exception) -> str:
+def _why_unreadable(field: str, source: str, part: str, error: Exception) -> str:
     # transformers advises to pass it, which nobody can here.
     if "trust_remote_code" in str(error):
         return _code_is_refused(field, source)
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = " ".join(str(error).split())[:MOST_OF_A_REASON] or type(error).__name__
     if not os.path.exists(source) and isinstance(error, OSError):
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         return (
@@ -182,4 +185,7 @@ def _why_unreadable(field: str, source: str, error: Exception) -> str:
         )
     if fault := first_fault(source):
         return fault
-    return f"{field}: {source} cannot be loaded: {reason}"
+    # What Python itself raises about a wrong value hardly says what it is about.
+    if isinstance(error, AttributeError | LookupError | TypeError):
+        reason = f"{type(error).__name__}: {reason}"
+    return f"{field}: {part} of {source} cannot be loaded: {reason}"

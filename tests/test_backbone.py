@@ -487,30 +487,6 @@ def test_wrapper_copy_that_differs_and_strangers_are_surplus(configure, tiny_fol
             load_quietly(configure(folder, cot=True, load_model_path=path))
 
 
-def test_file_of_something_else_than_a_state_dict_is_refused(configure, tiny_folder, tmp_path):
-    path = tmp_path / "weights"
-    config = configure(tiny_folder(), cot=True, load_model_path=path)
-    torch.save([torch.ones(1)], path)
-    with pytest.raises(UserError, match="weights: holds no state dict"):
-        load_quietly(config)
-    torch.save({"model": {"weight": torch.ones(1)}, "epoch": 3}, path)
-    with pytest.raises(UserError, match=r"entries that are no tensors \(model, epoch\)"):
-        load_quietly(config)
-
-
-@pytest.mark.parametrize("suffix", ["", ".safetensors"])
-def test_truncated_single_file_is_named(configure, tiny_folder, tmp_path, suffix):
-    folder, path = tiny_folder(), tmp_path / f"weights{suffix}"
-    if suffix:
-        shutil.copy(folder / "model.safetensors", path)
-    else:
-        torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), path)
-    for length in (path.stat().st_size - 100, 50, 0):
-        os.truncate(path, length)
-        with pytest.raises(UserError, match=f"weights{suffix}: (truncated or )?corrupt"):
-            load_quietly(configure(folder, cot=True, load_model_path=path))
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_truncated_file_of_a_folder_is_named(configure, tiny_folder, name):
     folder = tiny_folder()
@@ -603,6 +579,47 @@ def test_token_ids_unlike_the_tokenizers_are_refused(configure, trained):
 
 
 # Models
+
+
+def change_config(folder, **changes):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"n_layer": 10**9}, r"describes 1000000000 layers; restore config\.json"),
+        (
+            {"n_embd": 2**16},
+            r"bytes of weights cannot hold the [\d,]+ parameters that config\.json",
+        ),
+        ({"n_head": 3}, r"cannot be loaded: .*`embed_dim`: 32 and `num_heads`: 3"),
+    ],
+)
+def test_an_architecture_that_cannot_be_is_refused_before_it_is_built(
+    configure, tiny_folder, changes, words
+):
+    folder = tiny_folder()
+    tokenizer = load_tokenizer(configure(folder))
+    change_config(folder, **changes)
+    for read in (lambda config: model_outline(config, tokenizer), load_quietly):
+        with pytest.raises(UserError, match=f"model_id: .*{words}"):
+            read(configure(folder))
+
+
+def test_a_random_model_may_be_larger_than_the_weights_beside_it(configure, tiny_folder):
+    folder = tiny_folder()
+    change_config(folder, n_inner=100_000)
+    assert load_quietly(configure(folder, from_scratch=True)).model.num_parameters() > 10**6
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000])
+def test_a_path_longer_than_the_system_allows_is_refused(configure, tiny_folder, name):
+    with pytest.raises(UserError, match="load_model_path: x.* does not exist; name a checkpoint"):
+        load_quietly(configure(tiny_folder(), load_model_path=name))
+    with pytest.raises(UserError, match="model_id: 'x.* is no local folder and could not be had"):
+        load_quietly(configure(name))
 
 
 def test_outline_is_the_size_of_the_loaded_model(configure, tiny_folder, tmp_path):

@@ -216,6 +216,11 @@ def test_a_bad_line_is_named_by_its_number(write, line, problem):
         ("name=7", 'name=7 is not text; write name: "7"'),
         ("name=", "name=None is not text; write name: gsm-coconut"),
         ("name=''", "name='' is empty; write name: gsm-coconut"),
+        ('project="a\\0b"', "project='a\\x00b' holds a NUL character; write project: coconut"),
+        ('project="\\ud800"', "project='\\ud800' is not valid Unicode; write project: coconut"),
+        ("num_epochs=1000001", "num_epochs=1000001 is above 1000000; write num_epochs: 25"),
+        ("max_latent_stage=1001", "max_latent_stage=1001 is above 1000; write max_latent_stage: 3"),
+        ("name=" + "7" * 200, f"name={'7' * 38}...{'7' * 39} is not text; write name: "),
         ("warmup_steps=-1", "warmup_steps=-1 is below 0; write warmup_steps: 0"),
         ("keep_checkpoints=0", "keep_checkpoints=0 is not above 0; write keep_checkpoints: null"),
         (

@@ -33,6 +33,7 @@ from dataset import (
     StagedRecords,
     batch_loader,
     check_lengths,
+    check_vocabulary,
     draw_stages,
     effective_batches,
     leading_special_ids,
@@ -96,6 +97,51 @@ def test_texts_and_lengths_stay_beside_the_ids():
     assert tokenized.question_lengths.tolist() == [2, 3]
     # steps of 5 and 5 tokens, of 2; answer: ###, one word, EOS
     assert tokenized.kept_lengths.tolist() == [[13, 8, 3], [5, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    "field, value, told",
+    [
+        ("question", f"Is {EOS} a", "question"),
+        ("steps", ["1 + 1", f"{EOS}"], "steps[1]"),
+        ("answer", f"4 {EOS}", "answer"),
+    ],
+)
+def test_a_text_that_holds_the_tokenizers_eos_is_refused(field, value, told):
+    records = [GOOD, GOOD | {field: value}]
+    with pytest.raises(UserError) as refusal:
+        tokenize_records(records, build_word_tokenizer(), "a.json")
+    assert str(refusal.value) == (
+        f"a.json: record 1: {told} holds the tokenizer's EOS '{EOS}', which ends an answer;"
+        " expected text without it"
+    )
+
+
+def test_a_tokenizer_that_puts_eos_before_a_text_by_itself_holds_none_in_it():
+    table = tokenize_records([GOOD], dressed(before=EOS), "a.json").table
+    assert table["question_ids"][0][0] == 0
+
+
+def test_a_tokenizer_that_fails_is_told():
+    tokenizer = build_word_tokenizer()
+    tokenizer.model_max_length = "long"
+    with pytest.raises(UserError, match=r"a\.json: the tokenizer fails on its texts \(TypeError"):
+        tokenize_records([GOOD], tokenizer, "a.json")
+
+
+def test_a_token_that_the_model_lacks_is_named_with_its_record():
+    tokenizer = build_word_tokenizer()
+    last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    records = [GOOD, GOOD | {"steps": ["1", f"1 {last}"]}]
+    tokenized = tokenize_records(records, tokenizer, "a.json")
+    check_vocabulary(tokenized, len(tokenizer))
+    wanted = (
+        f"a.json: record 1: the tokenizer gives the token id {len(tokenizer) - 1}, the model has"
+        f" embeddings for 0 to {len(tokenizer) - 2}; use the tokenizer that belongs to the model"
+    )
+    with pytest.raises(UserError) as refusal:
+        check_vocabulary(tokenized, len(tokenizer) - 1)
+    assert str(refusal.value) == wanted
 
 
 def dressed(before="", after=""):

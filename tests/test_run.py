@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build_tiny_model
+from conftest import EOS, build_tiny_model
 from runs import ROOT, Experiment, assert_refused, assert_same_weights, make_records, tree
 from safetensors.torch import load_file, save_file
 
@@ -104,6 +104,21 @@ def test_questions_longer_than_the_positions_are_named_and_counted(tmp_path, cap
         capsys, experiment, "max_new_tokens=62",
         words=[f"{experiment.val}: record", "=62 does not fit", "lower max_new_tokens"],
     )  # fmt: skip
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, capsys):
+    experiment = Experiment(tmp_path, cot=True)
+    build_tiny_model("gpt2", torch.float32, vocab_size=12).save_pretrained(experiment.model)
+    words = [f"{experiment.train}: record ", "embeddings for 0 to 11"]
+    assert_refused(capsys, experiment, words=words)
+    assert_refused(capsys, experiment, "--dry-run", words=words)
+
+
+def test_an_eos_in_a_text_is_refused(tmp_path, capsys):
+    experiment = Experiment(tmp_path)
+    experiment.write("val.json", [RECORD, RECORD | {"answer": f"1 {EOS}"}])
+    words = [f"{experiment.val}: record 1: answer holds the tokenizer's EOS '{EOS}'"]
+    assert_refused(capsys, experiment, words=words)
 
 
 def test_thoughts_count_towards_the_positions_at_their_stage(tmp_path, capsys):
@@ -286,6 +301,10 @@ def test_one_process_of_each_machine_tells_of_mistakes_in_the_file(tmp_path, mon
     assert "lr" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert Experiment(tmp_path).main("lr=fast") == run.EXIT_USER_ERROR
+    for arguments, status in ((["--no-such-option"], run.EXIT_USER_ERROR), ([], 2), (["-h"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            run.main(arguments)
+        assert ended.value.code == status
     assert capsys.readouterr() == ("", "")
 
 
