@@ -374,6 +374,13 @@ def test_memory_measures_in_a_process_of_its_own(tmp_path):
     assert row["published_over_peak_bytes"] == 1
 
 
+def test_memory_says_which_contender_failed(monkeypatch):
+    killed = subprocess.CompletedProcess([], returncode=-9, stdout="")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(SystemExit, match="prototype: its process ended with status -9"):
+        memory.main(["--device", "cpu", "--contenders", "prototype"])
+
+
 def test_epoch_measures_every_stage_and_split(tmp_path):
     report = run(epoch, tmp_path, "--records", "40")
     assert_environment(report, "epoch")
