@@ -6,29 +6,35 @@ the difference to the step's time on the clock, shown as "between operations".
 """
 
 import argparse
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import (
+    Shape,
     build_model,
     check_fits,
     make_batch,
-    median,
     new_parser,
     parse,
     positive,
     print_table,
     shape_of,
-    take_turns,
+    synchronize,
     write_report,
 )
 from benchmarks.contenders import train_step
 from benchmarks.train_step import WARM_UP
 
-PRODUCTS = ("mm", "addmm", "linear")
-# Parts of operations' names -> kind, tried in this order; products are told apart by their shape.
+PRODUCTS = ("aten::mm", "aten::addmm")
+MATRICES, NARROW = "matrices, many columns", "matrices, one column (latent passes)"
+LOGITS, SUMS = "logits and cross-entropy", "sums of the passes' weight gradients"
+EMBEDDING, ACTIVATION = "gradient of the tied embedding", "activation of the MLP"
+REST = "other element-wise, views"
+# Parts of operations' names -> kind, tried in this order, where no shape has told more.
 KINDS = {
     "adam": "optimizer",
     "scaled_dot_product": "attention",
@@ -37,34 +43,49 @@ KINDS = {
     "bmm": "attention",
     "_softmax_backward": "attention",
     "aten::_softmax": "attention",
-    "log_softmax": "logits and cross-entropy",
-    "nll_loss": "logits and cross-entropy",
+    "log_softmax": LOGITS,
+    "nll_loss": LOGITS,
     "dropout": "dropout",
     "bernoulli": "dropout",
-    "layer_norm": "norms and activations",
-    "tanh": "norms and activations",
-    "gelu": "norms and activations",
-    "pow": "norms and activations",
+    "layer_norm": "norms",
     "aten::cat": "copies (cache, thoughts)",
     "aten::copy_": "copies (cache, thoughts)",
     "index": "copies (cache, thoughts)",
     "linalg_vector_norm": "gradient norm",
     "foreach_norm": "gradient norm",
 }
-REST = "other element-wise"
-MATRICES, LOGITS = "matrices of the blocks", "logits and cross-entropy"
 
 
-def kind_of(name: str, shapes: Iterable, vocab_size: int) -> str:
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the vocabulary, the MLP's inner layer and the batch, to tell operations by."""
+
+    vocab: int
+    inner: int
+    records: int
+
+
+def kind_of(name: str, shapes: Iterable[list[int]], sizes: Sizes) -> str:
     """The kind of an operation, from its name and the shapes of what it takes."""
-    if name.removeprefix("aten::") in PRODUCTS:
-        return LOGITS if any(vocab_size in shape for shape in shapes if shape) else MATRICES
-    lowered = name.lower()
-    return next((kind for part, kind in KINDS.items() if part in lowered), REST)
+    shapes = [shape for shape in shapes if shape]
+    if name in PRODUCTS:
+        if any(sizes.vocab in shape for shape in shapes):
+            return LOGITS
+        # A product over as many rows as there are records reads a single column.
+        return NARROW if any(sizes.records in shape for shape in shapes) else MATRICES
+    if shapes and "adam" not in name:
+        first = shapes[0]
+        if len(first) == 2 and first[0] == sizes.vocab:
+            return EMBEDDING
+        if len(first) == 3 and first[2] == sizes.inner:
+            return ACTIVATION
+        if len(first) == 2 and name == "aten::add_" and shapes.count(first) == 2:
+            return SUMS
+    return next((kind for part, kind in KINDS.items() if part in name), REST)
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each kind: seconds in a step, and their share of the step's time on the clock."""
+    """A row for each kind: mean seconds in a step, and their share of its time on the clock."""
     device = torch.device(options.device)
     model = build_model(options.model).to(device).train()
     vocab_size = model.config.vocab_size
@@ -77,24 +98,36 @@ def measure(options: argparse.Namespace) -> list[dict]:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    clock = []
+    step_s = []
     with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(options.repeats):
-            work = {"ours": lambda: step(batch, shape.num_labels)}
-            clock += take_turns(work, 1, device)["ours"]
+            synchronize(device)
+            began = time.perf_counter()
+            step(batch, shape.num_labels)
+            synchronize(device)
+            step_s.append(time.perf_counter() - began)
+    inner = model.config.n_inner or 4 * model.config.hidden_size
+    return rows_of(profiler, step_s, shape, Sizes(vocab_size, inner, shape.records), device)
+
+
+def rows_of(
+    profiler: profile, step_s: list[float], shape: Shape, sizes: Sizes, device: torch.device
+) -> list[dict]:
+    """A row for each kind, the longest first."""
     totals: dict[str, list[float]] = {}
     for event in profiler.key_averages(group_by_input_shape=True):
         # On a GPU a kernel's time is told once with the operation and once by itself.
         if event.key.startswith("aten::"):
             on_gpu = device.type == "cuda"
             self_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            total = totals.setdefault(kind_of(event.key, event.input_shapes, vocab_size), [0, 0])
-            total[0] += self_us / 1e6 / options.repeats
-            total[1] += event.count / options.repeats
-    step_s = median(clock)
-    totals["between operations"] = [step_s - sum(seconds for seconds, _ in totals.values()), 0]
+            kind = kind_of(event.key, event.input_shapes, sizes)
+            total = totals.setdefault(kind, [0, 0])
+            total[0] += self_us / 1e6 / len(step_s)
+            total[1] += event.count / len(step_s)
+    mean_s = sum(step_s) / len(step_s)
+    totals["between operations"] = [mean_s - sum(seconds for seconds, _ in totals.values()), 0]
     return [
-        {"shape": str(shape), "kind": kind, "s": s, "calls": calls, "share": s / step_s}
+        {"shape": str(shape), "kind": kind, "s": s, "calls": calls, "share": s / mean_s}
         for kind, (s, calls) in sorted(totals.items(), key=lambda item: -item[1][0])
     ]
 

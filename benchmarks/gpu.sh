@@ -38,11 +38,11 @@ WORK=$(mktemp -d)
 FAILED=()
 
 bundle() { # whatever there is by now, also when a limit ends the script
-  [[ -d $WORK/json ]] && tar -C "$WORK" -czf "$OUT/benchmarks.tar.gz" json
+  compgen -G "$WORK/json/*.json" > /dev/null && tar -C "$WORK" -czf "$OUT/benchmarks.tar.gz" json
   [[ -f $WORK/json/growth.png ]] && cp "$WORK/json/growth.png" "$OUT/"
   if [[ -d $WORK/exps/gpu ]]; then
-    tar -C "$WORK/exps/gpu" --exclude='checkpoint_*' --exclude=resume --exclude='.*' \
-      -czf "$OUT/training.tar.gz" .
+    tar -C "$WORK/exps" --exclude='checkpoint_*' --exclude=resume --exclude=.lock \
+      -czf "$OUT/training.tar.gz" gpu
   fi
   rm -rf "$WORK"
 }

@@ -70,7 +70,10 @@ def measure_here(options: argparse.Namespace) -> dict:
 
 
 def measure_apart(options: argparse.Namespace) -> list[dict]:
-    """A row for each contender, each measured by a process of its own that ends before the next."""
+    """A row for each contender, each measured by a process of its own that ends before the next.
+
+    Raises: SystemExit with a message when one of them fails.
+    """
     rows = []
     for name in options.contenders:
         command = [sys.executable, "-m", "benchmarks.memory", "--in-this-process"]
@@ -78,9 +81,12 @@ def measure_apart(options: argparse.Namespace) -> list[dict]:
         for field in ("records", "question", "latents", "answer", "repeats"):
             command += [f"--{field}", str(getattr(options, field))]
         command += ["--bf16"] if options.bf16 else []
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, cwd=environment.ROOT
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=environment.ROOT)
+        if done.returncode:
+            raise SystemExit(
+                f"{name}: its process ended with status {done.returncode} (-9: killed, as when the"
+                " machine runs out of memory); write fewer --records"
+            )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     published = next((row for row in rows if row["contender"] == "published"), None)
     for row in rows:

@@ -242,25 +242,29 @@ def test_padding_is_what_the_rectangles_hold_beyond_the_tokens(stage):
     assert measured["padding_share"] == 1 - lengths.sum() / computed
 
 
-VOCAB = 512
+SIZES = breakdown.Sizes(vocab=512, inner=128, records=3)
 
 
 @pytest.mark.parametrize(
     ("name", "shapes", "kind"),
     [
-        ("aten::addmm", [[96], [8, 32], [32, 96]], "matrices of the blocks"),
-        ("aten::mm", [[96, 8], [8, 32]], "matrices of the blocks"),
-        ("aten::mm", [[8, 32], [32, VOCAB]], "logits and cross-entropy"),
-        ("aten::_log_softmax", [[8, VOCAB]], "logits and cross-entropy"),
-        ("aten::_softmax", [[2, 4, 8, 8]], "attention"),
+        ("aten::addmm", [[96], [24, 32], [32, 96], []], breakdown.MATRICES),
+        ("aten::mm", [[3, 32], [32, 96]], breakdown.NARROW),
+        ("aten::mm", [[96, 3], [3, 32]], breakdown.NARROW),
+        ("aten::mm", [[24, 32], [32, 512]], breakdown.LOGITS),
+        ("aten::_log_softmax", [[24, 512], []], breakdown.LOGITS),
+        ("aten::fill_", [[512, 32], []], breakdown.EMBEDDING),
+        ("aten::mul", [[3, 8, 128], [3, 8, 128]], breakdown.ACTIVATION),
+        ("aten::add_", [[32, 96], [32, 96], []], breakdown.SUMS),
+        ("aten::_softmax", [[3, 4, 8, 8], [], []], "attention"),
         ("aten::bmm", [[8, 4, 4], [8, 4, 4]], "attention"),
         ("aten::_fused_adamw_", [], "optimizer"),
-        ("aten::bernoulli_", [[4]], "dropout"),
-        ("aten::mul", [[4], [4]], "other element-wise"),
+        ("aten::bernoulli_", [[3, 8, 32], [], []], "dropout"),
+        ("aten::mul", [[3, 8, 32], [3, 8, 32]], breakdown.REST),
     ],
 )
 def test_operations_are_put_into_kinds(name, shapes, kind):
-    assert breakdown.kind_of(name, shapes, VOCAB) == kind
+    assert breakdown.kind_of(name, shapes, SIZES) == kind
 
 
 # The environment
@@ -370,6 +374,13 @@ def test_memory_measures_in_a_process_of_its_own(tmp_path):
     assert row["published_over_peak_bytes"] == 1
 
 
+def test_memory_says_which_contender_failed(monkeypatch):
+    killed = subprocess.CompletedProcess([], returncode=-9, stdout="")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(SystemExit, match="prototype: its process ended with status -9"):
+        memory.main(["--device", "cpu", "--contenders", "prototype"])
+
+
 def test_epoch_measures_every_stage_and_split(tmp_path):
     report = run(epoch, tmp_path, "--records", "40")
     assert_environment(report, "epoch")
@@ -412,7 +423,7 @@ def test_breakdown_accounts_for_the_whole_step(tmp_path):
     assert_environment(report, "breakdown")
     assert sum(row["share"] for row in report["rows"]) == pytest.approx(1)
     kinds = {row["kind"] for row in report["rows"]}
-    assert {"matrices of the blocks", "attention", "optimizer", "between operations"} <= kinds
+    assert {breakdown.MATRICES, breakdown.NARROW, "optimizer", "between operations"} <= kinds
 
 
 def test_reports_go_under_exps_by_default(tmp_path, monkeypatch):

@@ -52,5 +52,6 @@ def test_links_and_pictures_exist():
 def test_file_tree_lists_every_module_and_folder():
     tree = README.split("## Files")[1].split("```")[1]
     listed = {line.split()[0].rstrip("/") for line in tree.strip().splitlines()[1:]}
-    folders = {"args", "cpu_args", "preprocessing", "analysis", "assets", "data", "docs", "tests"}
+    folders = {"args", "cpu_args", "preprocessing", "analysis", "benchmarks", "assets", "data"}
+    folders |= {"docs", "tests"}
     assert listed == {path.name for path in ROOT.glob("*.py")} | folders
