@@ -20,7 +20,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
-from runs import TENSORS, ROOT, Experiment, assert_refused, tree
+from runs import ROOT, Experiment, assert_refused, tree
+from runs import TENSORS as STATE_TENSORS
 from safetensors.torch import load_file, save_file
 from test_security import mend_sums, state_folder
 
@@ -597,7 +598,7 @@ def rename(tensors, name):
 )
 def test_a_state_whose_tensors_do_not_fit_is_refused(again, capsys, name, change):
     experiment = again()
-    path = state_folder(experiment) / TENSORS
+    path = state_folder(experiment) / STATE_TENSORS
     tensors = load_file(path)
     if tensors[name].dim() == 0:
         tensors[name] = torch.zeros(2, 3)
