@@ -3,7 +3,7 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test torture clean
 
 quickstart: .venv/installed
 	$(PYTHON) -m analysis.quickstart
@@ -12,6 +12,10 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(PYTHON) -m ruff check .
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
+
+# Kills, full disks, damaged files, hanging ranks: a table of what a run survives (docs/faults.md).
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(PYTHON) tests/torture.py
 
 .venv/installed: requirements.txt requirements-dev.txt
 	python3 -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "needs Python 3.11 to 3.13"'

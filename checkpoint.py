@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import (
     CheckpointException,
@@ -47,6 +48,8 @@ from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha
 
 RESUME_FOLDER = "resume"
 KEPT_STATES = 2
+# What a full, failing or read-only disk raises under the writers here and in utils.
+WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
 BASE_PREFIX = "base_causallm."
 # What `whole_directory` and utils.atomic_write_text leave behind in a crash.
 SET_ASIDE = re.compile(r"\.(?P<name>checkpoint_\d+|\d+)\.(?P<kind>old|part)")
@@ -154,7 +157,7 @@ def make_writable(folder: Path) -> None:
     missing = _missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder, os.W_OK) else "no permission"
+        reason = None if os.access(folder, os.W_OK) else "no permission or mounted read-only"
     except OSError as error:
         reason = error.strerror
     if reason:
@@ -182,6 +185,13 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
+
+
+def write_failure(error: BaseException) -> str:
+    """The reason that one of WRITE_ERRORS gives."""
+    if isinstance(error, CheckpointException):
+        _, (error, _) = min(error.failures.items())
+    return str(getattr(error, "strerror", None) or error)
 
 
 def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -> None:

@@ -2,7 +2,8 @@
 
 One process needs no group at all. Under torchrun the group is gloo on CPUs and gloo + NCCL on
 GPUs, the local rank picks the device. Models are wrapped in DDP or sharded by FSDP2; both average
-gradients over ranks, so the training step multiplies its loss by the number of ranks.
+gradients over ranks, so the training step multiplies its loss by the number of ranks. When a rank
+hangs or dies the others find out which, at no cost before a collective has failed.
 
 A training step of Coconut calls every block once for each latent pass. DDP does not notice. FSDP2
 gathers a block's parameters before a call, and ranks whose batches take another number of passes
@@ -11,10 +12,16 @@ num_passes).
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +32,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,9 +42,17 @@ from utils import UserError
 TRAINING_BYTES_PER_PARAMETER = 16
 # Above this share of a device, activations no longer fit beside the training state.
 STATE_SHARE_OF_DEVICE = 0.6
+# A rank that comes to a collective later than this after another is taken for lost.
+COLLECTIVE_TIMEOUT_S = 1800.0
+# Ranks that lost another wait this long for the rest to report, and for the store to answer.
+REPORT_TIMEOUT_S = 10.0
+REPORT_POLL_S = 0.2
+START_POLL_S = 0.02
+
+_Answer = TypeVar("_Answer")
 
 
-def initialize(timeout_s: float = 1800) -> None:
+def initialize() -> None:
     """Join the process group that torchrun describes in the environment, if there is one.
 
     Raises: UserError for more processes than GPUs on this machine.
@@ -51,7 +67,44 @@ def initialize(timeout_s: float = 1800) -> None:
         torch.cuda.set_device(local_rank())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        store, number, size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            store=_store_of_this_start(store, number, size),
+            rank=number,
+            world_size=size,
+        )
+        _store().set(_process_key(number), f"{os.getpid()} {socket.gethostname()}")
+
+
+def _store_of_this_start(store: dist.Store, number: int, size: int) -> dist.Store:
+    """A part of `store` for the ranks of this start alone; every one of the `size` ranks calls.
+
+    When a rank has died, torchrun starts all again with the store that they had. There the former
+    start's addresses still lie, and a rank that takes one for that of its peer never meets it.
+    Nothing that torchrun tells a rank differs between the starts for certain, so each rank asks
+    under a name of its own, and rank 0 answers with the name of the part.
+    """
+    own = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"ask/{number}", own)
+        part = dist.PrefixStore(store.get(f"answer/{own}").decode(), store)
+        part.set(f"heard/{number}", "")
+        return part
+    part, silent = dist.PrefixStore(own, store), set(range(1, size))
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
+    while silent:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"waited {COLLECTIVE_TIMEOUT_S:g} s for {sorted(silent)}")
+        for other in silent:
+            # The question may be the former start's, so it is read until the answer was heard.
+            if store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", own)
+        silent = {other for other in silent if not part.check([f"heard/{other}"])}
+        time.sleep(START_POLL_S)
+    return part
 
 
 def shut_down() -> None:
@@ -262,3 +315,99 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether `error` says that a collective failed: too late, or a connection broken."""
+    # gloo raises plain RuntimeErrors that begin with the path of its source file.
+    from_gloo = isinstance(error, RuntimeError) and "gloo/" in str(error)
+    return isinstance(error, dist.DistError) or from_gloo
+
+
+def leave_word(error: BaseException) -> None:
+    """Let ranks that will miss this one know that it ends by an `error` of its own."""
+    if dist.is_initialized():
+        text = str(error) or type(error).__name__
+        _ask_store(lambda store: store.set(_report_key(rank()), text.splitlines()[0]))
+
+
+def lost_ranks(error: BaseException) -> str:
+    """Which ranks were lost when a collective failed with `error`, in words for the user.
+
+    Every rank that is left calls this once. The lowest gets the text, the others "".
+    """
+    if not dist.is_initialized():
+        return f"the ranks did not find each other ({str(error).splitlines()[0]})"
+    # torchrun ends the rest as soon as one has ended, but one must live to tell.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    answer = _ask_store(_await_reports)
+    if answer is None:
+        return "rank 0 or torchrun, whichever held the ranks' store, is gone or does not answer"
+    return answer
+
+
+def _await_reports(store: dist.Store) -> str:
+    """Report that this rank lives, wait for the others' reports, name those that send none."""
+    store.set(_report_key(rank()), "")
+    silent, words = set(range(world_size())) - {rank()}, {}
+    deadline = time.monotonic() + REPORT_TIMEOUT_S
+    while True:
+        for other in sorted(silent):
+            if store.check([_report_key(other)]):
+                words[other] = store.get(_report_key(other)).decode()
+        silent -= words.keys()
+        if any(other < rank() and not word for other, word in words.items()):
+            return ""
+        fates = {other: _fate(store, other) for other in sorted(silent)}
+        waits = any("died" not in fate for fate in fates.values())
+        if not waits or time.monotonic() > deadline:
+            break
+        time.sleep(REPORT_POLL_S)
+    # Rank 0 has told the user itself.
+    fates |= {other: f"ended: {word}" for other, word in words.items() if word and other > 0}
+    if not silent and not any(words.values()):
+        return "no rank is missing, but the connections between them broke"
+    return "; ".join(f"rank {other} {fate}" for other, fate in sorted(fates.items()))
+
+
+def _fate(store: dist.Store, other: int) -> str:
+    """What can be known here of a rank that does not report."""
+    if not store.check([_process_key(other)]):
+        return "does not answer"
+    pid, host = store.get(_process_key(other)).decode().split(" ", 1)
+    name = f"(process {pid} on {host})"
+    if host == socket.gethostname():
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return f"{name} has died"
+        except PermissionError:
+            pass
+    return f"{name} does not answer: it hangs, or its machine is cut off"
+
+
+def _report_key(of_rank: int) -> str:
+    return f"report/{of_rank}"
+
+
+def _process_key(of_rank: int) -> str:
+    return f"process/{of_rank}"
+
+
+def _ask_store(question: Callable[[dist.Store], _Answer]) -> _Answer | None:
+    """The answer of the store by which the ranks found each other; None when it gives none."""
+    answers = []
+
+    def ask() -> None:
+        with suppress(dist.DistError):
+            answers.append(question(_store()))
+
+    # A store whose machine froze would hold this rank as well.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REPORT_TIMEOUT_S + 5)
+    return answers[0] if answers else None
+
+
+def _store() -> dist.Store:
+    return dist.PrefixStore("run.py", dist.distributed_c10d._get_default_store())

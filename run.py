@@ -66,8 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from transformers.utils import logging as transformers_logging
 
         import distributed
-        from training import Stopped, TrainingFailed
-        from utils import UserError
 
         # Bars over loading and saving a file would tear the epochs' lines apart.
         transformers_logging.disable_progress_bar()
@@ -87,21 +85,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             train(config)
         return 0
-    except (UserError, ConfigError) as error:
-        complain(error)
-        return EXIT_USER_ERROR
-    except TrainingFailed as error:
-        complain(error)
-        return EXIT_FAILED
-    except Stopped as error:
-        complain(error)
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        hint = "" if config.only_eval else "; the same command continues from the last saved state"
-        complain("interrupted" + hint)
-        return EXIT_INTERRUPTED
+    except BaseException as error:
+        status = tell_end(error, config, complain)
+        if status is None:
+            raise
+        return status
     finally:
         distributed.shut_down()
+
+
+def tell_end(error: BaseException, config: Config, complain: Callable) -> int | None:
+    """Say why the run ends early: the exit status, or None where only a traceback tells more."""
+    import distributed
+    from training import Stopped, TrainingFailed
+    from utils import UserError
+
+    continues = "" if config.only_eval else "; the same command continues from the last saved state"
+    if distributed.is_lost_contact(error):
+        lost = distributed.lost_ranks(error)
+        if lost:
+            where = " ".join(["lost contact", *getattr(error, "__notes__", [])])
+            with contextlib.suppress(OSError):
+                print(f"{where}: {lost}{continues}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    distributed.leave_word(error)
+    if isinstance(error, KeyboardInterrupt):
+        complain("interrupted" + continues)
+        return EXIT_INTERRUPTED
+    endings = {
+        UserError: EXIT_USER_ERROR,
+        ConfigError: EXIT_USER_ERROR,
+        TrainingFailed: EXIT_FAILED,
+        Stopped: EXIT_INTERRUPTED,
+    }
+    for kind, status in endings.items():
+        if isinstance(error, kind):
+            complain(error)
+            return status
+    return None
 
 
 def say(text: str) -> None:
@@ -267,12 +288,6 @@ def train(config: Config) -> None:
     import distributed
 
     config.accumulation_steps(distributed.world_size())  # refuses what cannot be divided
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        say(
-            "--max-restarts: this torchrun hands the processes of a restart the addresses of the"
-            " dead ones; write TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it"
-        )
     with contextlib.ExitStack() as held:
 
         def take_run_dir() -> None:
@@ -308,7 +323,7 @@ def train_from(config: Config, model_config: Config, state) -> None:
     from backbone import model_outline
     from settings import checkpoint_settings, read_checkpoint_settings, reconcile
     from tracking import Tracker
-    from training import Trainer
+    from training import Trainer, writing
 
     if state is None:
         stored = together(lambda: read_checkpoint_settings(config.load_model_path))
@@ -322,15 +337,16 @@ def train_from(config: Config, model_config: Config, state) -> None:
     model, tokenizer = together(lambda: make_model(model_config, notify))
     model = share_model(config, model)
     saves = not config.debug
-    tracker = Tracker(
-        config.run_dir if saves else None,
-        config.model_dump(),
-        config.project,
-        config.name,
-        config.wandb if saves else "disabled",
-        distributed.is_main(),
-        state.progress["wandb_id"] if state else None,
-    )
+    with writing(config.run_dir, "metrics.jsonl"):
+        tracker = Tracker(
+            config.run_dir if saves else None,
+            config.model_dump(),
+            config.project,
+            config.name,
+            config.wandb if saves else "disabled",
+            distributed.is_main(),
+            state.progress["wandb_id"] if state else None,
+        )
     settings = checkpoint_settings(config, tokenizer, 0)
     try:
         trainer = Trainer(
@@ -344,10 +360,11 @@ def train_from(config: Config, model_config: Config, state) -> None:
             tracker,
             state,
         )
-        if saves and distributed.is_main():
-            prepare_run_dir(config)
-        if state is None:
-            tracker.truncate(0, config.resume)
+        with writing(config.run_dir, "config.yaml or metrics.jsonl"):
+            if saves and distributed.is_main():
+                prepare_run_dir(config)
+            if state is None:
+                tracker.truncate(0, config.resume)
         trainer.run()
     finally:
         tracker.close()
@@ -391,6 +408,7 @@ def evaluate_only(config: Config) -> None:
     from evaluation import evaluate, write_predictions
     from settings import read_checkpoint_settings, reconcile
     from tracking import Tracker
+    from training import writing
 
     settings = together(lambda: read_checkpoint_settings(config.load_model_path))
     config = reconcile(config, settings)
@@ -430,9 +448,10 @@ def evaluate_only(config: Config) -> None:
     )
     figures = outcome.figures
     named = {f"eval/{name}": value for name, value in figures.items()}
-    tracker.log(named | {"eval/epoch": epoch}, step=0)
-    if outcome.predictions is not None and folder is not None:
-        write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)
+    with writing(folder or config.run_dir, "the evaluation"):
+        tracker.log(named | {"eval/epoch": epoch}, step=0)
+        if outcome.predictions is not None and folder is not None:
+            write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)
     tracker.message(report(config, figures))
     if folder is not None:
         tracker.message(f"predictions and figures are in {folder}")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import distributed
 from config import Config, Count
 from curriculum import Curriculum
 from dataset import (
+    IGNORE_INDEX,
     Collator,
     SpecialIds,
     StagedRecords,
@@ -48,6 +50,25 @@ class TrainingFailed(Exception):
 
 class Stopped(Exception):
     """The user asked the run to stop, and it did so after saving what it had."""
+
+
+@contextmanager
+def writing(run_dir: Path, what: str) -> Iterator[None]:
+    """Turn a full or failing disk inside the block into one message; `what` is written there.
+
+    Raises: TrainingFailed, which tells what is left to go on from.
+    """
+    try:
+        yield
+    except checkpoint.WRITE_ERRORS as error:
+        state = checkpoint.newest_state(run_dir, lambda text: None)
+        left = "nothing was saved before it, so the same command begins anew"
+        if state is not None:
+            left = f"{state.folder} is intact, and the same command continues from it"
+        raise TrainingFailed(
+            f"{run_dir}: {what} could not be written ({checkpoint.write_failure(error)}); {left}"
+            " once there is room"
+        ) from error
 
 
 @dataclass
@@ -195,8 +216,23 @@ class Trainer:
         self.progress = Progress(epoch=config.resume)
         self.halves_batches = False
         self.last_saved_s = time.monotonic()
+        if distributed.world_size() > 1 and not distributed.is_sharded(model):
+            self._arrange_buckets()
         if state is not None:
             self._continue_from(state)
+
+    def _arrange_buckets(self) -> None:
+        """Let DDP arrange its gradients for exchange by a batch that every start has in common.
+
+        It arranges them once, in the order in which they first come, and a sum over three ranks or
+        more depends on the arrangement to the last bit: it must not depend on where a run goes on.
+        """
+        token = torch.tensor([[self.ids.eos]], device=self.device)
+        nothing = torch.full_like(token, IGNORE_INDEX)
+        self.model.eval()
+        output = self.model(token, torch.ones_like(token), nothing, torch.zeros_like(token))
+        output.loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def run(self) -> None:
         """Train and evaluate every remaining epoch.
@@ -205,9 +241,14 @@ class Trainer:
         """
         if self.progress.epoch >= self.config.num_epochs:
             self.tracker.message(f"all {self.config.num_epochs} epochs are done: nothing to train")
-        with listen_for_signals(self.tracker) as self.requests:
-            while self.progress.epoch < self.config.num_epochs:
-                self._run_epoch(self.progress.epoch)
+        try:
+            with listen_for_signals(self.tracker) as self.requests:
+                while self.progress.epoch < self.config.num_epochs:
+                    self._run_epoch(self.progress.epoch)
+        except Exception as error:
+            done, epoch = self.progress.optimizer_step, self.progress.epoch
+            error.add_note(f"after optimizer step {done} (epoch {epoch})")
+            raise
 
     def _run_epoch(self, epoch: int) -> None:
         stage = self.curriculum.stage(epoch)
@@ -223,7 +264,8 @@ class Trainer:
         if improved:
             self.progress.best_accuracy = outcome.figures["acc"]
             self.progress.best_epoch = epoch
-        self._store(epoch, stage, outcome, improved)
+        with writing(self.config.run_dir, f"what epoch {epoch} leaves"):
+            self._store(epoch, stage, outcome, improved)
         train_loss = self.progress.loss_sum / self.steps_per_epoch
         times = f"train {trained - began:.0f} s, evaluation {time.perf_counter() - trained:.0f} s"
         self._report(epoch, stage, train_loss, outcome, times)
@@ -231,9 +273,10 @@ class Trainer:
         self.progress.steps_done = 0
         self.progress.loss_sum = 0.0
         if not self.config.debug and distributed.is_main():
-            checkpoint.update_progress(
-                self.config.run_dir, self.progress.optimizer_step, self._stored_progress()
-            )
+            with writing(self.config.run_dir, f"the end of epoch {epoch}"):
+                checkpoint.update_progress(
+                    self.config.run_dir, self.progress.optimizer_step, self._stored_progress()
+                )
         if distributed.sum_over_ranks([float(self.requests.stop > 0)])[0]:
             self._stop()
 
@@ -518,14 +561,16 @@ class Trainer:
         self.requests.save = False
         if self.config.debug:
             return
-        checkpoint.save_state(
-            self.config.run_dir,
-            self.progress.optimizer_step,
-            self.model,
-            self.optimizer,
-            self.tokenizer,
-            self._stored_progress(),
-        )
+        step = self.progress.optimizer_step
+        with writing(self.config.run_dir, f"the training state of optimizer step {step}"):
+            checkpoint.save_state(
+                self.config.run_dir,
+                step,
+                self.model,
+                self.optimizer,
+                self.tokenizer,
+                self._stored_progress(),
+            )
 
     def _continue_from(self, state: checkpoint.TrainingState) -> None:
         """Take up `state` as if the run had never stopped.
@@ -564,7 +609,8 @@ class Trainer:
             self.tracker.message(
                 "more processes than before: new ones start with fresh random generators"
             )
-        self.tracker.truncate(self.progress.optimizer_step, self.progress.epoch)
+        with writing(self.config.run_dir, "metrics.jsonl"):
+            self.tracker.truncate(self.progress.optimizer_step, self.progress.epoch)
 
     def _fail_non_finite(self, batches: list[dict], loss: float, norm: float) -> None:
         """Save this rank's part of the batch for inspection and end the run before the step."""

@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path, monkeypa
         make_writable(tmp_path / "file" / "run")
     # Root may write anywhere, so permission cannot be taken from this process.
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(UserError, match=r"cannot be written \(no permission\)"):
+    with pytest.raises(UserError, match=r"cannot be written \(no permission or mounted"):
         make_writable(tmp_path / "run")
 
 

@@ -50,9 +50,7 @@ def run_agents(experiment, hook, *options):
         str(ROOT / "tests/node.py"), str(experiment.folder), str(experiment.keys["save_path"]),
         hook, str(experiment.yaml),
     ]  # fmt: skip
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     outputs = [experiment.folder / f"agent_{number}.txt" for number in range(2)]
     agents = []
     try:
@@ -158,19 +156,6 @@ def test_a_killed_and_a_stopped_run_go_on_with_other_numbers_of_nodes(one, tmp_p
     assert experiment.main() == 0
     np.testing.assert_allclose(experiment.losses(), one.losses(), rtol=1e-6)
     assert_same_weights(experiment.weights(), one.weights(), **EXACT)
-
-
-@pytest.mark.parametrize(
-    "max_restarts, shares_store, told", [("3", "True", 1), ("3", "False", 0), ("0", "True", 0)]
-)
-def test_a_torchrun_that_would_spoil_its_restarts_is_told_of(
-    tmp_path, monkeypatch, capsys, max_restarts, shares_store, told
-):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", max_restarts)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shares_store)
-    assert Experiment(tmp_path, num_epochs=1).main() == 0
-    shown = capsys.readouterr().out
-    assert shown.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it") == told
 
 
 # What one node alone sees

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from runs import Experiment
 
 from tracking import Tracker
 
@@ -329,6 +330,14 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path, use_wandb):
         (None, "allow"),
         ("old", "allow"),
     ]
+
+
+def test_the_id_of_the_wandb_run_goes_along_with_the_training_state(tmp_path, use_wandb):
+    fake = use_wandb()
+    experiment = Experiment(tmp_path, wandb="online", num_train=4)
+    for num_epochs in (1, 2, 3):
+        assert experiment.main(f"num_epochs={num_epochs}") == 0
+    assert [init["id"] for init in fake.inits] == [None, "fresh", "fresh"]
 
 
 def test_online_without_a_key_goes_offline_with_a_notice(tmp_path, use_wandb, capsys):

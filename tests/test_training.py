@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import signal
+import traceback
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ from runs import (
     signal_group,
     use_float64,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import CheckpointException
 
 import backbone
 import checkpoint
@@ -304,6 +308,10 @@ def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, distu
     assert_same_run(disturbed.change(save_every_minutes=None), straight)
 
 
+def fail(error):
+    raise error
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_process_group_spares_the_data_workers(straight, disturbed, number):
     hook = functools.partial(
@@ -456,6 +464,82 @@ def test_a_second_run_on_the_directory_is_refused(finished, capsys):
         assert finished.main() == run.EXIT_USER_ERROR
     assert "another training run is using this directory; wait for it" in capsys.readouterr().err
     assert finished.metrics() == before
+
+
+FULL = OSError(28, "No space left on device")
+FULL_ON_RANK_1 = CheckpointException("write", {1: (FULL, traceback.extract_stack())})
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (1, FULL, "nothing was saved before it, so the same"),
+        (2, SafetensorError("No space left on device"), "resume/5 is intact, and the same command"),
+        (3, FULL_ON_RANK_1, "resume/5 is intact, and the same command"),
+    ],
+)
+def test_a_full_disk_ends_the_run_with_a_message_of_what_is_left(
+    straight, disturbed, monkeypatch, capsys, call, error, words
+):
+    whole_directory, calls = checkpoint.whole_directory, []
+
+    @contextmanager
+    def filling(target):
+        with whole_directory(target) as folder:
+            yield folder
+            calls.append(target)
+            if len(calls) == call:
+                raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "whole_directory", filling)
+        assert disturbed.main() == run.EXIT_FAILED
+    said = capsys.readouterr().err
+    assert " could not be written (No space left on device); " in said and words in said
+    assert len(said.splitlines()) == 1
+    assert disturbed.main() == 0
+    assert_same_run(disturbed, straight)
+
+
+def test_a_state_that_is_asked_for_by_signal_is_written_and_the_run_goes_on(
+    straight, disturbed, monkeypatch
+):
+    log, states = Tracker.log, []
+
+    def log_and_signal(tracker, metrics, step):
+        log(tracker, metrics, step)
+        if step == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        if step == 4:
+            states.extend(path.name for path in disturbed.states())
+
+    monkeypatch.setattr(Tracker, "log", log_and_signal)
+    assert disturbed.main() == 0
+    assert states == ["3"]
+    assert_same_run(disturbed, straight)
+
+
+@pytest.mark.parametrize(
+    "where, error, words",
+    [
+        ("checkpoint:save_state", OSError(28, "full"), "could not be written (full)"),
+        ("checkpoint:save_state", ValueError("bug"), "ValueError: bug"),
+        ("evaluation:Decoder.predict", ValueError("bug"), "ValueError: bug"),
+    ],
+)
+def test_a_run_that_fails_takes_its_data_workers_along(disturbed, where, error, words):
+    hook = functools.partial(at_call, 1, where, functools.partial(fail, error))
+    process = disturbed.change(num_workers=2, save_every_minutes=1e-9).start(hook=hook)
+    assert process.wait() == [run.EXIT_FAILED], process.output()
+    assert words in process.output()
+
+
+def test_data_workers_that_outlive_a_killed_run_do_not_hold_its_directory(straight, disturbed):
+    hook = functools.partial(at_call, 2, "tracking:Tracker.log", kill_self)
+    disturbed.change(num_workers=2)
+    assert disturbed.start(hook=hook).wait() == [-signal.SIGKILL]
+    assert disturbed.main() == 0
+    assert_same_run(disturbed, straight)
 
 
 # What a run keeps
