@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tell_end(error: BaseException, config: Config, complain: Callable) -> int | None:
     """Say why the run ends early: the exit status, or None where only a traceback tells more."""
     import distributed
-    from training import Stopped, TrainingFailed
+    from progress import Stopped, TrainingFailed
     from utils import UserError
 
     continues = "" if config.only_eval else "; the same command continues from the last saved state"
@@ -306,8 +306,8 @@ def train(config: Config) -> None:
         if state is None:
             train_from(config, config, None)
         else:
+            from progress import check_progress
             from settings import reconcile
-            from training import check_progress
 
             check_progress(state)
             config = reconcile(config, state.progress["settings"], continuing=True)
@@ -321,9 +321,10 @@ def train_from(config: Config, model_config: Config, state) -> None:
     """Set up and run the training of `config`; `model_config` says where the model comes from."""
     import distributed
     from backbone import model_outline
+    from progress import writing
     from settings import checkpoint_settings, read_checkpoint_settings, reconcile
     from tracking import Tracker
-    from training import Trainer, writing
+    from training import Trainer
 
     if state is None:
         stored = together(lambda: read_checkpoint_settings(config.load_model_path))
@@ -406,9 +407,9 @@ def evaluate_only(config: Config) -> None:
     import distributed
     from backbone import model_outline
     from evaluation import evaluate, write_predictions
+    from progress import writing
     from settings import read_checkpoint_settings, reconcile
     from tracking import Tracker
-    from training import writing
 
     settings = together(lambda: read_checkpoint_settings(config.load_model_path))
     config = reconcile(config, settings)

@@ -20,8 +20,9 @@ from coconut import Coconut
 from config import Config
 from curriculum import Curriculum
 from evaluation import autocast
+from progress import Requests
 from settings import token_ids
-from training import Requests, Trainer
+from training import Trainer
 
 CONTENDERS = ("published", "prototype", "ours")
 LEARNING_RATE = 1e-4

@@ -30,8 +30,8 @@ import run
 from backbone import build_coconut, load_backbone, load_tokenizer, model_outline
 from config import Config, ConfigError, dump_config, load_config
 from dataset import read_records, tokenize_records
+from progress import check_progress
 from settings import read_checkpoint_settings, reconcile
-from training import check_progress
 from utils import UserError
 
 FUZZ = int(os.environ.get("FUZZ", "0"))

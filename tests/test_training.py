@@ -326,7 +326,7 @@ def test_a_signal_to_the_whole_process_group_spares_the_data_workers(straight, d
 
 
 def test_a_second_signal_ends_the_run_at_once(disturbed, monkeypatch, capsys):
-    monkeypatch.setattr("training.SAME_SIGNAL_S", -1.0)
+    monkeypatch.setattr("progress.SAME_SIGNAL_S", -1.0)
     log = Tracker.log
 
     def log_and_signal(tracker, metrics, step):

@@ -1,0 +1,137 @@
+"""Where a run stands, and what may end it early: the stored position, signals, full disks.
+
+The position is stored with every training state and checked before a run goes on from it. What is
+done about a signal or a failure is training.py's and run.py's decision.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+import checkpoint
+from config import Count
+from settings import CheckpointSettings, faults
+from tracking import Tracker
+from utils import UserError
+
+# torchrun passes a Ctrl-C on to processes that the terminal has told already.
+SAME_SIGNAL_S = 1.0
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on, through no mistake in its configuration; the text says why."""
+
+
+class Stopped(Exception):
+    """The user asked the run to stop, and it did so after saving what it had."""
+
+
+@contextmanager
+def writing(run_dir: Path, what: str) -> Iterator[None]:
+    """Turn a full or failing disk inside the block into one message; `what` is written there.
+
+    Raises: TrainingFailed, which tells what is left to go on from.
+    """
+    try:
+        yield
+    except checkpoint.WRITE_ERRORS as error:
+        state = checkpoint.newest_state(run_dir, lambda text: None)
+        left = "nothing was saved before it, so the same command begins anew"
+        if state is not None:
+            left = f"{state.folder} is intact, and the same command continues from it"
+        raise TrainingFailed(
+            f"{run_dir}: {what} could not be written ({checkpoint.write_failure(error)}); {left}"
+            " once there is room"
+        ) from error
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored with every training state.
+
+    epoch: the epoch in progress, from 0; steps_done: optimizer steps done in it.
+    optimizer_step: optimizer steps done in all.
+    loss_sum: of the losses of the epoch's steps so far.
+    best_accuracy: highest validation accuracy so far, with its epoch; -1 before the first.
+    """
+
+    epoch: NonNegativeInt
+    steps_done: NonNegativeInt = 0
+    optimizer_step: NonNegativeInt = 0
+    loss_sum: float = 0.0
+    best_accuracy: float = -1.0
+    best_epoch: int = -1
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StoredProgress(BaseModel):
+    """What a training state holds beside tensors and generators."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    position: Progress
+    settings: CheckpointSettings
+    trajectory: dict[str, str | int | float]
+    first_epoch: Count
+    wandb_id: str | None
+
+
+def check_progress(state: checkpoint.TrainingState) -> None:
+    """Raise UserError where a training state, though intact, holds no position of this program's"""
+    try:
+        stored = StoredProgress.model_validate_json(json.dumps(state.progress))
+        problem = None
+    except ValidationError as error:
+        problem = faults(error)
+    if problem is None and str(stored.position.optimizer_step) != state.folder.name:
+        problem = f"position: optimizer_step: is {stored.position.optimizer_step}"
+    if problem:
+        raise UserError(
+            f"{state.folder / 'state.json'}: changed by hand or of another version: {problem};"
+            f" remove {state.folder} to go on from an earlier state"
+        )
+
+
+@dataclass
+class Requests:
+    """What signals asked for since the last step."""
+
+    stop: int = 0
+    save: bool = False
+    stopped_at: float = -math.inf
+
+
+@contextmanager
+def listen_for_signals(tracker: Tracker) -> Iterator[Requests]:
+    """Turn SIGINT and SIGTERM into a stop after the step, SIGUSR1 into a save.
+
+    A second SIGINT or SIGTERM ends the run at once (KeyboardInterrupt).
+    """
+    requests = Requests()
+
+    def on_stop(number: int, _frame: object) -> None:
+        if requests.stop and time.monotonic() - requests.stopped_at > SAME_SIGNAL_S:
+            raise KeyboardInterrupt
+        if not requests.stop:
+            requests.stopped_at = time.monotonic()
+            tracker.message("stopping after this step; once more to stop at once, unsaved")
+        requests.stop = number
+
+    def on_save(_number: int, _frame: object) -> None:
+        requests.save = True
+
+    handlers = {signal.SIGINT: on_stop, signal.SIGTERM: on_stop, signal.SIGUSR1: on_save}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
