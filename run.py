@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     options = parse_arguments(arguments, speaks)
 
-    def complain(text: object) -> None:
+    def complain(error: object) -> None:
+        # It may quote a file of others, whose control characters a terminal would obey.
+        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
         if speaks:
             print(text, file=sys.stderr, flush=True)
 

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 import checkpoint
 import distributed
@@ -80,7 +81,8 @@ class StoredProgress(BaseModel):
     settings: CheckpointSettings
     trajectory: dict[str, str | int | float]
     first_epoch: Count
-    wandb_id: str | None
+    # wandb names a folder by it.
+    wandb_id: Annotated[str, Field(pattern=r"^[\w-]+$")] | None
 
 
 def check_progress(state: checkpoint.TrainingState) -> None:
