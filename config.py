@@ -46,6 +46,9 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 PositiveCount = Annotated[int, Field(gt=0, le=1_000_000)]
 Stages = Annotated[int, Field(ge=0, le=1000)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+# Below this the nearest state alone would be divided by nothing in the model's precision.
+LEAST_FIRST_WEIGHT = 1e-9
 
 # Values in messages, whose size an alias of an alias could multiply without end.
 _shown = reprlib.Repr()
@@ -112,7 +115,7 @@ class Config(BaseModel):
     learned token embedding; coconut only."""
     latent_window_size: PositiveCount = 3
     """Number m of hidden states that are averaged into a thought; 1 is the original Coconut."""
-    latent_weights: tuple[NonNegativeFloat, ...] = (0.6, 0.3, 0.1)
+    latent_weights: tuple[Weight, ...] = (0.6, 0.3, 0.1)
     """Weights of the window, nearest state first; the first m count."""
     window_scope: Literal["sequence", "pass"] = "sequence"
     """sequence: the window covers everything before the thought. pass: later thoughts of a row see
@@ -331,7 +334,7 @@ def _latent_problems(config: Config) -> Iterator[Problem]:
             f"latent_weights={list(weights)} has {len(weights)} of the {window} weights that "
             f"latent_window_size={window} asks for; write {window} weights, nearest state first",
         )
-    if weights and weights[0] == 0:
+    if weights and weights[0] < LEAST_FIRST_WEIGHT:
         yield (
             ("latent_weights",),
             f"latent_weights={list(weights)} gives the nearest state no weight, so a window of "

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 import checkpoint
 from config import Count
@@ -81,7 +82,8 @@ class StoredProgress(BaseModel):
     settings: CheckpointSettings
     trajectory: dict[str, str | int | float]
     first_epoch: Count
-    wandb_id: str | None
+    # wandb names a folder by it.
+    wandb_id: Annotated[str, Field(pattern=r"^[\w-]+$")] | None
 
 
 def check_progress(state: checkpoint.TrainingState) -> None:

@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     options = parse_arguments(arguments, speaks)
 
-    def complain(text: object) -> None:
+    def complain(error: object) -> None:
+        # It may quote a file of others, whose control characters a terminal would obey.
+        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
         if speaks:
             with contextlib.suppress(OSError):
                 print(text, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from config import Config, Count, PositiveCount, Stages
+from config import LEAST_FIRST_WEIGHT, Config, Count, PositiveCount, Stages, Weight
 from utils import END_LATENT, LATENT, START_LATENT, UserError
 
 SETTINGS_NAME = "coconut.json"
@@ -45,7 +45,7 @@ class CheckpointSettings(BaseModel):
     end_latent_id: NonNegativeInt
     eos_token_id: NonNegativeInt
     latent_window_size: PositiveCount
-    latent_weights: list[float]
+    latent_weights: list[Weight]
     window_scope: Literal["sequence", "pass"]
     thought: Literal["continuous", "pause"]
     c_thought: Count
@@ -56,7 +56,7 @@ class CheckpointSettings(BaseModel):
     @model_validator(mode="after")
     def _weights_fit_window(self) -> "CheckpointSettings":
         weights = self.latent_weights
-        if len(weights) != self.latent_window_size or min(weights) < 0 or weights[0] == 0:
+        if len(weights) != self.latent_window_size or weights[0] < LEAST_FIRST_WEIGHT:
             raise ValueError(f"{weights} are no weights for {self.latent_window_size} states")
         return self
 

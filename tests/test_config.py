@@ -236,6 +236,10 @@ def test_a_bad_line_is_named_by_its_number(write, line, problem):
             "latent_weights[1]=-1 is below 0; write latent_weights: [0.6, 0.3, 0.1]",
         ),
         (
+            "latent_weights=[1, 1e10, 0]",
+            "latent_weights[1]=10000000000.0 is above 1000000000; write latent_weights: [0.6, 0.3",
+        ),
+        (
             "latent_weights=[1, 1e999, 0]",
             "latent_weights[1]=inf is not a finite number; write latent_weights: [0.6, 0.3, 0.1]",
         ),
@@ -352,6 +356,11 @@ def test_all_problems_come_at_once_each_with_its_source(cot_file):
         (
             ["latent_weights=[0, 0, 1]"],
             "latent_weights=[0, 0, 1] gives the nearest state no weight, so a window of one "
+            "state would be empty; write a first weight above 0",
+        ),
+        (
+            ["latent_weights=[1e-10, 0, 1]"],
+            "latent_weights=[1e-10, 0, 1] gives the nearest state no weight, so a window of one "
             "state would be empty; write a first weight above 0",
         ),
         (

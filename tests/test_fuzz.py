@@ -121,7 +121,6 @@ def outcome_of(read, *names):
         except (UserError, ConfigError) as error:
             text = str(error)
     assert text.strip() and all(line.strip() for line in text.split("\n"))
-    text.encode()
     assert len(text) < 30_000
     assert any(str(name) in text for name in names), text
     return None, text
@@ -321,6 +320,20 @@ def test_mangled_architectures_load_or_give_a_message(evaluation, data):
 
 
 @fuzz(60)
+@given(data=st.data())
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_mangled_base_models_load_or_give_a_message(tmp_path, family, data):
+    experiment = Experiment(tmp_path / "e", family, num_val=2, cot=True)
+    file = experiment.model / "config.json"
+    good = file.read_bytes()
+    file.write_bytes(to_text(data.draw(mangled_json(json.loads(good)))[0]))
+    try:
+        check_weights(experiment, experiment.model)
+    finally:
+        file.write_bytes(good)
+
+
+@fuzz(60)
 @given(st.data())
 def test_mangled_tokenizers_load_or_give_a_message(evaluation, data):
     folder = evaluation.keys["load_model_path"]
@@ -508,6 +521,7 @@ def test_a_mangled_position_is_taken_or_refused_by_name(again, data, mended):
         (("settings", "stage"), "1", "settings: stage: Input should be a valid integer"),
         (("settings", "c_thought"), 10**30, "settings: c_thought: Input should be less than"),
         (("wandb_id",), 3, "wandb_id: Input should be a valid string"),
+        (("wandb_id",), "../../x", "wandb_id: String should match pattern"),
     ],
 )
 def test_a_position_changed_by_hand_is_refused_by_field(again, capsys, path, value, words):
@@ -546,6 +560,7 @@ def check_run(experiment, capsys, *arguments):
     assert status in (0, run.EXIT_USER_ERROR)
     if status:
         assert str(experiment.folder.parent) in captured.err
+        assert captured.err.replace("\n", "").isprintable()
         assert tree(experiment.folder) == before
     return status
 

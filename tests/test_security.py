@@ -21,6 +21,7 @@ from test_house import SOURCES, parse
 
 import run
 import tracking
+from dataset import tokenize_records
 from utils import sha256_file
 
 
@@ -319,6 +320,11 @@ def test_a_training_state_is_no_checkpoint_and_the_message_says_what_is(again, c
     assert_refused(capsys, again, words=words)
 
 
+def test_no_data_set_is_read_back_from_a_cache(word_tokenizer):
+    records = [{"question": "1", "answer": "1", "steps": []}]
+    assert tokenize_records(records, word_tokenizer, "a.json").table.cache_files == []
+
+
 # Writing inside save_path alone
 
 
@@ -395,6 +401,19 @@ def test_a_save_path_may_lead_elsewhere_since_the_user_wrote_it(tmp_path):
     lead_elsewhere(tmp_path / "e" / "exps", tmp_path / "disk")
     assert experiment.main() == 0
     assert (tmp_path / "disk" / "run" / "checkpoint_1" / "model.safetensors").is_file()
+
+
+# What reaches the terminal
+
+
+@pytest.mark.parametrize("file", ["config.json", "coconut.json", "tokenizer_config.json"])
+def test_a_message_that_quotes_a_file_gives_the_terminal_no_orders(tmp_path, capsys, file):
+    experiment = Experiment(tmp_path / "e")
+    content = {"\x1b[2J": 1, "model_type": "\x1b]0;x\x07", "eos_token": {"\u009b2J": "\ud800"}}
+    (experiment.model / file).write_text(json.dumps(content))
+    experiment.change(load_model_path=experiment.model, only_eval=True)
+    error = assert_refused(capsys, experiment, words=[str(experiment.model)])
+    assert error.replace("\n", "").isprintable()
 
 
 # Keys
