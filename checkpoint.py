@@ -48,8 +48,6 @@ from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha
 
 RESUME_FOLDER = "resume"
 KEPT_STATES = 2
-# What a full, failing or read-only disk raises under the writers here and in utils.
-WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
 BASE_PREFIX = "base_causallm."
 # What `whole_directory` and utils.atomic_write_text leave behind in a crash.
 SET_ASIDE = re.compile(r"\.(?P<name>checkpoint_\d+|\d+)\.(?P<kind>old|part)")
@@ -187,11 +185,30 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def write_failure(error: BaseException) -> str:
-    """The reason that one of WRITE_ERRORS gives."""
-    if isinstance(error, CheckpointException):
-        _, (error, _) = min(error.failures.items())
-    return str(getattr(error, "strerror", None) or error)
+class WriteFailed(Exception):
+    """A disk that was full, failed or read-only kept something from being written."""
+
+
+@contextmanager
+def writing(run_dir: Path, what: str) -> Iterator[None]:
+    """Turn what such a disk raises inside the block, where `what` is written, into one message.
+
+    Raises: WriteFailed, which tells what is left to go on from.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        cause = error
+        if isinstance(error, CheckpointException):
+            _, (cause, _) = min(error.failures.items())
+        reason = getattr(cause, "strerror", None) or cause
+        state = newest_state(run_dir, lambda text: None)
+        left = "nothing was saved before it, so the same command begins anew"
+        if state is not None:
+            left = f"{state.folder} is intact, and the same command continues from it"
+        raise WriteFailed(
+            f"{run_dir}: {what} could not be written ({reason}); {left} once there is room"
+        ) from error
 
 
 def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -> None:
@@ -209,7 +226,7 @@ def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -
     for name, _ in base.named_parameters(remove_duplicate=False):
         if name not in once:
             del state[name]
-    with whole_directory(target) as folder:
+    with writing(target.parent, target.name), whole_directory(target) as folder:
         base.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         text = json.dumps(settings, indent=2) + "\n"
@@ -290,8 +307,9 @@ def save_state(
     go along, so that going on needs nothing but this folder.
     """
     generators = distributed.gather_to_main(_generator_states())
-    folder = run_dir / RESUME_FOLDER
-    with _whole_directory_of_all_ranks(folder / str(step)) as unfinished:
+    target = run_dir / RESUME_FOLDER / str(step)
+    what = f"the training state of optimizer step {step}"
+    with writing(run_dir, what), _whole_directory_of_all_ranks(target) as unfinished:
         sharded = distributed.is_sharded(model)
         if sharded or distributed.is_main():
             with _quiet_without_group():
@@ -321,7 +339,8 @@ def update_progress(run_dir: Path, step: int, progress: dict) -> None:
     """Replace the position stored in `resume/<step>/`, leaving its tensors as they are."""
     folder = run_dir / RESUME_FOLDER / str(step)
     content = json.loads((folder / "state.json").read_text(encoding="utf-8"))["content"]
-    _write_progress(folder, content | {"progress": progress})
+    with writing(run_dir, f"the position in {folder}"):
+        _write_progress(folder, content | {"progress": progress})
 
 
 def _write_progress(folder: Path, content: dict) -> None:

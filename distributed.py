@@ -254,6 +254,20 @@ def parallelize(
     return model
 
 
+def arrange_buckets(model: nn.Module, *example: torch.Tensor) -> None:
+    """Let DDP arrange gradients for their exchange by a batch that every start has in common.
+
+    It does so once, by the order in which they first come, and to the last bit a sum over three
+    ranks or more depends on the arrangement: it must not depend on where a run goes on.
+
+    example: what `model` is called with; its logits are differentiated, which is then forgotten.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.eval()
+        model(*example).logits.sum().backward()
+        model.zero_grad(set_to_none=True)
+
+
 def _norms(block: nn.Module) -> list[nn.Module]:
     """The modules of `block` whose own parameters are all vectors: they scale, and multiply no
     matrices."""

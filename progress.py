@@ -1,4 +1,4 @@
-"""Where a run stands, and what may end it early: the stored position, signals, full disks.
+"""Where a run stands, and what may end it early: the stored position, and signals.
 
 The position is stored with every training state and checked before a run goes on from it. What is
 done about a signal or a failure is training.py's and run.py's decision.
@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -32,25 +31,6 @@ class TrainingFailed(Exception):
 
 class Stopped(Exception):
     """The user asked the run to stop, and it did so after saving what it had."""
-
-
-@contextmanager
-def writing(run_dir: Path, what: str) -> Iterator[None]:
-    """Turn a full or failing disk inside the block into one message; `what` is written there.
-
-    Raises: TrainingFailed, which tells what is left to go on from.
-    """
-    try:
-        yield
-    except checkpoint.WRITE_ERRORS as error:
-        state = checkpoint.newest_state(run_dir, lambda text: None)
-        left = "nothing was saved before it, so the same command begins anew"
-        if state is not None:
-            left = f"{state.folder} is intact, and the same command continues from it"
-        raise TrainingFailed(
-            f"{run_dir}: {what} could not be written ({checkpoint.write_failure(error)}); {left}"
-            " once there is room"
-        ) from error
 
 
 @dataclass

@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tell_end(error: BaseException, config: Config, complain: Callable) -> int | None:
     """Say why the run ends early: the exit status, or None where only a traceback tells more."""
     import distributed
+    from checkpoint import WriteFailed
     from progress import Stopped, TrainingFailed
     from utils import UserError
 
@@ -118,6 +119,7 @@ def tell_end(error: BaseException, config: Config, complain: Callable) -> int | 
         UserError: EXIT_USER_ERROR,
         ConfigError: EXIT_USER_ERROR,
         TrainingFailed: EXIT_FAILED,
+        WriteFailed: EXIT_FAILED,
         Stopped: EXIT_INTERRUPTED,
     }
     for kind, status in endings.items():
@@ -321,9 +323,9 @@ def train(config: Config) -> None:
 
 def train_from(config: Config, model_config: Config, state) -> None:
     """Set up and run the training of `config`; `model_config` says where the model comes from."""
+    import checkpoint
     import distributed
     from backbone import model_outline
-    from progress import writing
     from settings import checkpoint_settings, read_checkpoint_settings, reconcile
     from tracking import Tracker
     from training import Trainer
@@ -340,7 +342,7 @@ def train_from(config: Config, model_config: Config, state) -> None:
     model, tokenizer = together(lambda: make_model(model_config, notify))
     model = share_model(config, model)
     saves = not config.debug
-    with writing(config.run_dir, "metrics.jsonl"):
+    with checkpoint.writing(config.run_dir, "metrics.jsonl"):
         tracker = Tracker(
             config.run_dir if saves else None,
             config.model_dump(),
@@ -363,7 +365,7 @@ def train_from(config: Config, model_config: Config, state) -> None:
             tracker,
             state,
         )
-        with writing(config.run_dir, "config.yaml or metrics.jsonl"):
+        with checkpoint.writing(config.run_dir, "config.yaml or metrics.jsonl"):
             if saves and distributed.is_main():
                 prepare_run_dir(config)
             if state is None:
@@ -409,7 +411,6 @@ def evaluate_only(config: Config) -> None:
     import distributed
     from backbone import model_outline
     from evaluation import evaluate, write_predictions
-    from progress import writing
     from settings import read_checkpoint_settings, reconcile
     from tracking import Tracker
 
@@ -451,7 +452,7 @@ def evaluate_only(config: Config) -> None:
     )
     figures = outcome.figures
     named = {f"eval/{name}": value for name, value in figures.items()}
-    with writing(folder or config.run_dir, "the evaluation"):
+    with checkpoint.writing(folder or config.run_dir, "the evaluation"):
         tracker.log(named | {"eval/epoch": epoch}, step=0)
         if outcome.predictions is not None and folder is not None:
             write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)

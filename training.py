@@ -18,7 +18,6 @@ import distributed
 from config import Config
 from curriculum import Curriculum
 from dataset import (
-    IGNORE_INDEX,
     Collator,
     SpecialIds,
     StagedRecords,
@@ -29,7 +28,7 @@ from dataset import (
     micro_batches,
 )
 from evaluation import Evaluation, autocast, evaluate, write_predictions
-from progress import Progress, Stopped, TrainingFailed, listen_for_signals, writing
+from progress import Progress, Stopped, TrainingFailed, listen_for_signals
 from tracking import Tracker
 from utils import UserError, atomic_write_text, sha256_file
 
@@ -97,23 +96,10 @@ class Trainer:
         self.progress = Progress(epoch=config.resume)
         self.halves_batches = False
         self.last_saved_s = time.monotonic()
-        if distributed.world_size() > 1 and not distributed.is_sharded(model):
-            self._arrange_buckets()
+        token = torch.tensor([[self.ids.eos]], device=self.device)
+        distributed.arrange_buckets(model, token, torch.ones_like(token))
         if state is not None:
             self._continue_from(state)
-
-    def _arrange_buckets(self) -> None:
-        """Let DDP arrange its gradients for exchange by a batch that every start has in common.
-
-        It arranges them once, in the order in which they first come, and a sum over three ranks or
-        more depends on the arrangement to the last bit: it must not depend on where a run goes on.
-        """
-        token = torch.tensor([[self.ids.eos]], device=self.device)
-        nothing = torch.full_like(token, IGNORE_INDEX)
-        self.model.eval()
-        output = self.model(token, torch.ones_like(token), nothing, torch.zeros_like(token))
-        output.loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def run(self) -> None:
         """Train and evaluate every remaining epoch.
@@ -127,8 +113,8 @@ class Trainer:
                 while self.progress.epoch < self.config.num_epochs:
                     self._run_epoch(self.progress.epoch)
         except Exception as error:
-            done, epoch = self.progress.optimizer_step, self.progress.epoch
-            error.add_note(f"after optimizer step {done} (epoch {epoch})")
+            done = self.progress
+            error.add_note(f"after optimizer step {done.optimizer_step} (epoch {done.epoch})")
             raise
 
     def _run_epoch(self, epoch: int) -> None:
@@ -145,8 +131,7 @@ class Trainer:
         if improved:
             self.progress.best_accuracy = outcome.figures["acc"]
             self.progress.best_epoch = epoch
-        with writing(self.config.run_dir, f"what epoch {epoch} leaves"):
-            self._store(epoch, stage, outcome, improved)
+        self._store(epoch, stage, outcome, improved)
         train_loss = self.progress.loss_sum / self.steps_per_epoch
         times = f"train {trained - began:.0f} s, evaluation {time.perf_counter() - trained:.0f} s"
         self._report(epoch, stage, train_loss, outcome, times)
@@ -154,10 +139,9 @@ class Trainer:
         self.progress.steps_done = 0
         self.progress.loss_sum = 0.0
         if not self.config.debug and distributed.is_main():
-            with writing(self.config.run_dir, f"the end of epoch {epoch}"):
-                checkpoint.update_progress(
-                    self.config.run_dir, self.progress.optimizer_step, self._stored_progress()
-                )
+            checkpoint.update_progress(
+                self.config.run_dir, self.progress.optimizer_step, self._stored_progress()
+            )
         if distributed.sum_over_ranks([float(self.requests.stop > 0)])[0]:
             self._stop()
 
@@ -380,9 +364,9 @@ class Trainer:
         figures = {f"eval/{name}": value for name, value in outcome.figures.items()}
         if not config.debug:
             if outcome.predictions is not None:
-                write_predictions(
-                    config.run_dir / f"predictions_{epoch}.jsonl", outcome.predictions
-                )
+                path = config.run_dir / f"predictions_{epoch}.jsonl"
+                with checkpoint.writing(config.run_dir, path.name):
+                    write_predictions(path, outcome.predictions)
             if improved or not config.save_only_improve:
                 checkpoint.save_checkpoint(
                     config.run_dir / f"checkpoint_{epoch + 1}",
@@ -442,16 +426,14 @@ class Trainer:
         self.requests.save = False
         if self.config.debug:
             return
-        step = self.progress.optimizer_step
-        with writing(self.config.run_dir, f"the training state of optimizer step {step}"):
-            checkpoint.save_state(
-                self.config.run_dir,
-                step,
-                self.model,
-                self.optimizer,
-                self.tokenizer,
-                self._stored_progress(),
-            )
+        checkpoint.save_state(
+            self.config.run_dir,
+            self.progress.optimizer_step,
+            self.model,
+            self.optimizer,
+            self.tokenizer,
+            self._stored_progress(),
+        )
 
     def _continue_from(self, state: checkpoint.TrainingState) -> None:
         """Take up `state` as if the run had never stopped.
@@ -490,7 +472,7 @@ class Trainer:
             self.tracker.message(
                 "more processes than before: new ones start with fresh random generators"
             )
-        with writing(self.config.run_dir, "metrics.jsonl"):
+        with checkpoint.writing(self.config.run_dir, "metrics.jsonl"):
             self.tracker.truncate(self.progress.optimizer_step, self.progress.epoch)
 
     def _fail_non_finite(self, batches: list[dict], loss: float, norm: float) -> None:

@@ -19,6 +19,7 @@ import checkpoint
 import utils
 from checkpoint import (
     TrainingState,
+    WriteFailed,
     checkpoints,
     load_state,
     make_writable,
@@ -111,7 +112,8 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint_or_the_new(
     new_model = wrap(tiny_model("gpt2", seed=2))
     with monkeypatch.context() as patch:
         patch.setattr(target, failing(pkgutil.resolve_name(target), number))
-        with pytest.raises(OSError, match="disk full"):
+        words = r"checkpoint_1 could not be written \(disk full\); nothing was saved before it"
+        with pytest.raises(WriteFailed, match=words):
             save_checkpoint(path, new_model, word_tokenizer, SETTINGS | {"epoch": 5})
     recover(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint_1"]
