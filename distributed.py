@@ -44,8 +44,9 @@ TRAINING_BYTES_PER_PARAMETER = 16
 STATE_SHARE_OF_DEVICE = 0.6
 # A rank that comes to a collective later than this after another is taken for lost.
 COLLECTIVE_TIMEOUT_S = 1800.0
-# Ranks that lost another wait this long for the rest to report, and for the store to answer.
+# Ranks that lost another wait this long for the rest to report, and for their store to answer.
 REPORT_TIMEOUT_S = 10.0
+STORE_TIMEOUT_S = 5.0
 REPORT_POLL_S = 0.2
 START_POLL_S = 0.02
 
@@ -413,13 +414,16 @@ def _ask_store(question: Callable[[dist.Store], _Answer]) -> _Answer | None:
     answers = []
 
     def ask() -> None:
-        with suppress(dist.DistError):
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        with suppress(OSError, RuntimeError):
+            # Asked in vain, the store itself would fill the screen with a stack trace.
+            socket.create_connection(address, STORE_TIMEOUT_S).close()
             answers.append(question(_store()))
 
     # A store whose machine froze would hold this rank as well.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(REPORT_TIMEOUT_S + 5)
+    thread.join(REPORT_TIMEOUT_S + STORE_TIMEOUT_S)
     return answers[0] if answers else None
 
 

@@ -522,7 +522,7 @@ def test_a_state_that_is_asked_for_by_signal_is_written_and_the_run_goes_on(
 @pytest.mark.parametrize(
     "where, error, words",
     [
-        ("checkpoint:save_state", OSError(28, "full"), "could not be written (full)"),
+        ("checkpoint:dcp.save", OSError(28, "full"), "could not be written (full)"),
         ("checkpoint:save_state", ValueError("bug"), "ValueError: bug"),
         ("evaluation:Decoder.predict", ValueError("bug"), "ValueError: bug"),
     ],

@@ -69,6 +69,8 @@ class Bench:
         self.numbers = itertools.count()
         self.undisturbed, self.stopped = {}, {}
         self.mounts = own_mounts()
+        # The first process waits for all that the others have imported already.
+        Ranks(1, self.folder, [["--help"]]).wait()
 
     def count(self, full, quick):
         return quick if self.quick else full
@@ -184,9 +186,9 @@ def wait_until(condition, what):
 # Kills
 
 
-def random_kills(bench, full, bound, *overrides):
+def random_kills(bench, bound, *overrides):
     """SIGKILL at moments drawn evenly over the time of a whole run, start-up included."""
-    straight, num_kills = bench.straight(), bench.count(full, 2)
+    straight, num_kills = bench.straight(), bench.count(25, 1)
 
     def chain(seed, kills):
         rng, victim, lost, halves = random.Random(seed), bench.victim(), 0, 0
@@ -206,8 +208,8 @@ def random_kills(bench, full, bound, *overrides):
         same(victim, straight)
         return lost, halves
 
-    halves = [num_kills // 2, num_kills - num_kills // 2]
-    outcomes = bench.each(lambda kills: chain(bench.rng.random(), kills), halves)
+    chains = {bench.rng.random(): kills for kills in (num_kills // 2, -(-num_kills // 2)) if kills}
+    outcomes = bench.each(lambda chained: chain(*chained), chains.items())
     lost = max(lost for lost, _ in outcomes)
     assert lost <= bound, f"{lost} steps lost"
     return num_kills, lost, f"{sum(n for _, n in outcomes)} left something half-written"
@@ -265,7 +267,7 @@ def phase_kills(bench):
         shutil.rmtree(victim.folder)
         return lost
 
-    numbers = bench.some(range(1, num_operations + 1), 3)
+    numbers = bench.some(range(1, num_operations + 1), 2)
     lost = max(bench.each(trial, numbers))
     assert lost <= 1, f"{lost} steps lost"
     return len(numbers), lost, f"{num_operations} operations"
@@ -447,28 +449,29 @@ def small_disk(victim, num_bytes):
         ctypes.CDLL(None).umount2(str(disk).encode(), MNT_DETACH)
 
 
-def full_disk(bench):
+def full_disk(bench, num_ranks=1, **keys):
     """A disk too small for the run, in steps; then it grows, and the same command goes on."""
     if not bench.mounts:
         return None
-    straight = bench.straight()
+    straight = bench.straight(num_ranks, **keys)
     used = sum(path.stat().st_size for path in straight.run_dir.rglob("*") if path.is_file())
 
     def trial(size):
-        victim = bench.victim()
+        victim = bench.victim(**keys)
         with small_disk(victim, size) as disk:
-            ranks = start(victim, 1, EVERY_STEP)
-            shown = ends(ranks, run.EXIT_FAILED, says="could not be written (")
-            assert "No space left on device" in shown, shown
+            ranks = start(victim, num_ranks, EVERY_STEP)
+            shown = ends(ranks, run.EXIT_FAILED, says="No space left on device")
+            assert shown.count("could not be written (") == 1, shown
             step = saved_step(victim)
-            assert step == 0 or f"resume/{step} is intact" in shown, shown
+            left = f"resume/{step} is intact" if step else "nothing was saved before it"
+            assert left in shown, shown
             lost = lost_steps(victim)
             assert mount("none", disk, None, MS_REMOUNT, f"size={4 * used}")
-            end(victim)
+            end(victim, num_ranks)
             same(victim, straight)
         return lost
 
-    count = bench.count(8, 2)
+    count = bench.count(8 if num_ranks == 1 else 3, 1)
     lost = max(bench.each(trial, [used * (i + 1) // (count + 1) for i in range(count)]))
     assert lost <= 1, f"{lost} steps lost"
     return count, lost, ""
@@ -694,62 +697,65 @@ def lost_rank(bench, which, action, words, speaks):
     return 1, lost, ""
 
 
-HANGS = r"lost contact after optimizer step 3 \(epoch 1\): rank {0} \(process \d+ on \S+\) does not"
-DIED = r"lost contact after optimizer step 3 \(epoch 1\): rank {0} \(process \d+ on \S+\) has died"
-NO_STORE = r"rank 0 or torchrun, whichever held the ranks' store, is gone or does not answer"
-
-
 def hang_self():
     time.sleep(3600)
 
 
+KNOWN = r"lost contact after optimizer step 3 \(epoch 1\): rank {0} \(process \d+ on \S+\) "
+HANGS, DIED = KNOWN + "does not answer: it hangs", KNOWN + "has died"
+NO_STORE = r"rank 0 or torchrun, whichever held the ranks' store, is gone or does not answer"
+LOSSES = {
+    "rank 1 of 3 hangs": (lost_rank, 1, hang_self, HANGS.format(1), 0),
+    "rank 0 of 3 hangs": (lost_rank, 0, hang_self, HANGS.format(0), 1),
+    "rank 2 of 3 killed": (lost_rank, 2, kill_self, DIED.format(2), 0),
+    "rank 0 of 3 frozen, with the ranks' store": (lost_rank, 0, freeze_self, NO_STORE, 1),
+}
+
+
 def rows(bench):
-    """(what is tried, how) of every row; each returns (how often, steps lost, remark) or None."""
-    yield (
-        "SIGKILL at a random moment, saving every step",
-        lambda: random_kills(bench, 25, 1, EVERY_STEP),
-    )
-    yield (
-        "SIGKILL at a random moment, saving every epoch",
-        lambda: random_kills(bench, 25, STEPS_AN_EPOCH),
-    )
-    yield "SIGKILL before each file operation of saving", lambda: phase_kills(bench)
-    yield "killed in the middle of writing a file", lambda: kills_inside_files(bench)
-    for parallel in ("ddp", "fsdp"):
-        yield f"SIGKILL of one of 2 ranks ({parallel})", lambda p=parallel: rank_kills(bench, p)
-    yield "torchrun --max-restarts, one of 2 ranks killed", lambda: torchrun_restarts(bench)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        yield f"{number.name} at a random step", lambda n=number: stop_signal(bench, n)
-    yield "SIGUSR1", lambda: save_signal(bench)
-    yield "disk full (tmpfs of growing sizes)", lambda: full_disk(bench)
-    yield "write fails (limit of a file's size)", lambda: failing_writes(bench)
-    yield "read-only run directory (remounted)", lambda: read_only(bench)
-    for damage in DAMAGES:
-        yield f"newest state: a file {damage}", lambda d=damage: damaged_state(bench, d)
-    yield "two processes on one run directory", lambda: two_processes(bench)
-    yield "data file changed between stop and resume", lambda: changed_data(bench)
-    yield "clock set back a year", lambda: clock_set_back(bench)
-    yield "NaN in a gradient", lambda: spoilt_gradient(bench)
-    for which in (1, 0):
-        yield (
-            f"rank {which} of 3 hangs",
-            lambda w=which: lost_rank(bench, w, hang_self, HANGS.format(w), 1 - w),
-        )
-    yield "rank 2 of 3 killed", lambda: lost_rank(bench, 2, kill_self, DIED.format(2), 0)
-    yield (
-        "rank 0 of 3 frozen, with the ranks' store",
-        lambda: lost_rank(bench, 0, freeze_self, NO_STORE, 1),
-    )
+    """(what is tried, how) of every row; each returns (how often, steps lost, remark) or None.
+
+    A quick run has one row of each kind.
+    """
+    some, of_2 = bench.some, "SIGKILL of one of 2 ranks"
+    yield from {
+        "SIGKILL at a random moment, saving every step": (random_kills, 1, EVERY_STEP),
+        "SIGKILL at a random moment, saving every epoch": (
+            random_kills, STEPS_AN_EPOCH, "num_workers=2",
+        ),
+        "SIGKILL before each file operation of saving": (phase_kills,),
+        "killed in the middle of writing a file": (kills_inside_files,),
+        **{f"{of_2} ({kind})": (rank_kills, kind) for kind in some(("ddp", "fsdp"), 1)},
+        "torchrun --max-restarts, one of 2 ranks killed": (torchrun_restarts,),
+        **{
+            f"{number.name} at a random step": (stop_signal, number)
+            for number in some((signal.SIGTERM, signal.SIGINT), 1)
+        },
+        "SIGUSR1": (save_signal,),
+        "disk full (tmpfs of growing sizes)": (full_disk,),
+        **{
+            f"disk full, 2 ranks ({kind})": (functools.partial(full_disk, parallel=kind), 2)
+            for kind in some(("ddp", "fsdp"), 1)
+        },
+        "write fails (limit of a file's size)": (failing_writes,),
+        "read-only run directory (remounted)": (read_only,),
+        **{f"newest state: a file {name}": (damaged_state, name) for name in some(DAMAGES, 1)},
+        "two processes on one run directory": (two_processes,),
+        "data file changed between stop and resume": (changed_data,),
+        "clock set back a year": (clock_set_back,),
+        "NaN in a gradient": (spoilt_gradient,),
+        **dict(some(LOSSES.items(), 2)),
+    }.items()  # fmt: skip
 
 
 def show(bench):
     """Print the table row by row; returns whether no row is bad."""
     good, line = True, "| {:<46} | {:>5} | {:>10} | {} |"
     print(line.format("tried", "times", "steps lost", "verdict"), "|---|---:|---:|---|", sep="\n")
-    for tried, attempt in rows(bench):
+    for tried, (attempt, *how) in rows(bench):
         times, lost, verdict = "", "", "good"
         try:
-            outcome = attempt()
+            outcome = attempt(bench, *how)
         except Exception as error:
             verdict, good = "BAD: " + " ".join(str(error).split()), False
         else:
