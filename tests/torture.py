@@ -1,13 +1,13 @@
 """`make torture`: what a run survives, tried again and again and counted in one table.
 
-    .venv/bin/python tests/torture.py [--quick] [--seed N]
+    .venv/bin/python tests/torture.py [--quick] [--only WORDS] [--seed N]
 
 Every row disturbs tiny runs of run.py, in processes of their own, in one way. It is good when the
 disturbed run ends as it should and, continued by the same command, comes to the end of an
 undisturbed one: final weights and predictions bit for bit, metrics.jsonl line by line but for what
 clocks measured. "Lost" are optimizer steps that were logged and had to be done again.
 docs/faults.md explains the rows. The exit status is 1 when a row is bad. pytest does not collect
-this script; test_torture.py runs it with --quick.
+this script; test_torture.py runs a part of it with --quick --only.
 """
 
 import argparse
@@ -748,11 +748,13 @@ def rows(bench):
     }.items()  # fmt: skip
 
 
-def show(bench):
-    """Print the table row by row; returns whether no row is bad."""
+def show(bench, only):
+    """Print the table row by row, of rows that hold the words `only`; whether no row is bad."""
     good, line = True, "| {:<46} | {:>5} | {:>10} | {} |"
     print(line.format("tried", "times", "steps lost", "verdict"), "|---|---:|---:|---|", sep="\n")
     for tried, (attempt, *how) in rows(bench):
+        if only not in tried:
+            continue
         times, lost, verdict = "", "", "good"
         try:
             outcome = attempt(bench, *how)
@@ -771,13 +773,14 @@ def show(bench):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="every row, but a few times only")
+    parser.add_argument("--only", default="", metavar="WORDS", help="rows whose name holds this")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places drawn")
     options = parser.parse_args()
     folder = tempfile.mkdtemp(prefix="torture-")
     began = time.monotonic()
     bench = Bench(folder, options.quick, options.seed)
     bench.straight()
-    good = show(bench)
+    good = show(bench, options.only)
     print(f"seed {options.seed}, {(time.monotonic() - began) / 60:.1f} minutes")
     if good:
         shutil.rmtree(folder)
