@@ -48,6 +48,8 @@ from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha
 
 RESUME_FOLDER = "resume"
 KEPT_STATES = 2
+# What Python raises where JSON holds other values than were written.
+UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BASE_PREFIX = "base_causallm."
 # What `whole_directory` and utils.atomic_write_text leave behind in a crash.
 SET_ASIDE = re.compile(r"\.(?P<name>checkpoint_\d+|\d+)\.(?P<kind>old|part)")
@@ -244,10 +246,14 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def prune_checkpoints(run_dir: Path, newest: int, keep: int) -> None:
-    """Of the checkpoints up to `newest` finished epochs, remove all but the last `keep`."""
+    """Of the checkpoints up to `newest` finished epochs, remove all but the last `keep`.
+
+    One that the user moved and left a link to is not removed.
+    """
     up_to_now = [path for number, path in checkpoints(run_dir) if number <= newest]
     for path in up_to_now[:-keep]:
-        shutil.rmtree(path)
+        if not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def refuse_obstacles(run_dir: Path) -> None:
@@ -363,7 +369,7 @@ def newest_state(run_dir: Path, notify=print) -> TrainingState | None:
     for _, folder in reversed(folders):
         try:
             return TrainingState(folder, _verified_progress(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (*UNREADABLE, OSError) as error:
             notify(f"{folder}: damaged, trying the one before ({error})")
     if folders:
         raise UserError(
@@ -378,7 +384,13 @@ def _verified_progress(folder: Path) -> dict:
     content = stored["content"]
     if _sum_of(content) != stored["sha256"]:
         raise ValueError("state.json does not match its sum")
+    unlisted = {path.name for path in folder.glob("*.safetensors")} - content["sha256"].keys()
+    if unlisted:
+        raise ValueError(f"{min(unlisted)} does not belong to it")
     for name, expected in content["sha256"].items():
+        # A device or a pipe could be read without end.
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
         if sha256_file(folder / name) != expected:
             raise ValueError(f"{name} does not match its sum")
     return content["progress"]

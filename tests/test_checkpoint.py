@@ -77,6 +77,17 @@ def test_checkpoints_are_found_in_the_order_of_their_epochs_and_pruned(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+def test_a_checkpoint_that_was_moved_and_linked_is_never_pruned(tmp_path):
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "disk"
+    for folder in (elsewhere, run_dir / "checkpoint_2", run_dir / "checkpoint_3"):
+        folder.mkdir(parents=True)
+        (folder / "coconut.json").touch()
+    (run_dir / "checkpoint_1").symlink_to(elsewhere)
+    prune_checkpoints(run_dir, newest=3, keep=1)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoint_1", "checkpoint_3"]
+    assert (elsewhere / "coconut.json").exists()
+
+
 def failing(function, number):
     """`function`, which fails at call `number` (from 1) and from then on."""
     calls = []

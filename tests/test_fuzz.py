@@ -306,7 +306,7 @@ def test_settings_of_mangled_bytes_load_or_name_the_file(evaluation, data):
         file.write_bytes(good)
 
 
-@fuzz(60)
+@fuzz(30)
 @given(st.data())
 def test_mangled_architectures_load_or_give_a_message(evaluation, data):
     folder = evaluation.keys["load_model_path"]
@@ -319,7 +319,7 @@ def test_mangled_architectures_load_or_give_a_message(evaluation, data):
         file.write_bytes(good)
 
 
-@fuzz(60)
+@fuzz(20)
 @given(data=st.data())
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_mangled_base_models_load_or_give_a_message(tmp_path, family, data):
@@ -333,7 +333,7 @@ def test_mangled_base_models_load_or_give_a_message(tmp_path, family, data):
         file.write_bytes(good)
 
 
-@fuzz(60)
+@fuzz(50)
 @given(st.data())
 def test_mangled_tokenizers_load_or_give_a_message(evaluation, data):
     folder = evaluation.keys["load_model_path"]
@@ -346,7 +346,7 @@ def test_mangled_tokenizers_load_or_give_a_message(evaluation, data):
         file.write_bytes(good)
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.data())
 def test_any_file_of_mangled_bytes_loads_or_gives_a_message(evaluation, data):
     folder = evaluation.keys["load_model_path"]
@@ -365,7 +365,7 @@ def split_safetensors(content):
     return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.data())
 def test_mangled_headers_of_weights_load_or_give_a_message(evaluation, data):
     folder = evaluation.keys["load_model_path"]
@@ -397,7 +397,7 @@ def single(finished, tmp_path):
     )  # fmt: skip
 
 
-@fuzz(80)
+@fuzz(50)
 @given(st.data())
 def test_a_mangled_single_file_loads_or_gives_a_message(single, data):
     file = single.keys["load_model_path"]
@@ -420,7 +420,7 @@ def rewrite(path, name, content):
             archive.writestr(member, bytes_)
 
 
-@fuzz(80)
+@fuzz(50)
 @given(st.data())
 def test_a_mangled_pickle_in_a_sound_archive_loads_or_gives_a_message(single, data):
     file = single.keys["load_model_path"]
@@ -454,7 +454,7 @@ entries_of_tensors = st.dictionaries(
 )
 
 
-@fuzz(80)
+@fuzz(50)
 @given(entries_of_tensors | any_entries, st.booleans())
 def test_a_state_dict_of_anything_loads_or_gives_a_message(single, entries, complete):
     file = single.keys["load_model_path"]
@@ -536,6 +536,34 @@ def test_a_position_changed_by_hand_is_refused_by_field(again, capsys, path, val
     mend_sums(file.parent)
     told = [f"{file}: changed by hand or of another version: {words}", f"remove {file.parent} to"]
     assert_refused(capsys, experiment, words=told)
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [
+        *([], None, 7, {"/dev/zero": "0" * 64}, {"../../../config.yaml": "0" * 64}),
+        *({"generators.json": None}, {"generators.json": []}, {"": "0" * 64}, {"\ud800": "0"}),
+    ],
+)
+def test_sums_of_other_things_than_files_damage_a_state(again, capsys, sums):
+    experiment = again()
+    file = state_folder(experiment) / "state.json"
+    content = json.loads(file.read_text())["content"] | {"sha256": sums}
+    file.write_text(json.dumps({"content": content, "sha256": checkpoint._sum_of(content)}))
+    assert_refused(capsys, experiment, words=["resume: no training state is intact"])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"content": ' * 3000, "9" * 5000, "NaN", "\0"])
+def test_a_state_of_hostile_json_is_damaged(again, capsys, text):
+    experiment = again()
+    (state_folder(experiment) / "state.json").write_text(text)
+    assert_refused(capsys, experiment, words=["resume: no training state is intact"])
+
+
+def test_weights_that_do_not_belong_to_a_state_damage_it(again, capsys):
+    experiment = again()
+    save_file({"x": torch.zeros(1)}, state_folder(experiment) / "another.safetensors")
+    assert_refused(capsys, experiment, words=["resume: no training state is intact"])
 
 
 @fuzz(60)

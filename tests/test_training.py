@@ -418,7 +418,7 @@ def remove(path):
 DAMAGES = [
     (truncate, TENSORS, f"{TENSORS} does not match its sum"),
     (flip_a_bit, TENSORS, f"{TENSORS} does not match its sum"),
-    (remove, "generators.json", "No such file or directory"),
+    (remove, "generators.json", "generators.json is missing"),
     (remove, "state.json", "No such file or directory"),
     (truncate, "state.json", "Expecting"),
     (change_a_figure, "state.json", "state.json does not match its sum"),
