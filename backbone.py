@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GenerationConfig,
@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import NewGELUActivation
 
 from coconut import Coconut
 from config import Config
@@ -148,7 +147,6 @@ def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Back
         if config.only_eval:
             notify(f"{source_name(config)}: these weights never saw the latent markers")
         _add_marker_rows(model, tokenizer, config.new_token_init, notify)
-    _fuse_activations(model)
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     if config.activation_checkpointing:
@@ -213,14 +211,6 @@ def _reads_plain_text(coconut: Coconut) -> bool:
         return False
     finally:
         model.train(was_training)
-
-
-def _fuse_activations(model: PreTrainedModel) -> None:
-    """Let one operation compute GPT-2's `gelu_new`, which transformers writes as eight."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

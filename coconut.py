@@ -9,22 +9,32 @@ with w nearest first and a the attention mask. m = 1 is the original Coconut. A 
 states before it, so a batch whose rows hold at most K latents takes K + 1 passes that extend one
 key-value cache; gradients flow back through thoughts and cache.
 
-This file needs torch and transformers alone and can be lifted out. It knows nothing of tokenizers,
-configuration, ranks or logging. To change the idea, subclass and override `Coconut.thought`.
+With passes.py, which makes them cheap and holds no idea, this file needs torch and transformers
+alone and can be lifted out. It knows nothing of tokenizers, configuration, ranks or logging. To
+change the idea, subclass and override `Coconut.thought`.
 Source: Hao et al. 2024, arXiv 2412.06769, section 3; SPEC sections 5 to 7.
 
 Shapes: B batch, T tokens, D width, V vocabulary, N labelled positions, K latents, m window.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+
+from passes import (
+    PassCache,
+    attention_by_passes,
+    can_pack,
+    joined_weight_gradients,
+    prepare,
+)
 
 IGNORE_INDEX = -100
 WINDOW_SCOPES = ("sequence", "pass")
@@ -52,14 +62,15 @@ class Layout:
 
     starts: columns after column 0 at which a pass begins, ascending.
     thought_columns: those of them that hold a thought in some row; none for `thought: pause`.
-    is_padded: whether any row holds padding.
+    places: of each pass the places of its tokens in its flattened (B, columns), None where it holds
+        no padding.
     labelled: (N,) long, the labelled predictions as places in the flattened (B, T - 1); None
         without labels.
     """
 
     starts: list[int]
     thought_columns: list[int]
-    is_padded: bool
+    places: list[Tensor | None]
     labelled: Tensor | None
 
 
@@ -108,6 +119,7 @@ class Coconut(nn.Module):
             raise ValueError(f"window_scope={window_scope!r} is none of {WINDOW_SCOPES}")
         if thought not in THOUGHTS:
             raise ValueError(f"thought={thought!r} is none of {THOUGHTS}")
+        prepare(base_causallm)
         self.base_causallm = base_causallm
         self.latent_token_id = latent_token_id
         self.start_latent_id = start_latent_id
@@ -170,9 +182,9 @@ class Coconut(nn.Module):
         """
         if layout is None:
             layout = self.layout(input_ids, attention_mask, labels)
-        end = input_ids.size(1)
-        passes = self._read(input_ids, attention_mask, position_ids, end, layout)
-        hidden_states, inputs_embeds, _ = passes
+        hidden_states, inputs_embeds, _ = self._read(
+            input_ids, attention_mask, position_ids, layout
+        )
         head = self.base_causallm.get_output_embeddings()
         if labels is None:
             return CoconutOutput(logits=head(hidden_states[:, -1:]), inputs_embeds=inputs_embeds)
@@ -206,6 +218,7 @@ class Coconut(nn.Module):
         starts_row, holds_latent, holds_padding = torch.stack(
             [(is_latent & is_row_start).any(0), is_latent.any(0), is_padding.any(0)]
         ).tolist()
+        end = input_ids.size(1)
         thought_columns = []
         if self.thought_kind == "continuous":
             if any(starts_row):
@@ -215,11 +228,15 @@ class Coconut(nn.Module):
             thought_columns = [column for column, holds in enumerate(holds_latent) if holds]
         starts = thought_columns
         if num_passes is not None:
-            starts = _add_starts(thought_columns, num_passes, input_ids.size(1))
+            starts = _add_starts(thought_columns, num_passes, end)
+        places = [
+            _tokens_among(is_padding[:, begin:stop]) if any(holds_padding[begin:stop]) else None
+            for begin, stop in pairwise([0, *starts, end])
+        ]
         labelled = None
         if labels is not None:
             labelled = (labels[:, 1:] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
-        return Layout(starts, thought_columns, any(holds_padding), labelled)
+        return Layout(starts, thought_columns, places, labelled)
 
     @torch.no_grad()
     def generate(
@@ -249,12 +266,15 @@ class Coconut(nn.Module):
         options = defaults | options
         has_latents = bool(self._is_latent(input_ids, attention_mask).any())
         if has_latents and self.thought_kind == "continuous":
-            layout, end = self.layout(input_ids, attention_mask), input_ids.size(1) - 1
-            if end in layout.thought_columns:
+            if bool(self._is_latent(input_ids, attention_mask)[:, -1].any()):
                 raise ValueError("a prompt ends with a latent token: close it with the end marker")
             # The last prompt column stays out of the cache: generate must read at least one token
             # itself, and over a complete cache it would return wrong tokens without an error.
-            *_, cache = self._read(input_ids, attention_mask, None, end, layout)
+            known_ids, known_mask = input_ids[:, :-1], attention_mask[:, :-1]
+            layout = self.layout(known_ids, known_mask)
+            *_, cache = self._read(known_ids, known_mask, None, layout)
+            if isinstance(cache, PassCache):
+                cache = cache.for_generation(self.base_causallm.config)
             copies = max(options["num_beams"], options["num_return_sequences"])
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
@@ -276,55 +296,78 @@ class Coconut(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor | None,
-        end: int,
         layout: Layout,
-    ) -> tuple[Tensor, Tensor, DynamicCache | None]:
-        """Read columns [0, end): hidden states (B, end, D), embeddings (B, end, D), the cache."""
+    ) -> tuple[Tensor, Tensor, Cache | None]:
+        """Read all columns, thoughts in place: states and embeddings (B, T, D), and the cache."""
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        token_embeds = self.base_causallm.get_input_embeddings()(input_ids[:, :end])
+        token_embeds = self.base_causallm.get_input_embeddings()(input_ids)
         is_latent = self._is_latent(input_ids, attention_mask)
         checkpointed = getattr(self.base_causallm.base_model, "gradient_checkpointing", False)
         if layout.starts and self.training and checkpointed:
             raise ValueError(
                 "gradient checkpointing drops the cache that latent thoughts need; switch it off"
             )
-        cache = DynamicCache(config=self.base_causallm.config) if layout.starts else None
-        visible = self._visible(attention_mask) if layout.is_padded else None
+        reads_packed = can_pack(self.base_causallm) and not checkpointed
+        is_padded = any(places is not None for places in layout.places)
+        cache = None
+        if reads_packed:
+            cache = PassCache(attention_mask if is_padded else None, len(input_ids))
+        elif layout.starts:
+            cache = DynamicCache(config=self.base_causallm.config)
         hidden_passes, embeds_passes = [], []
         window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
-        for begin, stop in pairwise([0, *layout.starts, end]):
-            embeds = token_embeds[:, begin:stop]
-            if begin in layout.thought_columns:
-                embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
-            hidden = self.base_causallm.base_model(
-                inputs_embeds=embeds,
-                attention_mask=_cut(visible, begin, stop),
-                position_ids=position_ids[:, begin:stop],
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
-            window = torch.cat([window.to(hidden.dtype), hidden], 1)[:, -self.latent_window_size :]
-            hidden_passes.append(hidden)
-            embeds_passes.append(embeds)
+        bounds = pairwise([0, *layout.starts, input_ids.size(1)])
+        with ExitStack() as stack:
+            if reads_packed:
+                stack.enter_context(attention_by_passes(self.base_causallm))
+            if layout.starts and torch.is_grad_enabled():
+                stack.enter_context(joined_weight_gradients(self.base_causallm))
+            for (begin, stop), places in zip(bounds, layout.places, strict=True):
+                embeds = token_embeds[:, begin:stop]
+                if begin in layout.thought_columns:
+                    embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
+                positions = position_ids[:, begin:stop]
+                if reads_packed:
+                    hidden = self._read_packed(embeds, positions, cache, places)
+                else:
+                    mask = attention_mask[:, :stop] if is_padded else None
+                    hidden = self._read_padded(embeds, positions, cache, mask)
+                window = torch.cat([window.to(hidden.dtype), hidden], 1)
+                window = window[:, -self.latent_window_size :]
+                hidden_passes.append(hidden)
+                embeds_passes.append(embeds)
         return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache
 
-    def _visible(self, attention_mask: Tensor) -> Tensor:
-        """What the model takes as mask: (B, 1, T, T) bool where it can, else (B, T) as it is.
+    def _read_packed(
+        self, embeds: Tensor, position_ids: Tensor, cache: PassCache, places: Tensor | None
+    ) -> Tensor:
+        """States (B, C, D) of the next C columns, whose padding the layers never see."""
+        if places is not None:
+            places = places.to(embeds.device, non_blocking=True)
+        cache.begin(embeds.size(1), places)
+        hidden_states = self.base_causallm.base_model(
+            inputs_embeds=cache.pack(embeds),
+            position_ids=cache.pack(position_ids),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return cache.unpack(hidden_states)
 
-        From the latter transformers makes the former itself, in every pass, and makes the host
-        wait for the device to see whether it may do without.
+    def _read_padded(
+        self, embeds: Tensor, position_ids: Tensor, cache: Cache | None, mask: Tensor | None
+    ) -> Tensor:
+        """The same by the model's own attention, for kernels and models that know no other way.
+
+        mask: (B, L), attention_mask up to the last of these columns; None without padding.
         """
-        config = self.base_causallm.config.get_text_config()
-        layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-        has_window = getattr(config, "sliding_window", None) is not None
-        if config._attn_implementation != "sdpa" or layer_types != {"full_attention"} or has_window:
-            return attention_mask
-        columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
-        is_past = columns <= columns[:, None]
-        # Padding sees itself: a row of a softmax needs something to see.
-        is_self = columns == columns[:, None]
-        return (is_past & (attention_mask != 0)[:, None, None]) | is_self
+        return self.base_causallm.base_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
 
     def _is_latent(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) bool; whatever id pads a row, padding is never a latent."""
@@ -346,11 +389,11 @@ class Coconut(nn.Module):
         return torch.cat([first[:, None], embeds[:, 1:]], 1)
 
 
-def _cut(visible: Tensor | None, begin: int, stop: int) -> Tensor | None:
-    """The part of `Coconut._visible` for the pass over columns [begin, stop)."""
-    if visible is None or visible.dim() == 2:
-        return None if visible is None else visible[:, :stop]
-    return visible[:, :, begin:stop, :stop]
+def _tokens_among(is_padding: Tensor) -> Tensor:
+    """(n,) long, the places of tokens in the flattened (B, columns) of a pass; at least one."""
+    places = (~is_padding).flatten().nonzero().squeeze(1)
+    # A pass of padding alone keeps step with other ranks, and a model wants something to read.
+    return places if len(places) else places.new_zeros(1)
 
 
 def _add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:

@@ -1,10 +1,12 @@
 """The contenders: published algorithm, plain prototype and ours, as training steps and generation.
 
-All of them share one base model, so that none is slower for where its weights lie. Ours is the
-product itself: Trainer's optimizer step and Coconut's generate, with a window of one state as in
-the published algorithm. The published one computes in fp32 always: it cannot do otherwise.
+Published and prototype share one base model; ours takes a copy, whose layers it changes
+(passes.prepare). Ours is the product itself: Trainer's optimizer step and Coconut's generate, with
+a window of one state as in the published algorithm. The published one computes in fp32 always: it
+cannot do otherwise.
 """
 
+import copy
 from argparse import ArgumentParser
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -45,9 +47,11 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def wrap(base: PreTrainedModel, window: int = 1) -> Coconut:
-    """Coconut around `base`, with a plain average over `window` states."""
+    """Coconut around a copy of `base`, with a plain average over `window` states."""
     ids = token_ids(build_tokenizer(base.config.vocab_size))
-    return Coconut(base, **ids, latent_window_size=window, latent_weights=[1.0] * window)
+    return Coconut(
+        copy.deepcopy(base), **ids, latent_window_size=window, latent_weights=[1.0] * window
+    )
 
 
 def make_trainer(base: PreTrainedModel, bf16: bool, window: int = 1) -> Trainer:

@@ -389,7 +389,7 @@ def test_pause_thoughts_are_an_ordinary_language_model(tiny_model, family):
     assert_matches_oracle(base, batch, thought="pause")
     calls = count_columns(base.base_model)
     wrap(base, thought="pause")(**batch)
-    assert calls == [tuple(batch["input_ids"].shape)]
+    assert calls == [(1, batch["attention_mask"].sum())]
 
 
 @families
@@ -417,14 +417,16 @@ def test_a_batch_costs_one_pass_more_than_its_latents(tiny_model, family, latent
     batch = lay_out(rows, [make_labels(row) for row in rows])
     calls = count_columns(base.base_model)
     wrap(base)(**batch)
-    size, width = batch["input_ids"].shape
     assert len(calls) == max(latents) + 1
+    # Padding is read by none of them.
+    tokens = batch["attention_mask"].sum(0)
     if max(latents):
         first = (batch["input_ids"] == LATENT).any(0).nonzero()[0].item()
-        rest = width - first - max(latents) + 1
-        assert calls == [(size, c) for c in (first, *[1] * (max(latents) - 1), rest)]
+        last = first + max(latents) - 1
+        passes = (tokens[:first].sum(), *tokens[first:last], tokens[last:].sum())
+        assert calls == [(1, n) for n in passes]
     else:
-        assert calls == [(size, width)]
+        assert calls == [(1, tokens.sum())]
 
 
 @families
@@ -464,7 +466,7 @@ def test_nothing_waits_for_the_device_between_layout_and_gradients(tiny_model, f
     batch = lay_out(rows, [make_labels(row) for row in rows], extra_left=padding)
     model = wrap(tiny_model(family))
     layout = model.layout(**batch)
-    assert layout.is_padded == (padding > 0)
+    assert (layout.places[0] is None) == (padding == 0)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         model(**batch, layout=layout).loss.backward()
     seen = {event.key for event in profiled.key_averages()}

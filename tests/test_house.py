@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "config": {"strict_yaml"},
     "curriculum": set(),
     "metrics": set(),
-    "coconut": set(),
+    "passes": set(),
+    "coconut": {"passes"},
     "utils": set(),
     "distributed": {"utils"},
     "tracking": {"utils"},
@@ -132,9 +133,9 @@ def test_nothing_is_imported_by_a_computed_name():
     assert not [source for source, known in names.items() if "importlib.import_module" in known]
 
 
-def test_coconut_needs_torch_and_transformers_alone():
-    foreign = packages(Path("coconut.py")) - sys.stdlib_module_names
-    assert foreign == {"torch", "transformers"}
+def test_coconut_and_passes_need_torch_and_transformers_alone():
+    foreign = packages(Path("coconut.py")) | packages(Path("passes.py"))
+    assert foreign - sys.stdlib_module_names == {"passes", "torch", "transformers"}
 
 
 def test_config_curriculum_and_metrics_load_without_torch():

@@ -1,0 +1,394 @@
+"""What makes many short passes over one batch cheap, under Hugging Face models of any kind.
+
+Coconut reads a batch in K + 1 passes (coconut.py), and most of them hold one column. Three things
+keep their cost near that of the arithmetic; none changes a result but in the last bits:
+
+- `PassCache` lets linear layers see the tokens of a pass alone, without padding: (1, n, D) in
+  place of (B, columns, D). Attention puts them back into rows. Keys of the first pass stay one
+  tensor that all later passes read: joining them anew in each pass would keep K + 1 copies.
+- `joined_weight_gradients` computes one product a weight matrix for all passes, when the backward
+  pass is through with them, in place of one a pass that reads and writes the whole gradient.
+- `RoomyCache` writes the keys of new tokens into room kept for them, for generation.
+
+Like coconut.py this needs torch and transformers alone. What a thought is stands there.
+
+Shapes: B rows, n tokens of a pass, C columns of a pass, L columns so far, its own included;
+H query heads, G key heads (H a multiple of it), E width of a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, Cache, PretrainedConfig, PreTrainedModel
+from transformers.activations import NewGELUActivation
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+ATTENTION = "coconut_passes"
+# Queries of a first pass that the CPU takes at once where no kernel serves: keys after them are
+# left out, so smaller blocks compute less that is masked, and larger ones call less often.
+QUERY_BLOCK = 96
+# Columns that a generation cache grows by.
+ROOM = 64
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Let a model's layers take part in `joined_weight_gradients`; fuse GPT-2's activation.
+
+    Transformers computes `gelu_new` by eight operations where torch has one.
+    """
+    for module in model.modules():
+        if type(module) in _JOINED:
+            module.__class__ = _JOINED[type(module)]
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether `PassCache` serves this model: attention over all that came before, by an interface.
+
+    The user's choice of a kernel other than sdpa counts as well.
+    """
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    has_window = getattr(config, "sliding_window", None) is not None
+    return (
+        model._supports_attention_backend
+        and config._attn_implementation == "sdpa"
+        and layer_types == {"full_attention"}
+        and not has_window
+    )
+
+
+# Tokens without padding
+
+
+class PassCache(Cache):
+    """Keys and values of the passes so far, in rows, and the attention over them.
+
+    Given to a model as `past_key_values` within `attention_by_passes`, with inputs (1, n, D).
+    attention_mask: (B, T), 0 on padding, of all columns that will come; None where none is padding.
+    num_rows: B.
+    """
+
+    def __init__(self, attention_mask: Tensor | None, num_rows: int):
+        super().__init__(layers=[])
+        self.attention_mask = attention_mask
+        self.num_rows = num_rows
+        self.num_columns, self.num_seen = 0, 0
+        self.places: Tensor | None = None
+        self.visible: Tensor | None = None
+        # By layer: at most two (keys, values), each (B, G, columns, E): of the first pass, and of
+        # all later ones together.
+        self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def begin(self, num_columns: int, places: Tensor | None) -> None:
+        """A pass over the next C columns begins.
+
+        places: (n,) long, its tokens in the flattened (B, C); None where no column is padding.
+        """
+        self.num_columns, self.places = num_columns, places
+        self.num_seen += num_columns
+        # (B or 1, 1, C, L) bool, what each column may see; None where that is all before it.
+        self.visible = None
+        if self.attention_mask is not None:
+            columns = torch.arange(self.num_seen, device=self.attention_mask.device)
+            rows = columns[-num_columns:, None]
+            is_token = self.attention_mask[:, None, None, : self.num_seen] != 0
+            # Padding sees itself: a row of a softmax needs something to see.
+            self.visible = ((columns <= rows) & is_token) | (columns == rows)
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """(B, C, ...) -> (1, n, ...): the tokens of the pass."""
+        flat = rows.flatten(0, 1)
+        return (flat if self.places is None else flat[self.places])[None]
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """(1, n, ...) -> (B, C, ...), zeros at padding."""
+        flat = tokens[0]
+        if self.places is not None:
+            empty = flat.new_zeros(self.num_rows * self.num_columns, *flat.shape[1:])
+            flat = empty.index_copy(0, self.places, flat)
+        return flat.unflatten(0, (self.num_rows, self.num_columns))
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple:
+        """Keep a layer's keys and values (1, G, n, E); what it hands on is for `_attend` alone."""
+        # In order of memory, or every pass would copy the first one's keys for its products.
+        new = tuple(self.unpack(x.transpose(1, 2)).transpose(1, 2).contiguous()
+                    for x in (key_states, value_states))  # fmt: skip
+        parts = self.parts.setdefault(layer_idx, [])
+        if len(parts) < 2:
+            parts.append(new)
+        else:
+            parts[1] = tuple(torch.cat(pair, 2) for pair in zip(parts[1], new, strict=True))
+        return self, None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read so far."""
+        return sum(keys.size(2) for keys, _ in self.parts.get(layer_idx, ()))
+
+    def for_generation(self, config: PretrainedConfig) -> Cache:
+        """The same keys as a cache that `generate` can go on with."""
+        cache = RoomyCache(config)
+        for layer_idx, parts in sorted(self.parts.items()):
+            cache.update(*(torch.cat(side, 2) for side in zip(*parts, strict=True)), layer_idx)
+        return cache
+
+
+@contextmanager
+def attention_by_passes(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model's attention is that over a `PassCache`, and makes no masks of its own."""
+    config = model.config.get_text_config()
+    chosen = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: PassCache,
+    value: None,
+    attention_mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """The attention layer's part: queries (1, H, n, E) -> (1, n, H, E), in transformers' terms."""
+    cache, parts = key, key.parts[module.layer_idx]
+    query = cache.unpack(query.transpose(1, 2)).transpose(1, 2)  # (B, H, C, E)
+    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    if len(parts) > 1:
+        rows = weigh(query, parts, cache.visible, dropout, scaling)
+    elif query.is_cuda or dropout == 0:
+        rows = _fused(query, *parts[0], cache.visible, dropout, scaling)
+    else:
+        # No CPU kernel knows dropout: torch would keep three matrices of C x C a head.
+        (keys, values), blocks = parts[0], []
+        for begin in range(0, query.size(2), QUERY_BLOCK):
+            stop = min(begin + QUERY_BLOCK, query.size(2))
+            visible = None
+            if cache.visible is not None:
+                visible = cache.visible[:, :, begin:stop, :stop]
+            seen = [(keys[:, :, :stop], values[:, :, :stop])]
+            blocks.append(weigh(query[:, :, begin:stop], seen, visible, dropout, scaling))
+        rows = torch.cat(blocks, 2)
+    return cache.pack(rows.transpose(1, 2)), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+def _fused(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, dropout: float,
+    scaling: float,
+) -> Tensor:  # fmt: skip
+    """Attention of a first pass by torch's kernels: (B, H, C, E)."""
+    groups = query.size(1) // keys.size(1)
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=visible, dropout_p=dropout, scale=scaling,
+        is_causal=visible is None,
+    )  # fmt: skip
+
+
+def weigh(
+    query: Tensor,
+    parts: list[tuple[Tensor, Tensor]],
+    visible: Tensor | None,
+    dropout: float,
+    scaling: float,
+) -> Tensor:
+    """Attention over keys in parts: (B, H, C, E).
+
+    query: (B, H, C, E), the last C of L columns; parts: keys and values (B, G, columns, E), L
+        columns together.
+    visible: (B or 1, 1, C, L) bool; None for the columns before and itself.
+    dropout: of the attention weights. scaling: of the scores.
+    """
+    B, H, C, E = query.shape
+    G = parts[0][0].size(1)
+    # The H / G query heads that share a key head are like so many more queries of it.
+    grouped = (query * scaling).reshape(B, G, -1, E)
+    scores = [grouped @ keys.transpose(2, 3) for keys, _ in parts]
+    lengths = [part.size(-1) for part in scores]
+    scores = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).view(B, H, C, -1)
+    if visible is None and C > 1:
+        L = scores.size(-1)
+        visible = torch.ones(C, L, dtype=torch.bool, device=query.device).tril(L - C)
+    if visible is not None:
+        scores = scores.masked_fill_(~visible, float("-inf"))
+    weights = F.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if dropout > 0:
+        # Keeps a mask of one byte a weight; F.dropout on the CPU keeps one of four.
+        weights, _ = torch.native_dropout(weights, dropout, True)
+    weights = weights.to(parts[0][1].dtype).view(B, G, -1, sum(lengths)).split(lengths, -1)
+    rows = sum(part @ values for part, (_, values) in zip(weights, parts, strict=True))
+    return rows.view(B, H, C, E)
+
+
+# One product a weight for all passes
+
+
+class _Joined:
+    """A linear layer whose weight gradients of several passes can be computed together.
+
+    uses: while passes are being joined, the layer's weights as those passes take them and the list
+        in which their backward passes leave what the product needs; else None.
+    """
+
+    uses: tuple[Tensor, Tensor | None, list] | None = None
+    is_joining = False
+    weight_is_transposed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_joining or not self.weight.requires_grad:
+            return super().forward(x)
+        if self.uses is None:
+            gathered: list[tuple[Tensor, Tensor]] = []
+            weight, bias = _Together.apply(
+                self.weight, self.bias, self.weight_is_transposed, gathered
+            )
+            self.uses = weight, bias, gathered
+        weight, bias, gathered = self.uses
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _Use.apply(x, weight, bias, self.weight_is_transposed, gathered)
+
+
+class _JoinedLinear(_Joined, nn.Linear):
+    """torch's linear layer: weight (out, in)."""
+
+    weight_is_transposed = True
+
+
+class _JoinedConv1D(_Joined, Conv1D):
+    """GPT-2's linear layer: weight (in, out)."""
+
+
+_JOINED = {nn.Linear: _JoinedLinear, Conv1D: _JoinedConv1D}
+
+
+@contextmanager
+def joined_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Passes of `model` within share one product a weight matrix in their backward pass.
+
+    For models that `prepare` saw.
+
+    Raises: RuntimeError in a backward pass with create_graph=True.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _Joined)]
+    for layer in layers:
+        layer.is_joining = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_joining, layer.uses = False, None
+
+
+class _Together(torch.autograd.Function):
+    """A layer's weights on their way into its uses; on the way back, their gradient from all.
+
+    Autograd comes here when every use that counts is through, whatever their order.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias, is_transposed, gathered):
+        ctx.is_transposed, ctx.gathered = is_transposed, gathered
+        ctx.set_materialize_grads(False)
+        ctx.dtype = weight.dtype
+        ctx.has_bias = bias is not None and bias.requires_grad
+        if not torch.is_autocast_enabled(weight.device.type):
+            return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+        dtype = torch.get_autocast_dtype(weight.device.type)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    @staticmethod
+    def backward(ctx, *_):
+        _refuse_second_order()
+        inputs, gradients = (torch.cat(side) for side in zip(*ctx.gathered, strict=True))
+        ctx.gathered.clear()
+        left, right = (gradients, inputs) if ctx.is_transposed else (inputs, gradients)
+        weight_grad = (left.t() @ right).to(ctx.dtype)
+        bias_grad = gradients.sum(0).to(ctx.dtype) if ctx.has_bias else None
+        return weight_grad, bias_grad, None, None
+
+
+class _Use(torch.autograd.Function):
+    """One pass through a linear layer; its backward pass leaves the weights' gradient for later."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, is_transposed, gathered):
+        ctx.save_for_backward(x, weight)
+        ctx.is_transposed, ctx.gathered = is_transposed, gathered
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight if is_transposed else weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _refuse_second_order()
+        x, weight = ctx.saved_tensors
+        ctx.gathered.append((x.flatten(0, -2), gradient.flatten(0, -2)))
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = gradient @ (weight if ctx.is_transposed else weight.t())
+        return x_grad, None, None, None, None
+
+
+def _refuse_second_order() -> None:
+    # Grad mode is on in a backward pass for create_graph=True alone.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph: joined weight gradients cannot be differentiated again; read the batch"
+            " outside of joined_weight_gradients"
+        )
+
+
+# Generation
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room after them: `keys` and `values` are the part in use."""
+
+    room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Take in (B, G, new, E); all so far (B, G, L, E), for keys and for values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys = key_states[:, :, :0]
+            self.values = value_states[:, :, :0]
+        begin, stop = self.keys.size(2), self.keys.size(2) + key_states.size(2)
+        # Whoever reorders or repeats rows leaves tensors that are not in the room any more.
+        is_own = self.room is not None and self.keys._base is self.room[0]
+        if not is_own or stop > self.room[0].size(2):
+            shape = (*key_states.shape[:2], stop + ROOM)
+            self.room = (
+                key_states.new_empty(*shape, key_states.size(3)),
+                value_states.new_empty(*shape, value_states.size(3)),
+            )
+            self.room[0][:, :, :begin] = self.keys
+            self.room[1][:, :, :begin] = self.values
+        self.room[0][:, :, begin:stop] = key_states
+        self.room[1][:, :, begin:stop] = value_states
+        self.keys, self.values = (side[:, :, :stop] for side in self.room)
+        return self.keys, self.values
+
+
+class RoomyCache(DynamicCache):
+    """A DynamicCache that does not copy all keys for every new token; without gradients."""
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config=config)
+        self.layers = [
+            _RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers
+        ]

@@ -1,0 +1,280 @@
+"""passes.py: attention in parts, packed tokens, joined weight gradients and the roomy cache.
+
+That Coconut as a whole equals the textbook is test_coconut.py's to show, over these same parts.
+Letters: B rows, H query heads, G key heads, C columns of a pass, L columns so far, E width.
+"""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from batches import LATENT, families, lay_out, make_labels, ragged_rows, settings_of, wrap
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+import passes
+from passes import RoomyCache, prepare, weigh
+
+exact = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("G", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [(7,), (5, 2), (6, 1)])
+@pytest.mark.parametrize("C", [1, 2])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_attention_in_parts_is_attention(G, lengths, C, is_padded):
+    torch.manual_seed(0)
+    B, H, E, L = 3, 4, 8, sum(lengths)
+    query, keys, values = draw(B, H, C, E), draw(B, G, L, E), draw(B, G, L, E)
+    visible = torch.ones(C, L, dtype=torch.bool).tril(L - C)[None, None]
+    if is_padded:
+        visible = visible & (torch.arange(L) >= torch.tensor([0, 1, 3])[:, None])[:, None, None]
+    wanted = F.scaled_dot_product_attention(
+        query, keys.repeat_interleave(H // G, 1), values.repeat_interleave(H // G, 1),
+        attn_mask=visible, scale=0.3,
+    )  # fmt: skip
+    parts = list(zip(keys.split(lengths, 2), values.split(lengths, 2), strict=True))
+    got = weigh(query, parts, visible if is_padded else None, 0.0, 0.3)
+    assert_close(got, wanted, **exact)
+    upstream = torch.randn_like(got)
+    inputs = (query, keys, values)
+    assert_close(
+        torch.autograd.grad(got, inputs, upstream),
+        torch.autograd.grad(wanted, inputs, upstream),
+        **exact,
+    )
+
+
+def test_attention_with_dropout_has_the_slope_of_what_it_computed():
+    query, keys, values = draw(2, 2, 3, 4), draw(2, 2, 5, 4), draw(2, 2, 5, 4)
+
+    def seeded(query, keys, values):
+        torch.manual_seed(3)
+        return weigh(query, [(keys, values)], None, 0.4, 0.5)
+
+    with torch.no_grad():
+        assert not torch.allclose(
+            seeded(query, keys, values), weigh(query, [(keys, values)], None, 0.0, 0.5)
+        )
+    assert torch.autograd.gradcheck(seeded, (query, keys, values))
+
+
+def test_attention_with_dropout_is_right_on_average():
+    torch.manual_seed(0)
+    query, keys, values = (x.detach().repeat(4000, 1, 1, 1) for x in
+                           (draw(1, 2, 2, 4), draw(1, 2, 3, 4), draw(1, 2, 3, 4)))  # fmt: skip
+    plain = weigh(query[:1], [(keys[:1], values[:1])], None, 0.0, 0.5)
+    dropped = weigh(query, [(keys, values)], None, 0.25, 0.5)
+    error = dropped.std(0) / 4000**0.5
+    assert ((dropped.mean(0) - plain[0]).abs() < 5 * error + 1e-12).all()
+
+
+@families
+def test_questions_read_in_blocks_are_whole(tiny_model, family, monkeypatch):
+    """As the CPU reads them under dropout; here with so little of it that nothing is dropped."""
+    base = tiny_model(family)
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    sizes = []
+
+    def without_dropout(query, parts, visible, dropout, scaling):
+        sizes.append(query.size(2))
+        assert 0 < dropout < 1e-6
+        return weigh(query, parts, visible, 0.0, scaling)
+
+    for module in base.modules():
+        if hasattr(module, "attn_dropout"):
+            module.attn_dropout.p = 1e-9
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 1e-9
+    monkeypatch.setattr(passes, "weigh", without_dropout)
+    monkeypatch.setattr(passes, "QUERY_BLOCK", 4)
+    loss = wrap(base)(**batch).loss
+    assert sizes[:3] == [4, 4, 2]
+    wanted, _, _ = oracle.batch_loss(base.eval(), **batch, **settings_of())
+    assert_close(loss, wanted, **exact)
+
+
+def test_a_sliding_window_is_left_to_the_model_itself():
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        sliding_window=4, initializer_range=0.5,
+    )  # fmt: skip
+    base = MistralForCausalLM(config)
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    wanted, _, _ = oracle.batch_loss(base, **batch, **settings_of())
+    assert_close(wrap(base)(**batch).loss, wanted, rtol=1e-5, atol=1e-6)
+    config.sliding_window = None
+    assert not torch.allclose(wrap(base)(**batch).loss, wanted, rtol=1e-3), "the window counts"
+
+
+@families
+def test_the_models_choice_of_attention_is_put_back(tiny_model, family):
+    base = tiny_model(family)
+    batch = lay_out(ragged_rows())
+    wrap(base)(**batch)
+    assert base.config._attn_implementation == "sdpa"
+    with pytest.raises(RuntimeError, match="broken"):
+        base.base_model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(
+            RuntimeError("broken")))  # fmt: skip
+        wrap(base)(**batch)
+    assert base.config._attn_implementation == "sdpa"
+
+
+# Linear layers
+
+
+@families
+def test_a_prepared_model_computes_what_it_did(tiny_model, family):
+    base = tiny_model(family)
+    plain = copy.deepcopy(base)
+    prepare(base)
+    prepare(base)
+    ids = torch.tensor([[5, 8, 3, LATENT, 2]])
+    got, wanted = base(input_ids=ids, labels=ids).loss, plain(input_ids=ids, labels=ids).loss
+    assert_close(got, wanted, **exact)
+    got.backward()
+    wanted.backward()
+    for (name, ours), (same, theirs) in zip(
+        base.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        assert name == same
+        assert_close(ours.grad, theirs.grad, **exact)
+
+
+@families
+def test_a_weight_has_one_product_for_all_passes(tiny_model, family, monkeypatch):
+    base = tiny_model(family)
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    joined = [m for m in base.modules() if type(m) in (torch.nn.Linear, passes.Conv1D)]
+    joined.remove(base.lm_head)
+    tokens = []
+    whole = passes._Together.backward
+
+    def counted(ctx, *gradients):
+        tokens.append([len(x) for x, _ in ctx.gathered])
+        return whole(ctx, *gradients)
+
+    monkeypatch.setattr(passes._Together, "backward", staticmethod(counted))
+    model = wrap(base)
+    model(**batch).loss.backward()
+    assert len(tokens) == len(joined)
+    layout = model.layout(**batch)
+    assert tokens == [[len(places) for places in reversed(layout.places)]] * len(joined)
+
+
+@families
+def test_frozen_weights_get_no_gradient_and_change_no_other(tiny_model, family):
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    base = tiny_model(family)
+    wrap(base)(**batch).loss.backward()
+    wanted = {name: p.grad for name, p in base.named_parameters()}
+    frozen = tiny_model(family)
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad = "weight" not in name or "layers.1" in name or "h.1" in name
+    wrap(frozen)(**batch).loss.backward()
+    assert any(p.grad is None for p in frozen.parameters())
+    for name, parameter in frozen.named_parameters():
+        if parameter.requires_grad:
+            assert_close(parameter.grad, wanted[name], **exact)
+        else:
+            assert parameter.grad is None
+
+
+@families
+def test_forwards_before_a_backward_keep_their_gradients_apart(tiny_model, family):
+    rows = ragged_rows()
+    batches = [lay_out(part, [make_labels(row) for row in part]) for part in (rows[:3], rows[3:])]
+    base = tiny_model(family)
+    for batch in batches:
+        wrap(base)(**batch).loss.backward()
+    wanted = [p.grad.clone() for p in base.parameters()]
+    base.zero_grad()
+    model = wrap(base)
+    first, second = (model(**batch).loss for batch in batches)
+    first.backward()
+    second.backward()
+    assert_close([p.grad for p in base.parameters()], wanted, **exact)
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_again(tiny_model):
+    base = tiny_model("gpt2")
+    rows = ragged_rows()
+    loss = wrap(base)(**lay_out(rows, [make_labels(row) for row in rows])).loss
+    once, again = (
+        torch.autograd.grad(loss, list(base.parameters()), retain_graph=True) for _ in range(2)
+    )
+    assert_close(once, again, rtol=0, atol=0)
+
+
+def test_gradients_of_gradients_are_refused_and_not_wrong(tiny_model):
+    base = tiny_model("gpt2")
+    rows = ragged_rows()
+    loss = wrap(base)(**lay_out(rows, [make_labels(row) for row in rows])).loss
+    with pytest.raises(RuntimeError, match="create_graph: joined weight gradients cannot be"):
+        torch.autograd.grad(loss, list(base.parameters()), create_graph=True)
+
+
+def test_the_fused_activation_is_the_published_one(tiny_model):
+    base = tiny_model("gpt2")
+    prepare(base)
+    activations = [block.mlp.act for block in base.transformer.h]
+    assert all(isinstance(act, torch.nn.GELU) for act in activations)
+    assert base.config.activation_function == "gelu_new", "as the checkpoint will say"
+    x = torch.linspace(-8, 8, 400, dtype=torch.float64)
+    textbook = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    assert_close(activations[0](x), textbook, rtol=1e-12, atol=1e-14)
+
+
+# Generation
+
+
+def test_a_roomy_cache_holds_what_a_dynamic_one_does(tiny_model, monkeypatch):
+    monkeypatch.setattr(passes, "ROOM", 3)
+    torch.manual_seed(0)
+    config = tiny_model("llama").config
+    roomy, dynamic = RoomyCache(config), DynamicCache(config=config)
+
+    def take_in(columns, rows):
+        for layer in range(config.num_hidden_layers):
+            new = torch.randn(2, rows, 2, columns, 8)
+            assert_close(roomy.update(*new, layer), dynamic.update(*new, layer), rtol=0, atol=0)
+
+    take_in(4, 2)
+    for _ in range(5):
+        take_in(1, 2)
+    for cache in (roomy, dynamic):
+        cache.batch_repeat_interleave(2)
+    take_in(1, 4)
+    for cache in (roomy, dynamic):
+        cache.reorder_cache(torch.tensor([3, 0, 0, 2]))
+    take_in(2, 4)
+    for cache in (roomy, dynamic):
+        cache.crop(-3)
+    take_in(1, 4)
+    assert roomy.get_seq_length() == dynamic.get_seq_length() == 10
+
+
+def test_a_roomy_cache_copies_its_keys_when_the_room_is_used_up_alone(tiny_model, monkeypatch):
+    monkeypatch.setattr(passes, "ROOM", 3)
+    cache = RoomyCache(tiny_model("gpt2").config)
+    places = []
+    for _ in range(9):
+        keys, _ = cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
+        places.append(keys.untyped_storage().data_ptr())
+    assert len(set(places[:4])) == 1
+    assert [places[i] != places[i + 1] for i in range(8)] == [i in (3, 7) for i in range(8)]
