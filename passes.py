@@ -315,11 +315,21 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         _refuse_second_order()
-        inputs, gradients = (torch.cat(side) for side in zip(*ctx.gathered, strict=True))
-        ctx.gathered.clear()
-        left, right = (gradients, inputs) if ctx.is_transposed else (inputs, gradients)
-        weight_grad = (left.t() @ right).to(ctx.dtype)
-        bias_grad = gradients.sum(0).to(ctx.dtype) if ctx.has_bias else None
+        uses, ctx.gathered[:] = list(ctx.gathered), []
+        # A long use is multiplied where it lies: copying it would cost more than one product more.
+        is_long = [x.numel() + g.numel() > x.size(1) * g.size(1) for x, g in uses]
+        parts = [use for use, long in zip(uses, is_long, strict=True) if long]
+        short = [use for use, long in zip(uses, is_long, strict=True) if not long]
+        if short:
+            parts.append(tuple(map(torch.cat, zip(*short, strict=True))))
+        products = [(g.t(), x) if ctx.is_transposed else (x.t(), g) for x, g in parts]
+        weight_grad = products[0][0] @ products[0][1]
+        for left, right in products[1:]:
+            weight_grad.addmm_(left, right)
+        weight_grad = weight_grad.to(ctx.dtype)
+        bias_grad = None
+        if ctx.has_bias:
+            bias_grad = sum(g.sum(0) for _, g in parts).to(ctx.dtype)
         return weight_grad, bias_grad, None, None
 
 

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.epoch [--device cuda] [--bf16] [--records 20000] [--data FILE]`. Records go
 the product's own way: effective batches in the order of (seed, epoch), micro-batches, Collator.
-Padding is its share of the columns x rows that the model computes, over a whole epoch; the speed
-counts real tokens alone and is that of --repeats optimizer steps with every split, turn by turn.
+Padding is its share of the tokens that the model's layers read, and of the rows x columns that only
+attention goes over, in a whole epoch; the speed counts real tokens alone and is that of --repeats
+optimizer steps with every split, turn by turn.
 Without a file, records are drawn by `gsm_like_records`.
 """
 
@@ -11,10 +12,10 @@ import argparse
 import random
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.common import (
@@ -30,6 +31,7 @@ from benchmarks.common import (
     write_report,
 )
 from benchmarks.contenders import make_trainer
+from coconut import Coconut
 from curriculum import Curriculum
 from dataset import (
     Collator,
@@ -41,6 +43,7 @@ from dataset import (
     read_records,
     tokenize_records,
 )
+from training import Trainer
 from utils import MARKERS
 
 # (records in a micro-batch, accumulation steps): the paper's effective batch, and a small one.
@@ -102,34 +105,43 @@ def plan_epoch(staged: StagedRecords, split: tuple[int, int], epoch: int) -> Ite
         yield [shares[0] for shares in micro_batches(indices, staged, batch_size, 1)]
 
 
-def measure_padding(collator: Collator, split: tuple[int, int], epoch: int) -> dict:
-    """Real and computed tokens of the epoch, and how fast the batches were made."""
-    computed = real = 0
+def measure_padding(
+    coconut: Coconut, collator: Collator, split: tuple[int, int], epoch: int
+) -> dict:
+    """Real and computed tokens of the epoch, and how fast batches and layouts were made."""
+    read = attended = real = 0
     began = time.perf_counter()
     for parts in plan_epoch(collator.staged, split, epoch):
         for indices in parts:
-            mask = collator[indices]["attention_mask"]
-            computed += mask.numel()
+            batch = collator[indices]
+            mask = batch["attention_mask"]
+            layout = coconut.layout(batch["input_ids"], mask, batch["labels"])
+            bounds = pairwise([0, *layout.starts, mask.size(1)])
+            read += sum(
+                len(mask) * (stop - begin) if places is None else len(places)
+                for (begin, stop), places in zip(bounds, layout.places, strict=True)
+            )
+            attended += mask.numel()
             real += int(mask.sum())
     seconds = time.perf_counter() - began
     return {
         "real_tokens": real,
-        "computed_tokens": computed,
-        "padding_share": 1 - real / computed,
+        "tokens_read_by_layers": read,
+        "padding_in_layers": 1 - real / read,
+        "padding_in_attention": 1 - real / attended,
         "collated_tokens_per_s": real / seconds,
     }
 
 
-def measure_speed(options: argparse.Namespace, collator: Collator, epoch: int) -> list[float]:
+def measure_speed(trainer: Trainer, collator: Collator, epoch: int, repeats: int) -> list[float]:
     """Real tokens a second of training, for each of SPLITS: the median over optimizer steps."""
-    device = torch.device(options.device)
-    trainer = make_trainer(build_model(options.model).to(device), options.bf16)
+    device = trainer.device
     staged = collator.staged
     lengths = staged.prompt_lengths + staged.num_labels
     plans = {split: plan_epoch(staged, split, epoch) for split in SPLITS}
     rates: dict[tuple[int, int], list[float]] = {split: [] for split in SPLITS}
     warm_ups = 2 if device.type == "cuda" else 0
-    for number in range(warm_ups + options.repeats):
+    for number in range(warm_ups + repeats):
         work, tokens = {}, {}
         for split, plan in plans.items():
             parts = next(plan)
@@ -154,24 +166,26 @@ def measure(options: argparse.Namespace) -> list[dict]:
         staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
         collator = Collator(staged, SpecialIds.of(tokenizer))
         epoch = stage * curriculum.epochs_per_stage
-        speeds = measure_speed(options, collator, epoch)
+        trainer = make_trainer(build_model(options.model).to(options.device), options.bf16)
+        speeds = measure_speed(trainer, collator, epoch, options.repeats)
         for (batch_size, accumulation), speed in zip(SPLITS, speeds, strict=True):
             row = {"stage": stage, "batch_size": batch_size, "accumulation": accumulation}
-            row |= measure_padding(collator, (batch_size, accumulation), epoch)
+            row |= measure_padding(trainer.model, collator, (batch_size, accumulation), epoch)
             rows.append(row | {"trained_tokens_per_s": speed})
     return rows
 
 
 def print_rows(rows: list[dict]) -> None:
     """The rows as a table."""
-    head = ("stage", "batch", "tokens", "computed", "padding", "made/s", "trained/s")
+    head = ("stage", "batch", "tokens", "read", "padding", "in attention", "made/s", "trained/s")
     cells = [
         [
             row["stage"],
             f"{row['batch_size']} x {row['accumulation']}",
             row["real_tokens"],
-            row["computed_tokens"],
-            f"{100 * row['padding_share']:.2f} %",
+            row["tokens_read_by_layers"],
+            f"{100 * row['padding_in_layers']:.2f} %",
+            f"{100 * row['padding_in_attention']:.2f} %",
             f"{row['collated_tokens_per_s']:.0f}",
             f"{row['trained_tokens_per_s']:.0f}",
         ]

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import LATENT, families, lay_out, make_labels, prompts_of, ragged_rows, wrap
+from batches import (
+    LATENT,
+    count_columns,
+    families,
+    lay_out,
+    make_labels,
+    prompts_of,
+    ragged_rows,
+    wrap,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
@@ -18,6 +27,7 @@ from benchmarks import (
     arithmetic,
     breakdown,
     common,
+    contenders,
     environment,
     epoch,
     generate,
@@ -224,13 +234,17 @@ def test_an_epoch_takes_every_record_once(split):
 
 
 @pytest.mark.parametrize("stage", epoch.STAGES)
-def test_padding_is_what_the_rectangles_hold_beyond_the_tokens(stage):
+def test_padding_is_what_layers_and_attention_take_beyond_the_tokens(stage):
     staged, ids = staged_records(70, stage)
     lengths = staged.prompt_lengths + staged.num_labels
-    measured = epoch.measure_padding(Collator(staged, ids), (8, 4), epoch=0)
-    computed = 0
+    collator = Collator(staged, ids)
+    coconut = contenders.wrap(common.build_model("tiny"))
+    measured = epoch.measure_padding(coconut, collator, (8, 4), epoch=0)
+    computed, calls = 0, count_columns(coconut.base_causallm.base_model)
     for parts in epoch.plan_epoch(staged, (8, 4), epoch=0):
         for part in parts:
+            with torch.no_grad():
+                coconut(collator[part]["input_ids"], collator[part]["attention_mask"])
             questions = staged.tokenized.question_lengths[part]
             rest = lengths[part] - questions
             has_latents = staged.num_latents[part].min() > 0
@@ -238,8 +252,9 @@ def test_padding_is_what_the_rectangles_hold_beyond_the_tokens(stage):
             width = questions.max() + rest.max() if has_latents else lengths[part].max()
             computed += len(part) * width
     assert measured["real_tokens"] == lengths.sum()
-    assert measured["computed_tokens"] == computed
-    assert measured["padding_share"] == 1 - lengths.sum() / computed
+    assert measured["tokens_read_by_layers"] == sum(rows * columns for rows, columns in calls)
+    assert measured["padding_in_layers"] == 0
+    assert measured["padding_in_attention"] == 1 - lengths.sum() / computed
 
 
 SIZES = breakdown.Sizes(vocab=512, inner=128, records=3)
