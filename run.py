@@ -196,7 +196,6 @@ def load_data(config: Config) -> Data:
     errors come early."""
     from backbone import load_tokenizer
     from dataset import read_records, tokenize_records
-    from utils import sha256_file
 
     limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS) if config.debug else (None, None)
 
@@ -210,8 +209,8 @@ def load_data(config: Config) -> Data:
         return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
 
     data = together(load)
-    paths = [records.path for records in (data.train, data.val) if records]
-    require_same({f"the sha256 of {path}": sha256_file(path)[:12] for path in paths})
+    files = [records for records in (data.train, data.val) if records]
+    require_same({f"the sha256 of {records.path}": records.sha256[:12] for records in files})
     return data
 
 

@@ -30,7 +30,7 @@ from dataset import (
 from evaluation import Evaluation, autocast, evaluate, write_predictions
 from progress import Progress, Stopped, TrainingFailed, listen_for_signals
 from tracking import Tracker
-from utils import UserError, atomic_write_text, sha256_file
+from utils import UserError, atomic_write_text
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -417,7 +417,8 @@ class Trainer:
             "method": self.config.method,
             "seed": self.config.seed,
             "effective_batch_size": self.effective_batch_size,
-            "training_data_sha256": sha256_file(self.train_records.path),
+            "train_path_sha256": self.train_records.sha256,
+            "val_path_sha256": self.val_records.sha256,
             "uniform_prob": self.config.uniform_prob,
         }
 
@@ -442,12 +443,16 @@ class Trainer:
             records themselves and allow_changed_data is false.
         """
         stored, now = state.progress["trajectory"], self._trajectory()
+        files = {
+            "train_path_sha256": self.train_records.path,
+            "val_path_sha256": self.val_records.path,
+        }
         for name, value in now.items():
             before = stored.get(name)
             if before == value:
                 continue
-            if name == "training_data_sha256":
-                changed = f"{self.train_records.path}: holds other records than when the run began"
+            if name in files:
+                changed = f"{files[name]}: holds other records than when the run began"
                 if not self.config.allow_changed_data:
                     raise UserError(
                         f"{changed} (sha256 {value[:12]}, was {str(before)[:12]}); restore them,"

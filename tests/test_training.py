@@ -383,12 +383,41 @@ def test_going_on_from_cot_as_coconut_or_with_other_records_is_refused(tmp_path,
     assert experiment.main() == run.EXIT_USER_ERROR
     assert "this run began with method=cot, now it is coconut; restore" in capsys.readouterr().err
     experiment.change(cot=True, coconut=False)
-    experiment.write("train.json", make_records(17))
-    assert experiment.main() == run.EXIT_USER_ERROR
-    assert "holds other records than when the run began (sha256" in capsys.readouterr().err
-    assert experiment.main("allow_changed_data=true") == 0
-    assert "going on, since allow_changed_data is true" in capsys.readouterr().out
-    assert experiment.main() == 0, "from now on these are the run's records"
+    for number, name in enumerate(["train.json", "val.json"], 2):
+        path = experiment.change(num_epochs=number).write(name, make_records(17 - number))
+        changed = f"{path}: holds other records than when the run began"
+        assert experiment.main() == run.EXIT_USER_ERROR
+        assert f"{changed} (sha256" in capsys.readouterr().err
+        assert experiment.main("allow_changed_data=true") == 0
+        assert f"{changed}; going on, since allow_changed_data is true" in capsys.readouterr().out
+        assert experiment.main() == 0, "from now on these are the run's records"
+
+
+@pytest.mark.parametrize("change", ["rewritten", "moved away"])
+def test_data_files_changed_while_a_run_trains_are_not_its_records(
+    straight, disturbed, monkeypatch, capsys, change
+):
+    files = {path: path.read_bytes() for path in (disturbed.train, disturbed.val)}
+
+    def change_and_stop():
+        for path in files:
+            path.unlink()
+            if change == "rewritten":
+                disturbed.write(path.name, make_records(18))
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", Tracker.log)
+        at_call(2, "tracking:Tracker.log", change_and_stop)
+        assert disturbed.main() == run.EXIT_INTERRUPTED
+    assert "state saved" in capsys.readouterr().err
+    if change == "rewritten":
+        assert disturbed.main() == run.EXIT_USER_ERROR
+        assert "holds other records than when the run began" in capsys.readouterr().err
+    for path, content in files.items():
+        path.write_bytes(content)
+    assert disturbed.main() == 0
+    assert_same_run(disturbed, straight)
 
 
 def test_resume_does_not_move_a_run_that_goes_on(finished, straight, capsys):
