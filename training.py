@@ -469,6 +469,9 @@ class Trainer:
         try:
             is_complete = checkpoint.load_state(state, self.model, self.optimizer)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # Both are RuntimeErrors that say nothing about the state.
+            if isinstance(error, torch.OutOfMemoryError) or distributed.is_lost_contact(error):
+                raise
             raise UserError(
                 f"{state.folder}: its tensors or generators are not this run's ({error!r}); remove"
                 " it to go on from an earlier state"

@@ -30,6 +30,7 @@ from runs import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 
 import backbone
@@ -467,6 +468,25 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     )
     assert f"continuing from {before};" in shown
     assert_same_run(finished, straight)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+        DistError("the store is gone"),
+    ],
+    ids=["memory", "gloo", "store"],
+)
+def test_a_failure_while_restoring_that_is_not_the_states_is_told_as_itself(
+    finished, monkeypatch, capsys, error
+):
+    told = []
+    monkeypatch.setattr(checkpoint, "load_state", lambda *_: fail(error))
+    monkeypatch.setattr(run, "tell_end", lambda error, *_: told.append(error) or run.EXIT_FAILED)
+    assert finished.change(num_epochs=4).main() == run.EXIT_FAILED
+    assert told == [error]
 
 
 def test_without_an_intact_state_the_run_is_refused(finished, capsys):
