@@ -21,7 +21,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,35 +79,67 @@ def whole_directory(target: Path) -> Iterator[Path]:
     A crash leaves the old `target` or the new one; `recover` finishes what one interrupted.
     """
     unfinished = target.with_name(f".{target.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            _remove(unfinished)
         raise
     for path in unfinished.iterdir():
         fsync_file(path)
     fsync_directory(unfinished)
     replaced = target.with_name(f".{target.name}.old")
-    if target.exists():
+    if os.path.lexists(target):
+        _remove(replaced)
         os.rename(target, replaced)
     os.rename(unfinished, target)
     fsync_directory(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    # What stays is in nobody's way until the next start tidies up.
+    with suppress(OSError):
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it; of a link the link alone. Nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _prune(paths: list[Path], notify: Callable[[str], None]) -> None:
+    """Remove what is surplus; what cannot be removed is told of and ends no run."""
+    for path in paths:
+        try:
+            _remove(path)
+        except OSError as error:
+            notify(f"{path}: no longer needed, but cannot be removed ({error.strerror or error})")
 
 
 def recover(folder: Path) -> None:
-    """Tidy `folder` after a crash: put a set-aside directory back, drop unfinished ones."""
+    """Tidy `folder` after a crash: put a set-aside directory back, drop unfinished ones.
+
+    Raises: UserError for one that can neither be put back nor removed.
+    """
     for path in list(folder.glob(".*")):
         directory = SET_ASIDE.fullmatch(path.name)
         directory = directory if path.is_dir() else None
-        if directory and directory["kind"] == "old" and not (folder / directory["name"]).exists():
-            os.rename(path, folder / directory["name"])
-        elif directory:
-            shutil.rmtree(path)
-        elif UNFINISHED_FILE.fullmatch(path.name):
-            path.unlink()
+        try:
+            if (
+                directory
+                and directory["kind"] == "old"
+                and not (folder / directory["name"]).exists()
+            ):
+                os.rename(path, folder / directory["name"])
+            elif directory or UNFINISHED_FILE.fullmatch(path.name):
+                _remove(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: left by an earlier start and cannot be tidied away"
+                f" ({error.strerror or error}); remove it"
+            ) from None
 
 
 @contextmanager
@@ -245,15 +277,17 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def prune_checkpoints(run_dir: Path, newest: int, keep: int) -> None:
+def prune_checkpoints(
+    run_dir: Path, newest: int, keep: int, notify: Callable[[str], None] = print
+) -> None:
     """Of the checkpoints up to `newest` finished epochs, remove all but the last `keep`.
 
     One that the user moved and left a link to is not removed.
+
+    notify: is told of every one that cannot be removed.
     """
     up_to_now = [path for number, path in checkpoints(run_dir) if number <= newest]
-    for path in up_to_now[:-keep]:
-        if not path.is_symlink():
-            shutil.rmtree(path)
+    _prune([path for path in up_to_now[:-keep] if not path.is_symlink()], notify)
 
 
 def refuse_obstacles(run_dir: Path) -> None:
@@ -305,12 +339,15 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     tokenizer,
     progress: dict,
+    notify: Callable[[str], None] = print,
 ) -> None:
     """Write `resume/<step>/` and keep the newest two. Every rank must call.
 
     Rank 0 writes what all ranks hold alike, and each rank the shards that it alone holds; so ranks
     on several machines need a file system that all of them see. Model configuration and tokenizer
     go along, so that going on needs nothing but this folder.
+
+    notify: is told of every older state that cannot be removed.
     """
     generators = distributed.gather_to_main(_generator_states())
     target = run_dir / RESUME_FOLDER / str(step)
@@ -337,15 +374,14 @@ def save_state(
     # A later step's state was damaged and passed over, or this run would stand there.
     stale = [path for number, path in _state_folders(run_dir) if number > step]
     past = [path for number, path in _state_folders(run_dir) if number <= step]
-    for path in stale + past[:-KEPT_STATES]:
-        shutil.rmtree(path)
+    _prune(stale + past[:-KEPT_STATES], notify)
 
 
 def update_progress(run_dir: Path, step: int, progress: dict) -> None:
     """Replace the position stored in `resume/<step>/`, leaving its tensors as they are."""
     folder = run_dir / RESUME_FOLDER / str(step)
-    content = json.loads((folder / "state.json").read_text(encoding="utf-8"))["content"]
     with writing(run_dir, f"the position in {folder}"):
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))["content"]
         _write_progress(folder, content | {"progress": progress})
 
 

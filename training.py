@@ -375,7 +375,12 @@ class Trainer:
                     self.settings | {"stage": stage, "epoch": epoch},
                 )
                 if config.keep_checkpoints is not None and distributed.is_main():
-                    checkpoint.prune_checkpoints(config.run_dir, epoch + 1, config.keep_checkpoints)
+                    checkpoint.prune_checkpoints(
+                        config.run_dir,
+                        epoch + 1,
+                        config.keep_checkpoints,
+                        self.tracker.message,
+                    )
         figures |= {"eval/epoch": epoch, "eval/best_acc": self.progress.best_accuracy}
         self.tracker.log(figures, step=self.progress.optimizer_step)
 
@@ -434,6 +439,7 @@ class Trainer:
             self.optimizer,
             self.tokenizer,
             self._stored_progress(),
+            self.tracker.message,
         )
 
     def _continue_from(self, state: checkpoint.TrainingState) -> None:

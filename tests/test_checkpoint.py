@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def failing(function, number):
         ("checkpoint.fsync_file", 2, "old"),
         ("os.rename", 1, "old"),
         ("os.rename", 2, "old"),
-        ("shutil.rmtree", 2, "new"),
+        ("checkpoint.fsync_directory", 2, "new"),
     ],
 )
 def test_a_crash_while_writing_leaves_the_old_checkpoint_or_the_new(
@@ -158,6 +159,44 @@ def test_recovery_after_each_interrupted_phase(tmp_path):
         ".mine.old/file": b"mine", ".mine.part": b"mine",
     }  # fmt: skip
     recover(tmp_path / "missing")
+
+
+def test_what_a_crash_left_goes_though_it_is_a_link_and_not_what_it_leads_to(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "folder").mkdir(parents=True)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".checkpoint_1.part").symlink_to(elsewhere)
+    recover(run_dir)
+    assert list(run_dir.iterdir()) == []
+    for name in (".checkpoint_1.part", ".checkpoint_1.old", "checkpoint_1"):
+        (run_dir / name).symlink_to(elsewhere if name != "checkpoint_1" else "nowhere")
+    with whole_directory(run_dir / "checkpoint_1") as unfinished:
+        (unfinished / "file").write_text("new")
+    assert contents(run_dir) == {"checkpoint_1/file": b"new"}
+    assert [path.name for path in run_dir.iterdir()] == ["checkpoint_1"]
+    assert [path.name for path in elsewhere.iterdir()] == ["folder"]
+
+
+def test_what_a_crash_left_and_cannot_go_is_named(tmp_path, monkeypatch):
+    (tmp_path / ".5.part").mkdir()
+    monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
+    with pytest.raises(UserError, match=r"/\.5\.part: left by an .* \(disk full\); remove it"):
+        recover(tmp_path)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    tiny_model, word_tokenizer, tmp_path, monkeypatch
+):
+    model, notices = wrap(tiny_model("gpt2")), []
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / f"checkpoint_{epoch}", model, word_tokenizer, SETTINGS)
+    monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
+    save_checkpoint(tmp_path / "checkpoint_2", model, word_tokenizer, SETTINGS | {"epoch": 5})
+    assert json.loads((tmp_path / "checkpoint_2/coconut.json").read_text())["epoch"] == 5
+    prune_checkpoints(tmp_path, 2, keep=1, notify=notices.append)
+    old = tmp_path / "checkpoint_1"
+    assert notices == [f"{old}: no longer needed, but cannot be removed (disk full)"]
 
 
 def test_a_directory_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -217,6 +256,33 @@ def test_two_states_are_kept_and_the_newest_is_found(training, tmp_path):
     assert newest_state(tmp_path).progress == {"step": 11}
     update_progress(tmp_path, 11, {"step": "new"})
     assert newest_state(tmp_path).progress == {"step": "new"}
+
+
+def test_strangers_among_the_states_are_pruned_and_what_cannot_go_is_told(
+    training, tmp_path, monkeypatch
+):
+    *_, save = training
+    elsewhere, states, notices = tmp_path / "elsewhere", tmp_path / "resume", []
+    elsewhere.mkdir()
+    states.mkdir()
+    (states / "1").symlink_to(elsewhere)
+    (states / "2").write_text("a file")
+    (states / "99").symlink_to(elsewhere)
+    for step in (9, 10):
+        save(step)
+    assert sorted(path.name for path in states.iterdir()) == ["10", "9"]
+    assert elsewhere.is_dir()
+    monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
+    monkeypatch.setattr(save_state, "__defaults__", (notices.append,))
+    save(11)
+    assert newest_state(tmp_path).progress == {"step": 11}
+    assert notices == [f"{states / '9'}: no longer needed, but cannot be removed (disk full)"]
+
+
+def test_a_state_that_went_missing_cannot_take_a_new_position(tmp_path):
+    words = r"the position in .*/7 could not be written \(No such file or directory\); nothing was"
+    with pytest.raises(WriteFailed, match=words):
+        update_progress(tmp_path, 7, {})
 
 
 def test_a_state_brings_back_weights_moments_and_generators_bit_for_bit(
