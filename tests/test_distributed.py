@@ -7,6 +7,7 @@ and the tests compare them with one process; run.py under torchrun itself comes 
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -261,6 +262,28 @@ def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
     assert choose("auto", 5 * 2**30, True) == ("fsdp", True, f"{shards}; {held}")
     assert choose("ddp", 5 * 2**30) == ("ddp", False, "as configured")
     assert choose("fsdp", 2**30) == ("fsdp", True, f"as configured; {held}")
+
+
+def have_gpus_of_unlike_sizes():
+    """Let choose_parallel believe in a large GPU on rank 0 and a tiny one on rank 1."""
+    choose = distributed.choose_parallel
+
+    def choose_there(*given):
+        size = 2**40 if distributed.is_main() else 10
+        device = type("Device", (), {"total_memory": size})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+            return choose(*given)
+
+    distributed.choose_parallel = choose_there
+
+
+def test_the_smallest_device_decides_for_all_ranks(tmp_path):
+    experiment = Experiment(tmp_path, num_epochs=1)
+    ranks = Ranks(2, tmp_path, [[str(experiment.yaml)]], have_gpus_of_unlike_sizes)
+    assert ranks.wait() == [0, 0], ranks.output() + ranks.output(1)
+    assert re.search(r"fsdp \(.*room 0\.0 .*parameters gathered for every pass", ranks.output())
 
 
 def test_the_gradient_norm_is_that_of_all_gradients_together():
