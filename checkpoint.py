@@ -87,7 +87,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         with suppress(OSError):
             _remove(unfinished)
         raise
-    for path in unfinished.iterdir():
+    for path in unfinished.rglob("*"):
         fsync_file(path)
     fsync_directory(unfinished)
     replaced = target.with_name(f".{target.name}.old")
@@ -367,7 +367,9 @@ def save_state(
             tokenizer.save_pretrained(unfinished)
             generators_file = unfinished / "generators.json"
             generators_file.write_text(json.dumps(generators), encoding="utf-8")
-            sums = {path.name: sha256_file(path) for path in sorted(unfinished.iterdir())}
+            # A tokenizer with several chat templates keeps them in a folder.
+            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+            sums = {str(path.relative_to(unfinished)): sha256_file(path) for path in files}
             _write_progress(unfinished, {"progress": progress, "sha256": sums})
     if not distributed.is_main():
         return

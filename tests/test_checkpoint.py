@@ -258,6 +258,21 @@ def test_two_states_are_kept_and_the_newest_is_found(training, tmp_path):
     assert newest_state(tmp_path).progress == {"step": "new"}
 
 
+def test_folders_of_a_tokenizer_belong_to_a_state(tiny_model, word_tokenizer, tmp_path):
+    word_tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    model = wrap(tiny_model("gpt2", torch.float32))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for step in (1, 2):
+        train_step(model, optimizer)
+        save_state(tmp_path, step, model, optimizer, word_tokenizer, {"step": step})
+    newest = newest_state(tmp_path).folder
+    assert AutoTokenizer.from_pretrained(newest).chat_template == word_tokenizer.chat_template
+    notices = []
+    (newest / "additional_chat_templates/tools.jinja").write_text("changed")
+    assert newest_state(tmp_path, notices.append).progress == {"step": 1}
+    assert "additional_chat_templates/tools.jinja does not match its sum" in notices[0]
+
+
 def test_strangers_among_the_states_are_pruned_and_what_cannot_go_is_told(
     training, tmp_path, monkeypatch
 ):
