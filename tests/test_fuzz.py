@@ -538,6 +538,17 @@ def test_a_position_changed_by_hand_is_refused_by_field(again, capsys, path, val
     assert_refused(capsys, experiment, words=told)
 
 
+@pytest.mark.parametrize("wandb_id", ["gsm.1", "größer & (b)", ".."])
+def test_every_id_that_wandb_may_give_a_run_is_taken(again, wandb_id):
+    experiment = again()
+    file = state_folder(experiment) / "state.json"
+    stored = json.loads(file.read_text())
+    stored["content"]["progress"]["wandb_id"] = wandb_id
+    file.write_text(json.dumps(stored))
+    mend_sums(file.parent)
+    read_state(experiment)
+
+
 @pytest.mark.parametrize(
     "sums",
     [
