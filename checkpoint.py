@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -48,6 +49,8 @@ from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha
 
 RESUME_FOLDER = "resume"
 KEPT_STATES = 2
+# It holds a sum for each file; those of a thousand ranks take well under a hundredth of this.
+LARGEST_STATE_JSON_BYTES = 2**24
 # What Python raises where JSON holds other values than were written.
 UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BASE_PREFIX = "base_causallm."
@@ -418,6 +421,9 @@ def newest_state(run_dir: Path, notify=print) -> TrainingState | None:
 
 
 def _verified_progress(folder: Path) -> dict:
+    about = os.stat(folder / "state.json")
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_STATE_JSON_BYTES:
+        raise ValueError("state.json is no file of ours")
     stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     content = stored["content"]
     if _sum_of(content) != stored["sha256"]:

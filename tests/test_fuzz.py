@@ -571,6 +571,27 @@ def test_a_state_of_hostile_json_is_damaged(again, capsys, text):
     assert_refused(capsys, experiment, words=["resume: no training state is intact"])
 
 
+def link_to_a_pipe(path):
+    os.mkfifo(path.parents[2] / "pipe")
+    path.symlink_to(path.parents[2] / "pipe")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, link_to_a_pipe, os.mkdir])
+@pytest.mark.parametrize("name", ["state.json", "config.json", STATE_TENSORS])
+def test_something_else_than_a_file_damages_a_state(again, capsys, name, make):
+    experiment = again()
+    path = state_folder(experiment) / name
+    path.unlink()
+    make(path)
+    assert_refused(capsys, experiment, words=["resume: no training state is intact"])
+
+
+def test_a_description_without_end_damages_a_state(again, capsys):
+    experiment = again()
+    os.truncate(state_folder(experiment) / "state.json", 2**42)
+    assert_refused(capsys, experiment, words=["resume: no training state is intact"])
+
+
 def test_weights_that_do_not_belong_to_a_state_damage_it(again, capsys):
     experiment = again()
     save_file({"x": torch.zeros(1)}, state_folder(experiment) / "another.safetensors")
