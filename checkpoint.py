@@ -496,15 +496,19 @@ def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _generator_states() -> dict:
-    """The states of Python's, NumPy's and torch's random generators, as JSON values."""
+    """The states of Python's, NumPy's and torch's random generators, as JSON values.
+
+    Of several GPUs, that of this rank's own, so it may be another one when the run goes on.
+    """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    device = distributed.device()
+    cuda = _encode(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         "torch": _encode(torch.get_rng_state()),
-        "cuda": [_encode(state) for state in cuda],
+        "cuda": cuda,
     }
 
 
@@ -514,8 +518,9 @@ def _restore_generators(states: dict) -> None:
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_decode(states["torch"]))
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_decode(state) for state in states["cuda"]])
+    device = distributed.device()
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(_decode(states["cuda"]), device)
 
 
 def _encode(state: torch.Tensor) -> str:

@@ -314,6 +314,26 @@ def test_a_state_brings_back_weights_moments_and_generators_bit_for_bit(
     assert_same_weights(other.state_dict(), model.state_dict())
 
 
+def test_each_rank_keeps_the_generator_of_its_own_gpu(monkeypatch):
+    generators = {torch.device("cuda", n): torch.tensor([n], dtype=torch.uint8) for n in range(3)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generators[device])
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: generators.update({device: state})
+    )
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    states = json.loads(json.dumps(checkpoint._generator_states()))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    checkpoint._restore_generators(states)
+    assert [state.item() for state in generators.values()] == [0, 2, 2]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint._restore_generators(states)
+    states = checkpoint._generator_states()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    checkpoint._restore_generators(states)
+    assert [state.item() for state in generators.values()] == [0, 2, 2]
+
+
 def test_a_new_rank_is_told_that_it_has_no_generators(training, tmp_path, monkeypatch):
     model, optimizer, save = training
     save(1)
