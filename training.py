@@ -497,8 +497,11 @@ class Trainer:
             name = f"nonfinite_step{step}_rank{distributed.rank()}.json"
             path = self.config.run_dir / name
             content = [{key: t.tolist() for key, t in batch.items()} for batch in batches]
-            atomic_write_text(path, json.dumps(content))
-            where = f"the batch is in {path}"
+            try:
+                atomic_write_text(path, json.dumps(content))
+                where = f"the batch is in {path}"
+            except OSError as error:
+                where = f"the batch could not be written ({error.strerror or error})"
         raise TrainingFailed(
             f"loss {loss} or gradient norm {norm} is not finite at optimizer step {step}"
             f" (epoch {self.progress.epoch}); the weights were not changed, {where}"

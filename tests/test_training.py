@@ -217,6 +217,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_status_1(tmp_path, capsys):
     assert not experiment.run_dir.exists()
 
 
+def test_a_loss_that_is_not_finite_is_told_though_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.atomic_write_text", lambda *_: fail(FULL))
+    assert Experiment(tmp_path, lr=1e30).main() == run.EXIT_FAILED
+    message = capsys.readouterr().err
+    assert "is not finite at optimizer step 1 (epoch 0); the weights were not" in message
+    assert "the batch could not be written (No space left on device)" in message
+
+
 def test_bf16_computes_over_float32_weights_and_optimizer_state(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("distributed.computes_bf16_natively", lambda: False)
     full = Experiment(tmp_path / "fp32", num_epochs=1)
