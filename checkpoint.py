@@ -146,36 +146,43 @@ def recover(folder: Path) -> None:
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path, notify: Callable[[str], None] = print) -> Iterator[None]:
     """Hold `run_dir` for one training run; the lock goes with the process, however it ends.
 
     A run that ends before it wrote anything leaves no folder that was not there before.
+
+    notify: is told where the file system knows no locks.
 
     Raises: UserError when another process holds it or the folder cannot be written.
     """
     missing = _missing(run_dir)
     make_writable(run_dir)
     try:
-        with _held_lock(run_dir):
+        with _held_lock(run_dir, notify):
             yield
     finally:
         _remove_empty(missing)
 
 
 @contextmanager
-def _held_lock(run_dir: Path) -> Iterator[None]:
+def _held_lock(run_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """The lock alone, in a file that goes again when nothing else was written."""
     # Appending empties nothing, should the name lead to another file.
     with open(run_dir / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError(
+                    f"{run_dir}: another training run is using this directory; wait for it, or"
+                    " change name or save_path"
+                ) from None
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            raise UserError(
-                f"{run_dir}: another training run is using this directory; wait for it, or change"
-                " name or save_path"
-            ) from None
+            notify(
+                f"{run_dir}: this file system knows no locks ({error.strerror}); a second run on"
+                " this directory would not be noticed"
+            )
         try:
             yield
         finally:

@@ -330,7 +330,7 @@ def train(config: Config) -> None:
         def take_run_dir() -> None:
             # One process holds the directory for all of its run's ranks.
             if distributed.is_main() and not config.debug:
-                held.enter_context(checkpoint.run_lock(config.run_dir))
+                held.enter_context(checkpoint.run_lock(config.run_dir, say))
                 checkpoint.recover(config.run_dir)
                 checkpoint.refuse_obstacles(config.run_dir)
                 checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)

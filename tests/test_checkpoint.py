@@ -3,6 +3,7 @@
 That a run goes on from its states is test_training.py's.
 """
 
+import errno
 import json
 import os
 import pkgutil
@@ -393,11 +394,24 @@ def test_the_lock_refuses_a_second_holder_and_goes_with_the_first(tmp_path):
 
 def test_a_lock_error_that_is_no_refusal_is_not_taken_for_one(tmp_path, monkeypatch):
     def flock(*_):
-        raise OSError(37, "No locks available")
+        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(OSError, match="No locks available"), run_lock(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), run_lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_run_goes_on_and_is_told(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, "no such thing")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    notices, entered = [], False
+    with run_lock(tmp_path, notices.append):
+        entered = True
+    words = "knows no locks (no such thing); a second run on this directory would not be noticed"
+    assert entered and notices == [f"{tmp_path}: this file system {words}"]
 
 
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
