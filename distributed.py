@@ -246,7 +246,10 @@ def parallelize(
         if parallel.kind == "none":
             return model
         device_ids = [local_rank()] if torch.cuda.is_available() else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        # Every rank builds the same buffers (positions, masks), and training changes none.
+        return DistributedDataParallel(
+            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     # What autocast would compute in bf16 is gathered in bf16. All else stays in fp32, the sum of
     # the layers too, so that sharding changes no figure: norms are a group of their own, and
     # embeddings, final norm and head belong to the root.

@@ -4,13 +4,16 @@ Two and four gloo ranks on this machine. Their runs are made once, in float64 an
 and the tests compare them with one process; run.py under torchrun itself comes last.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -262,6 +265,49 @@ def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
     assert choose("auto", 5 * 2**30, True) == ("fsdp", True, f"{shards}; {held}")
     assert choose("ddp", 5 * 2**30) == ("ddp", False, "as configured")
     assert choose("fsdp", 2**30) == ("fsdp", True, f"as configured; {held}")
+
+
+def count_collectives():
+    """Let rank 0 print the collectives of each micro-step; the third run gathers every pass."""
+    choose, gathered = distributed.choose_parallel, iter([False, True, False])
+    distributed.choose_parallel = lambda *given: dataclasses.replace(
+        choose(*given), gathered=next(gathered)
+    )
+    sync = distributed.gradient_sync
+
+    @contextlib.contextmanager
+    def counted(model, enabled):
+        with torch.profiler.profile() as profile, sync(model, enabled):
+            yield
+        names = [event.name for event in profile.events()]
+        if distributed.is_main():
+            print("counted", json.dumps(Counter(name for name in names if "c10d::" in name)))
+
+    distributed.gradient_sync = counted
+
+
+def test_gradients_are_exchanged_in_the_last_micro_step_and_gathers_are_saved(tmp_path):
+    """Two blocks and the root; the second of two steps, of three micro-steps of three passes."""
+    keys = {
+        "batch_size_training": 1, "gradient_accumulation_steps": 3, "num_train": 12,
+        "resume": 2, "pad_latent_to_max": True,
+    }  # fmt: skip
+    experiment = Experiment(tmp_path, **keys)
+    runs = [("ddp", "ddp"), ("fsdp", "fsdp"), ("fsdp", "fsdp-resharded")]
+    commands = [[str(experiment.yaml), f"parallel={p}", f"name={name}"] for p, name in runs]
+    ranks = Ranks(2, tmp_path, commands, count_collectives)
+    assert ranks.wait() == [0, 0], ranks.output() + ranks.output(1)
+    counts = [json.loads(text) for text in re.findall("counted (.+)", ranks.output())]
+    # In its first step DDP also settles its buckets.
+    ddp, gathered, resharded = counts[3:6], counts[9:12], counts[15:]
+    assert ddp[:2] == [{}, {}] and ddp[2].keys() == {"c10d::allreduce_"}
+    for steps in (gathered, resharded):
+        reduces = [step.pop("c10d::_reduce_scatter_base_", 0) > 0 for step in steps]
+        assert reduces == [False, False, True]
+    # Forward and backward of each block in each pass, and the root once; or each once in all.
+    every = {"c10d::_allgather_base_": 2 * 2 * 3 + 1}
+    assert resharded == [every] * 3
+    assert gathered == [{"c10d::_allgather_base_": 2 + 1}, {}, {}]
 
 
 def have_gpus_of_unlike_sizes():
