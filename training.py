@@ -356,7 +356,16 @@ class Trainer:
             bf16=self.config.bf16,
             num_workers=self.config.num_workers,
             progress=self.tracker.progress,
+            before_batch=self._stop_evaluation_if_asked,
         )
+
+    def _stop_evaluation_if_asked(self) -> None:
+        """The state of the epoch's end is saved already, and another start evaluates it again.
+
+        Several ranks evaluate to the end: one alone that stopped would leave the others waiting.
+        """
+        if self.requests.stop and distributed.world_size() == 1:
+            self._stop()
 
     def _store(self, epoch: int, stage: int, outcome: Evaluation, improved: bool) -> None:
         """Predictions, checkpoint and figures of a finished epoch."""

@@ -39,6 +39,7 @@ import evaluation
 import run
 from config import load_config
 from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
+from evaluation import Decoder
 from settings import checkpoint_settings
 from tracking import Tracker
 from training import Trainer, TrainingFailed, learning_rate
@@ -294,6 +295,20 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(
     assert disturbed.main() == 0
     shown = capsys.readouterr().out
     assert "resume/10; resume and load_model_path are overridden by it" in shown
+    assert_same_run(disturbed, straight)
+
+
+@pytest.mark.parametrize("owner, name", [(evaluation, "_mean_token_loss"), (Decoder, "predict")])
+def test_a_run_stopped_in_an_evaluation_repeats_it_and_goes_on(
+    straight, disturbed, monkeypatch, capsys, owner, name
+):
+    monkeypatch.setattr(owner, name, getattr(owner, name))
+    path = f"Decoder.{name}" if owner is Decoder else name
+    at_call(1, f"evaluation:{path}", lambda: signal.raise_signal(signal.SIGTERM))
+    assert disturbed.main() == run.EXIT_INTERRUPTED
+    assert "stopped after optimizer step 5, state saved" in capsys.readouterr().err
+    assert not (disturbed.run_dir / "predictions_0.jsonl").exists()
+    assert disturbed.main() == 0
     assert_same_run(disturbed, straight)
 
 
