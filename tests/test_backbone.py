@@ -711,13 +711,14 @@ def test_the_fused_activation_is_the_published_one(configure, tiny_folder):
     torch.testing.assert_close(activations[0](x), textbook, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_activation_checkpointing_is_switched_on_where_the_model_supports_it(
     configure, tiny_folder, monkeypatch
 ):
     folder = tiny_folder()
     for keys in ({"cot": True}, {"thought": "pause"}):
         model = load_quietly(configure(folder, activation_checkpointing=True, **keys)).model
-        assert model.is_gradient_checkpointing
+        assert model.is_activation_checkpointing
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match="activation_checkpointing: gpt2 does not support it"):
         load_quietly(configure(folder, activation_checkpointing=True, cot=True))
