@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -19,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import ROOT, Experiment, Ranks, assert_same_weights, use_float64
+from runs import ROOT, Experiment, Ranks, assert_same_weights, at_call, use_float64
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import backbone
 import checkpoint
 import distributed
+import run
 
 KINDS = ("ddp", "fsdp", "fsdp-resharded")
 # Family, batch per process, accumulation and whether all records get equally many latents. Of 17
@@ -265,6 +267,24 @@ def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
     assert choose("auto", 5 * 2**30, True) == ("fsdp", True, f"{shards}; {held}")
     assert choose("ddp", 5 * 2**30) == ("ddp", False, "as configured")
     assert choose("fsdp", 2**30) == ("fsdp", True, f"as configured; {held}")
+
+
+def signal_rank_0_in_its_first_evaluation():
+    def action():
+        if distributed.is_main():
+            signal.raise_signal(signal.SIGTERM)
+
+    at_call(1, "evaluation:Decoder.predict", action)
+
+
+def test_ranks_stopped_in_an_evaluation_finish_it_together(tmp_path):
+    experiment = Experiment(tmp_path)
+    hook = signal_rank_0_in_its_first_evaluation
+    ranks = Ranks(2, tmp_path, [[str(experiment.yaml)]], hook)
+    assert ranks.wait() == [run.EXIT_INTERRUPTED] * 2, ranks.output() + ranks.output(1)
+    assert "stopped after optimizer step 3, state saved" in ranks.output()
+    assert len(experiment.predictions(0)) == 7
+    assert [entry["eval/epoch"] for entry in experiment.metrics() if "eval/acc" in entry] == [0]
 
 
 def count_collectives():

@@ -683,6 +683,18 @@ def test_a_state_whose_tensors_do_not_fit_is_refused(again, capsys, name, change
     assert_refused(capsys, experiment, words=[f"{path.parent}: cannot be restored", name])
 
 
+@pytest.mark.parametrize(
+    "content", ["[{}]", "[7]", '[{"python": [3, [1], null], "numpy": []}]', "null"]
+)
+def test_a_state_whose_generators_are_not_ours_is_refused(again, capsys, content):
+    experiment = again()
+    folder = state_folder(experiment)
+    (folder / "generators.json").write_text(content)
+    mend_sums(folder)
+    words = f"{folder}: its tensors or generators are not this run's ("
+    assert_refused(capsys, experiment, words=[words, "remove it to go on from an earlier state"])
+
+
 @fuzz(12)
 @given(st.data())
 def test_a_run_goes_on_over_mangled_records_of_its_past(again, capsys, data):
