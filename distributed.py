@@ -248,7 +248,7 @@ def parallelize(
         device_ids = [local_rank()] if torch.cuda.is_available() else None
         # Every rank builds the same buffers (positions, masks), and training changes none.
         return DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            model, device_ids=device_ids, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
     # What autocast would compute in bf16 is gathered in bf16. All else stays in fp32, the sum of
     # the layers too, so that sharding changes no figure: norms are a group of their own, and
