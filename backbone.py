@@ -218,7 +218,7 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
         raise UserError(
             f"activation_checkpointing: {model.config.model_type} does not support it; write false"
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 # The tokenizer

@@ -20,8 +20,9 @@ import os
 import random
 import re
 import shutil
+import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha
 
 RESUME_FOLDER = "resume"
 KEPT_STATES = 2
+# It holds a sum for each file; those of a thousand ranks take well under a hundredth of this.
+LARGEST_STATE_JSON_BYTES = 2**24
 # What Python raises where JSON holds other values than were written.
 UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BASE_PREFIX = "base_causallm."
@@ -79,68 +82,107 @@ def whole_directory(target: Path) -> Iterator[Path]:
     A crash leaves the old `target` or the new one; `recover` finishes what one interrupted.
     """
     unfinished = target.with_name(f".{target.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            _remove(unfinished)
         raise
-    for path in unfinished.iterdir():
+    for path in unfinished.rglob("*"):
         fsync_file(path)
     fsync_directory(unfinished)
     replaced = target.with_name(f".{target.name}.old")
-    if target.exists():
+    if os.path.lexists(target):
+        _remove(replaced)
         os.rename(target, replaced)
     os.rename(unfinished, target)
     fsync_directory(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    # What stays is in nobody's way until the next start tidies up.
+    with suppress(OSError):
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it; of a link the link alone. Nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _prune(paths: list[Path], notify: Callable[[str], None]) -> None:
+    """Remove what is surplus; what cannot be removed is told of and ends no run."""
+    for path in paths:
+        try:
+            _remove(path)
+        except OSError as error:
+            notify(f"{path}: no longer needed, but cannot be removed ({error.strerror or error})")
 
 
 def recover(folder: Path) -> None:
-    """Tidy `folder` after a crash: put a set-aside directory back, drop unfinished ones."""
+    """Tidy `folder` after a crash: put a set-aside directory back, drop unfinished ones.
+
+    Raises: UserError for one that can neither be put back nor removed.
+    """
     for path in list(folder.glob(".*")):
         directory = SET_ASIDE.fullmatch(path.name)
         directory = directory if path.is_dir() else None
-        if directory and directory["kind"] == "old" and not (folder / directory["name"]).exists():
-            os.rename(path, folder / directory["name"])
-        elif directory:
-            shutil.rmtree(path)
-        elif UNFINISHED_FILE.fullmatch(path.name):
-            path.unlink()
+        try:
+            if (
+                directory
+                and directory["kind"] == "old"
+                and not (folder / directory["name"]).exists()
+            ):
+                os.rename(path, folder / directory["name"])
+            elif directory or UNFINISHED_FILE.fullmatch(path.name):
+                _remove(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: left by an earlier start and cannot be tidied away"
+                f" ({error.strerror or error}); remove it"
+            ) from None
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path, notify: Callable[[str], None] = print) -> Iterator[None]:
     """Hold `run_dir` for one training run; the lock goes with the process, however it ends.
 
     A run that ends before it wrote anything leaves no folder that was not there before.
+
+    notify: is told where the file system knows no locks.
 
     Raises: UserError when another process holds it or the folder cannot be written.
     """
     missing = _missing(run_dir)
     make_writable(run_dir)
     try:
-        with _held_lock(run_dir):
+        with _held_lock(run_dir, notify):
             yield
     finally:
         _remove_empty(missing)
 
 
 @contextmanager
-def _held_lock(run_dir: Path) -> Iterator[None]:
+def _held_lock(run_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """The lock alone, in a file that goes again when nothing else was written."""
     # Appending empties nothing, should the name lead to another file.
     with open(run_dir / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError(
+                    f"{run_dir}: another training run is using this directory; wait for it, or"
+                    " change name or save_path"
+                ) from None
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            raise UserError(
-                f"{run_dir}: another training run is using this directory; wait for it, or change"
-                " name or save_path"
-            ) from None
+            notify(
+                f"{run_dir}: this file system knows no locks ({error.strerror}); a second run on"
+                " this directory would not be noticed"
+            )
         try:
             yield
         finally:
@@ -245,15 +287,17 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def prune_checkpoints(run_dir: Path, newest: int, keep: int) -> None:
+def prune_checkpoints(
+    run_dir: Path, newest: int, keep: int, notify: Callable[[str], None] = print
+) -> None:
     """Of the checkpoints up to `newest` finished epochs, remove all but the last `keep`.
 
     One that the user moved and left a link to is not removed.
+
+    notify: is told of every one that cannot be removed.
     """
     up_to_now = [path for number, path in checkpoints(run_dir) if number <= newest]
-    for path in up_to_now[:-keep]:
-        if not path.is_symlink():
-            shutil.rmtree(path)
+    _prune([path for path in up_to_now[:-keep] if not path.is_symlink()], notify)
 
 
 def refuse_obstacles(run_dir: Path) -> None:
@@ -305,12 +349,15 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     tokenizer,
     progress: dict,
+    notify: Callable[[str], None] = print,
 ) -> None:
     """Write `resume/<step>/` and keep the newest two. Every rank must call.
 
     Rank 0 writes what all ranks hold alike, and each rank the shards that it alone holds; so ranks
     on several machines need a file system that all of them see. Model configuration and tokenizer
     go along, so that going on needs nothing but this folder.
+
+    notify: is told of every older state that cannot be removed.
     """
     generators = distributed.gather_to_main(_generator_states())
     target = run_dir / RESUME_FOLDER / str(step)
@@ -330,22 +377,23 @@ def save_state(
             tokenizer.save_pretrained(unfinished)
             generators_file = unfinished / "generators.json"
             generators_file.write_text(json.dumps(generators), encoding="utf-8")
-            sums = {path.name: sha256_file(path) for path in sorted(unfinished.iterdir())}
+            # A tokenizer with several chat templates keeps them in a folder.
+            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+            sums = {str(path.relative_to(unfinished)): sha256_file(path) for path in files}
             _write_progress(unfinished, {"progress": progress, "sha256": sums})
     if not distributed.is_main():
         return
     # A later step's state was damaged and passed over, or this run would stand there.
     stale = [path for number, path in _state_folders(run_dir) if number > step]
     past = [path for number, path in _state_folders(run_dir) if number <= step]
-    for path in stale + past[:-KEPT_STATES]:
-        shutil.rmtree(path)
+    _prune(stale + past[:-KEPT_STATES], notify)
 
 
 def update_progress(run_dir: Path, step: int, progress: dict) -> None:
     """Replace the position stored in `resume/<step>/`, leaving its tensors as they are."""
     folder = run_dir / RESUME_FOLDER / str(step)
-    content = json.loads((folder / "state.json").read_text(encoding="utf-8"))["content"]
     with writing(run_dir, f"the position in {folder}"):
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))["content"]
         _write_progress(folder, content | {"progress": progress})
 
 
@@ -380,6 +428,9 @@ def newest_state(run_dir: Path, notify=print) -> TrainingState | None:
 
 
 def _verified_progress(folder: Path) -> dict:
+    about = os.stat(folder / "state.json")
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_STATE_JSON_BYTES:
+        raise ValueError("state.json is no file of ours")
     stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     content = stored["content"]
     if _sum_of(content) != stored["sha256"]:
@@ -452,15 +503,19 @@ def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _generator_states() -> dict:
-    """The states of Python's, NumPy's and torch's random generators, as JSON values."""
+    """The states of Python's, NumPy's and torch's random generators, as JSON values.
+
+    Of several GPUs, that of this rank's own, so it may be another one when the run goes on.
+    """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    device = distributed.device()
+    cuda = _encode(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         "torch": _encode(torch.get_rng_state()),
-        "cuda": [_encode(state) for state in cuda],
+        "cuda": cuda,
     }
 
 
@@ -470,8 +525,9 @@ def _restore_generators(states: dict) -> None:
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_decode(states["torch"]))
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_decode(state) for state in states["cuda"]])
+    device = distributed.device()
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(_decode(states["cuda"]), device)
 
 
 def _encode(state: torch.Tensor) -> str:

@@ -142,7 +142,7 @@ class Config(BaseModel):
     val_path: Text = Field(examples=["data/gsm_valid.json"])
     """Records evaluated after each epoch, or by only_eval."""
     allow_changed_data: bool = False
-    """Go on with a run although train_path holds other records than when it began."""
+    """Go on with a run although train_path or val_path holds other records than when it began."""
     num_workers: Count = 2
     """Processes that make batches ahead of time, for each rank."""
 

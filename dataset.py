@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, n records, S the largest number of steps of a record.
 
 import atexit
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -42,9 +43,15 @@ Worker = tuple[BaseProcess, Connection]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
+class FileRecords(list):
+    """The records of a file, and `sha256`: the sum of the file's bytes as they were then read."""
+
+    sha256: str
+
+
 def read_records(
     path: str, limit: int | None = None, notify: Callable[[str], None] = print
-) -> list[dict]:
+) -> FileRecords:
     """The records of a JSON data file as {"question": str, "answer": str, "steps": [str, ...]}.
 
     limit: keep at most this many records, the first ones.
@@ -53,8 +60,9 @@ def read_records(
     Raises: UserError naming file, record index, field and what was expected.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            raw = json.loads(file.read().removeprefix("\ufeff"))
+        with open(path, "rb") as file:
+            content = file.read()
+        raw = json.loads(content.decode("utf-8").removeprefix("\ufeff"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); README's Data section tells how to make it"
@@ -66,7 +74,8 @@ def read_records(
     if not isinstance(raw, list) or not raw:
         got = "an empty list" if raw == [] else _kind(raw)
         raise UserError(f"{path}: holds {got}; expected a list of at least one record")
-    records = [_checked_record(path, i, record) for i, record in enumerate(raw[:limit])]
+    records = FileRecords(_checked_record(path, i, record) for i, record in enumerate(raw[:limit]))
+    records.sha256 = hashlib.sha256(content).hexdigest()
     num_steps = sum(len(record["steps"]) for record in records)
     for record in records:
         record["steps"] = [step for step in record["steps"] if step.strip()]
@@ -128,7 +137,7 @@ def leading_special_ids(tokenizer, text: str) -> list[int]:
 class TokenizedRecords:
     """Records as token ids, with the lengths that planning needs.
 
-    path: the file they came from, for messages.
+    path: the file they came from, for messages; sha256: its sum when it was read, "" without one.
     table: Hugging Face data set with columns question, answer, steps (texts) and question_ids,
         step_ids (one list a step), answer_ids ("### " + answer, then EOS), highest_id (of these).
     num_steps: (n,) steps a record has.
@@ -137,6 +146,7 @@ class TokenizedRecords:
     """
 
     path: str
+    sha256: str
     table: datasets.Dataset
     num_steps: np.ndarray
     question_lengths: np.ndarray
@@ -189,7 +199,8 @@ def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedReco
         raise UserError(
             f"{path}: the tokenizer fails on its texts ({error!r}); restore the tokenizer's files"
         ) from error
-    return TokenizedRecords(path, table, *_lengths(table, path))
+    sha256 = records.sha256 if isinstance(records, FileRecords) else ""
+    return TokenizedRecords(path, sha256, table, *_lengths(table, path))
 
 
 def _refuse_eos(

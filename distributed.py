@@ -163,6 +163,13 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return total.tolist()
 
 
+def _least_over_ranks(value: int) -> int:
+    least = torch.tensor(value)
+    if dist.is_initialized():
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
 def gather_to_main(value: object) -> list | None:
     """Every rank's value in rank order on rank 0, None elsewhere."""
     if not dist.is_initialized():
@@ -197,13 +204,18 @@ class Parallel:
 
 
 def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
-    """What `parallel` means here: `auto` shards where one device has too little room for it all."""
+    """What `parallel` means here: `auto` shards where one device has too little room for it all.
+
+    The smallest device decides for all; every rank must call.
+    """
     if world_size() == 1:
         return Parallel("none", False, "one process")
     if not torch.cuda.is_available():
         reason = "processes on CPUs share their memory" if parallel == "auto" else "as configured"
         return Parallel("ddp" if parallel == "auto" else parallel, True, reason)
-    room = STATE_SHARE_OF_DEVICE * torch.cuda.get_device_properties(device()).total_memory
+    # Ranks that chose differently would wait for each other for ever.
+    memory_bytes = _least_over_ranks(torch.cuda.get_device_properties(device()).total_memory)
+    room = STATE_SHARE_OF_DEVICE * memory_bytes
     state_bytes = num_parameters * TRAINING_BYTES_PER_PARAMETER
     sizes = f"training state {state_bytes / 2**30:.1f} GiB, room {room / 2**30:.1f} GiB a device"
     if parallel == "auto":
@@ -234,7 +246,10 @@ def parallelize(
         if parallel.kind == "none":
             return model
         device_ids = [local_rank()] if torch.cuda.is_available() else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        # Every rank builds the same buffers (positions, masks), and training changes none.
+        return DistributedDataParallel(
+            model, device_ids=device_ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
     # What autocast would compute in bf16 is gathered in bf16. All else stays in fp32, the sum of
     # the layers too, so that sharding changes no figure: norms are a group of their own, and
     # embeddings, final norm and head belong to the root.

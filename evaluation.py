@@ -60,11 +60,13 @@ def evaluate(
     bf16: bool = False,
     num_workers: int = 0,
     progress: Callable | None = None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Loss and greedy accuracy of `model` on `records` at `stage`. Every rank must call.
 
     batch_size: records at once on each process.
     progress: made with the number of batches and a description; its `update` is called.
+    before_batch: called before each batch; what it raises ends the evaluation.
     """
     staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
     shares = micro_batches(np.arange(len(records)), staged, batch_size, distributed.world_size())
@@ -79,6 +81,7 @@ def evaluate(
     def loader(purpose: str):
         collator = Collator(staged, ids, purpose)
         for batch in batch_loader(collator, batches, num_workers, device.type == "cuda"):
+            before_batch()
             yield {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             if bar is not None:
                 bar.update()

@@ -62,8 +62,8 @@ class StoredProgress(BaseModel):
     settings: CheckpointSettings
     trajectory: dict[str, str | int | float]
     first_epoch: Count
-    # wandb names a folder by it.
-    wandb_id: Annotated[str, Field(pattern=r"^[\w-]+$")] | None
+    # wandb names a folder by it, and allows in it what may stand in an address.
+    wandb_id: Annotated[str, Field(pattern=r"^[^/\\#?%:\x00-\x1f]+$")] | None
 
 
 def check_progress(state: checkpoint.TrainingState) -> None:

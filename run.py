@@ -182,6 +182,40 @@ def require_same(facts: dict[str, object]) -> None:
     together(compare)
 
 
+def require_shared(run_dir: Path) -> None:
+    """Make sure that every rank sees rank 0's `run_dir`, which exists; every rank must call.
+
+    Raises: UserError naming the machine that does not.
+    """
+    import socket
+    import uuid
+
+    import checkpoint
+    import distributed
+    from utils import UserError
+
+    # checkpoint.recover drops such a name, should this start be killed.
+    name = distributed.broadcast_from_main(f".shared.{uuid.uuid4().int}.part")
+
+    def look() -> None:
+        if not (run_dir / name).exists():
+            raise UserError(
+                f"save_path: {run_dir} on {socket.gethostname()} is not the folder that rank 0"
+                " writes; under FSDP every rank saves its own shard there: let save_path lie on a"
+                " file system that all machines share, or write parallel: ddp"
+            )
+
+    if distributed.is_main():
+        with checkpoint.writing(run_dir, name):
+            (run_dir / name).touch()
+    try:
+        distributed.barrier()
+        together(look)
+    finally:
+        if distributed.is_main():
+            (run_dir / name).unlink(missing_ok=True)
+
+
 @dataclass
 class Data:
     """Tokenizer and tokenised records; `train` is None in evaluation."""
@@ -196,7 +230,6 @@ def load_data(config: Config) -> Data:
     errors come early."""
     from backbone import load_tokenizer
     from dataset import read_records, tokenize_records
-    from utils import sha256_file
 
     limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS) if config.debug else (None, None)
 
@@ -210,8 +243,8 @@ def load_data(config: Config) -> Data:
         return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
 
     data = together(load)
-    paths = [records.path for records in (data.train, data.val) if records]
-    require_same({f"the sha256 of {path}": sha256_file(path)[:12] for path in paths})
+    files = [records for records in (data.train, data.val) if records]
+    require_same({f"the sha256 of {records.path}": records.sha256[:12] for records in files})
     return data
 
 
@@ -297,7 +330,7 @@ def train(config: Config) -> None:
         def take_run_dir() -> None:
             # One process holds the directory for all of its run's ranks.
             if distributed.is_main() and not config.debug:
-                held.enter_context(checkpoint.run_lock(config.run_dir))
+                held.enter_context(checkpoint.run_lock(config.run_dir, say))
                 checkpoint.recover(config.run_dir)
                 checkpoint.refuse_obstacles(config.run_dir)
                 checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)
@@ -342,6 +375,8 @@ def train_from(config: Config, model_config: Config, state) -> None:
     model, tokenizer = together(lambda: make_model(model_config, notify))
     model = share_model(config, model)
     saves = not config.debug
+    if saves and distributed.is_sharded(model):
+        require_shared(config.run_dir)
     with checkpoint.writing(config.run_dir, "metrics.jsonl"):
         tracker = Tracker(
             config.run_dir if saves else None,

@@ -30,7 +30,7 @@ from dataset import (
 from evaluation import Evaluation, autocast, evaluate, write_predictions
 from progress import Progress, Stopped, TrainingFailed, listen_for_signals
 from tracking import Tracker
-from utils import UserError, atomic_write_text, sha256_file
+from utils import UserError, atomic_write_text
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -356,7 +356,16 @@ class Trainer:
             bf16=self.config.bf16,
             num_workers=self.config.num_workers,
             progress=self.tracker.progress,
+            before_batch=self._stop_evaluation_if_asked,
         )
+
+    def _stop_evaluation_if_asked(self) -> None:
+        """The state of the epoch's end is saved already, and another start evaluates it again.
+
+        Several ranks evaluate to the end: one alone that stopped would leave the others waiting.
+        """
+        if self.requests.stop and distributed.world_size() == 1:
+            self._stop()
 
     def _store(self, epoch: int, stage: int, outcome: Evaluation, improved: bool) -> None:
         """Predictions, checkpoint and figures of a finished epoch."""
@@ -375,7 +384,12 @@ class Trainer:
                     self.settings | {"stage": stage, "epoch": epoch},
                 )
                 if config.keep_checkpoints is not None and distributed.is_main():
-                    checkpoint.prune_checkpoints(config.run_dir, epoch + 1, config.keep_checkpoints)
+                    checkpoint.prune_checkpoints(
+                        config.run_dir,
+                        epoch + 1,
+                        config.keep_checkpoints,
+                        self.tracker.message,
+                    )
         figures |= {"eval/epoch": epoch, "eval/best_acc": self.progress.best_accuracy}
         self.tracker.log(figures, step=self.progress.optimizer_step)
 
@@ -417,7 +431,8 @@ class Trainer:
             "method": self.config.method,
             "seed": self.config.seed,
             "effective_batch_size": self.effective_batch_size,
-            "training_data_sha256": sha256_file(self.train_records.path),
+            "train_path_sha256": self.train_records.sha256,
+            "val_path_sha256": self.val_records.sha256,
             "uniform_prob": self.config.uniform_prob,
         }
 
@@ -433,6 +448,7 @@ class Trainer:
             self.optimizer,
             self.tokenizer,
             self._stored_progress(),
+            self.tracker.message,
         )
 
     def _continue_from(self, state: checkpoint.TrainingState) -> None:
@@ -442,12 +458,16 @@ class Trainer:
             records themselves and allow_changed_data is false.
         """
         stored, now = state.progress["trajectory"], self._trajectory()
+        files = {
+            "train_path_sha256": self.train_records.path,
+            "val_path_sha256": self.val_records.path,
+        }
         for name, value in now.items():
             before = stored.get(name)
             if before == value:
                 continue
-            if name == "training_data_sha256":
-                changed = f"{self.train_records.path}: holds other records than when the run began"
+            if name in files:
+                changed = f"{files[name]}: holds other records than when the run began"
                 if not self.config.allow_changed_data:
                     raise UserError(
                         f"{changed} (sha256 {value[:12]}, was {str(before)[:12]}); restore them,"
@@ -464,6 +484,9 @@ class Trainer:
         try:
             is_complete = checkpoint.load_state(state, self.model, self.optimizer)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # Both are RuntimeErrors that say nothing about the state.
+            if isinstance(error, torch.OutOfMemoryError) or distributed.is_lost_contact(error):
+                raise
             raise UserError(
                 f"{state.folder}: its tensors or generators are not this run's ({error!r}); remove"
                 " it to go on from an earlier state"
@@ -483,8 +506,11 @@ class Trainer:
             name = f"nonfinite_step{step}_rank{distributed.rank()}.json"
             path = self.config.run_dir / name
             content = [{key: t.tolist() for key, t in batch.items()} for batch in batches]
-            atomic_write_text(path, json.dumps(content))
-            where = f"the batch is in {path}"
+            try:
+                atomic_write_text(path, json.dumps(content))
+                where = f"the batch is in {path}"
+            except OSError as error:
+                where = f"the batch could not be written ({error.strerror or error})"
         raise TrainingFailed(
             f"loss {loss} or gradient norm {norm} is not finite at optimizer step {step}"
             f" (epoch {self.progress.epoch}); the weights were not changed, {where}"

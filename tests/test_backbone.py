@@ -700,13 +700,14 @@ def test_models_that_score_in_a_way_of_their_own_are_refused(configure, tiny_fol
         build_coconut(config, load_quietly(config))
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_activation_checkpointing_is_switched_on_where_the_model_supports_it(
     configure, tiny_folder, monkeypatch
 ):
     folder = tiny_folder()
     for keys in ({"cot": True}, {"thought": "pause"}):
         model = load_quietly(configure(folder, activation_checkpointing=True, **keys)).model
-        assert model.is_gradient_checkpointing
+        assert model.is_activation_checkpointing
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match="activation_checkpointing: gpt2 does not support it"):
         load_quietly(configure(folder, activation_checkpointing=True, cot=True))

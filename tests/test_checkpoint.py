@@ -3,10 +3,12 @@
 That a run goes on from its states is test_training.py's.
 """
 
+import errno
 import json
 import os
 import pkgutil
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,7 +112,7 @@ def failing(function, number):
         ("checkpoint.fsync_file", 2, "old"),
         ("os.rename", 1, "old"),
         ("os.rename", 2, "old"),
-        ("shutil.rmtree", 2, "new"),
+        ("checkpoint.fsync_directory", 2, "new"),
     ],
 )
 def test_a_crash_while_writing_leaves_the_old_checkpoint_or_the_new(
@@ -158,6 +160,44 @@ def test_recovery_after_each_interrupted_phase(tmp_path):
         ".mine.old/file": b"mine", ".mine.part": b"mine",
     }  # fmt: skip
     recover(tmp_path / "missing")
+
+
+def test_what_a_crash_left_goes_though_it_is_a_link_and_not_what_it_leads_to(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "folder").mkdir(parents=True)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".checkpoint_1.part").symlink_to(elsewhere)
+    recover(run_dir)
+    assert list(run_dir.iterdir()) == []
+    for name in (".checkpoint_1.part", ".checkpoint_1.old", "checkpoint_1"):
+        (run_dir / name).symlink_to(elsewhere if name != "checkpoint_1" else "nowhere")
+    with whole_directory(run_dir / "checkpoint_1") as unfinished:
+        (unfinished / "file").write_text("new")
+    assert contents(run_dir) == {"checkpoint_1/file": b"new"}
+    assert [path.name for path in run_dir.iterdir()] == ["checkpoint_1"]
+    assert [path.name for path in elsewhere.iterdir()] == ["folder"]
+
+
+def test_what_a_crash_left_and_cannot_go_is_named(tmp_path, monkeypatch):
+    (tmp_path / ".5.part").mkdir()
+    monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
+    with pytest.raises(UserError, match=r"/\.5\.part: left by an .* \(disk full\); remove it"):
+        recover(tmp_path)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    tiny_model, word_tokenizer, tmp_path, monkeypatch
+):
+    model, notices = wrap(tiny_model("gpt2")), []
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / f"checkpoint_{epoch}", model, word_tokenizer, SETTINGS)
+    monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
+    save_checkpoint(tmp_path / "checkpoint_2", model, word_tokenizer, SETTINGS | {"epoch": 5})
+    assert json.loads((tmp_path / "checkpoint_2/coconut.json").read_text())["epoch"] == 5
+    prune_checkpoints(tmp_path, 2, keep=1, notify=notices.append)
+    old = tmp_path / "checkpoint_1"
+    assert notices == [f"{old}: no longer needed, but cannot be removed (disk full)"]
 
 
 def test_a_directory_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -219,6 +259,48 @@ def test_two_states_are_kept_and_the_newest_is_found(training, tmp_path):
     assert newest_state(tmp_path).progress == {"step": "new"}
 
 
+def test_folders_of_a_tokenizer_belong_to_a_state(tiny_model, word_tokenizer, tmp_path):
+    word_tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    model = wrap(tiny_model("gpt2", torch.float32))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for step in (1, 2):
+        train_step(model, optimizer)
+        save_state(tmp_path, step, model, optimizer, word_tokenizer, {"step": step})
+    newest = newest_state(tmp_path).folder
+    assert AutoTokenizer.from_pretrained(newest).chat_template == word_tokenizer.chat_template
+    notices = []
+    (newest / "additional_chat_templates/tools.jinja").write_text("changed")
+    assert newest_state(tmp_path, notices.append).progress == {"step": 1}
+    assert "additional_chat_templates/tools.jinja does not match its sum" in notices[0]
+
+
+def test_strangers_among_the_states_are_pruned_and_what_cannot_go_is_told(
+    training, tmp_path, monkeypatch
+):
+    *_, save = training
+    elsewhere, states, notices = tmp_path / "elsewhere", tmp_path / "resume", []
+    elsewhere.mkdir()
+    states.mkdir()
+    (states / "1").symlink_to(elsewhere)
+    (states / "2").write_text("a file")
+    (states / "99").symlink_to(elsewhere)
+    for step in (9, 10):
+        save(step)
+    assert sorted(path.name for path in states.iterdir()) == ["10", "9"]
+    assert elsewhere.is_dir()
+    monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
+    monkeypatch.setattr(save_state, "__defaults__", (notices.append,))
+    save(11)
+    assert newest_state(tmp_path).progress == {"step": 11}
+    assert notices == [f"{states / '9'}: no longer needed, but cannot be removed (disk full)"]
+
+
+def test_a_state_that_went_missing_cannot_take_a_new_position(tmp_path):
+    words = r"the position in .*/7 could not be written \(No such file or directory\); nothing was"
+    with pytest.raises(WriteFailed, match=words):
+        update_progress(tmp_path, 7, {})
+
+
 def test_a_state_brings_back_weights_moments_and_generators_bit_for_bit(
     training, tiny_model, tmp_path
 ):
@@ -231,6 +313,26 @@ def test_a_state_brings_back_weights_moments_and_generators_bit_for_bit(
     assert load_state(newest_state(tmp_path), other, fresh)
     assert [train_step(other, fresh) for _ in range(3)] == expected
     assert_same_weights(other.state_dict(), model.state_dict())
+
+
+def test_each_rank_keeps_the_generator_of_its_own_gpu(monkeypatch):
+    generators = {torch.device("cuda", n): torch.tensor([n], dtype=torch.uint8) for n in range(3)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generators[device])
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: generators.update({device: state})
+    )
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    states = json.loads(json.dumps(checkpoint._generator_states()))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    checkpoint._restore_generators(states)
+    assert [state.item() for state in generators.values()] == [0, 2, 2]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint._restore_generators(states)
+    states = checkpoint._generator_states()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    checkpoint._restore_generators(states)
+    assert [state.item() for state in generators.values()] == [0, 2, 2]
 
 
 def test_a_new_rank_is_told_that_it_has_no_generators(training, tmp_path, monkeypatch):
@@ -292,11 +394,24 @@ def test_the_lock_refuses_a_second_holder_and_goes_with_the_first(tmp_path):
 
 def test_a_lock_error_that_is_no_refusal_is_not_taken_for_one(tmp_path, monkeypatch):
     def flock(*_):
-        raise OSError(37, "No locks available")
+        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(OSError, match="No locks available"), run_lock(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), run_lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_run_goes_on_and_is_told(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, "no such thing")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    notices, entered = [], False
+    with run_lock(tmp_path, notices.append):
+        entered = True
+    words = "knows no locks (no such thing); a second run on this directory would not be noticed"
+    assert entered and notices == [f"{tmp_path}: this file system {words}"]
 
 
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):

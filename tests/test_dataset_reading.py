@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataset import read_records
-from utils import LATENT, MARKERS, UserError
+from utils import LATENT, MARKERS, UserError, sha256_file
 
 GOOD = {"question": "What ?", "answer": "4", "steps": ["1 + 1 = 2", "2 + 2 = 4"]}
 
@@ -30,6 +30,11 @@ def test_records_keep_their_three_fields_and_order(tmp_path):
         GOOD,
         {"question": "\u2028?", "answer": "größer →", "steps": []},
     ]
+
+
+def test_records_carry_the_sum_of_the_bytes_they_were_read_from(tmp_path):
+    path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps([GOOD] * 2).encode())
+    assert read_records(path, 1).sha256 == sha256_file(path)
 
 
 def test_utf8_with_and_without_byte_order_mark(tmp_path):

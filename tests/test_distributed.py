@@ -4,23 +4,29 @@ Two and four gloo ranks on this machine. Their runs are made once, in float64 an
 and the tests compare them with one process; run.py under torchrun itself comes last.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import ROOT, Experiment, Ranks, assert_same_weights, use_float64
+from runs import ROOT, Experiment, Ranks, assert_same_weights, at_call, use_float64
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import backbone
 import checkpoint
 import distributed
+import run
 
 KINDS = ("ddp", "fsdp", "fsdp-resharded")
 # Family, batch per process, accumulation and whether all records get equally many latents. Of 17
@@ -261,6 +267,89 @@ def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
     assert choose("auto", 5 * 2**30, True) == ("fsdp", True, f"{shards}; {held}")
     assert choose("ddp", 5 * 2**30) == ("ddp", False, "as configured")
     assert choose("fsdp", 2**30) == ("fsdp", True, f"as configured; {held}")
+
+
+def signal_rank_0_in_its_first_evaluation():
+    def action():
+        if distributed.is_main():
+            signal.raise_signal(signal.SIGTERM)
+
+    at_call(1, "evaluation:Decoder.predict", action)
+
+
+def test_ranks_stopped_in_an_evaluation_finish_it_together(tmp_path):
+    experiment = Experiment(tmp_path)
+    hook = signal_rank_0_in_its_first_evaluation
+    ranks = Ranks(2, tmp_path, [[str(experiment.yaml)]], hook)
+    assert ranks.wait() == [run.EXIT_INTERRUPTED] * 2, ranks.output() + ranks.output(1)
+    assert "stopped after optimizer step 3, state saved" in ranks.output()
+    assert len(experiment.predictions(0)) == 7
+    assert [entry["eval/epoch"] for entry in experiment.metrics() if "eval/acc" in entry] == [0]
+
+
+def count_collectives():
+    """Let rank 0 print the collectives of each micro-step; the third run gathers every pass."""
+    choose, gathered = distributed.choose_parallel, iter([False, True, False])
+    distributed.choose_parallel = lambda *given: dataclasses.replace(
+        choose(*given), gathered=next(gathered)
+    )
+    sync = distributed.gradient_sync
+
+    @contextlib.contextmanager
+    def counted(model, enabled):
+        with torch.profiler.profile() as profile, sync(model, enabled):
+            yield
+        names = [event.name for event in profile.events()]
+        if distributed.is_main():
+            print("counted", json.dumps(Counter(name for name in names if "c10d::" in name)))
+
+    distributed.gradient_sync = counted
+
+
+def test_gradients_are_exchanged_in_the_last_micro_step_and_gathers_are_saved(tmp_path):
+    """Two blocks and the root; the second of two steps, of three micro-steps of three passes."""
+    keys = {
+        "batch_size_training": 1, "gradient_accumulation_steps": 3, "num_train": 12,
+        "resume": 2, "pad_latent_to_max": True,
+    }  # fmt: skip
+    experiment = Experiment(tmp_path, **keys)
+    runs = [("ddp", "ddp"), ("fsdp", "fsdp"), ("fsdp", "fsdp-resharded")]
+    commands = [[str(experiment.yaml), f"parallel={p}", f"name={name}"] for p, name in runs]
+    ranks = Ranks(2, tmp_path, commands, count_collectives)
+    assert ranks.wait() == [0, 0], ranks.output() + ranks.output(1)
+    counts = [json.loads(text) for text in re.findall("counted (.+)", ranks.output())]
+    # In its first step DDP also settles its buckets.
+    ddp, gathered, resharded = counts[3:6], counts[9:12], counts[15:]
+    assert ddp[:2] == [{}, {}] and ddp[2].keys() == {"c10d::allreduce_"}
+    for steps in (gathered, resharded):
+        reduces = [step.pop("c10d::_reduce_scatter_base_", 0) > 0 for step in steps]
+        assert reduces == [False, False, True]
+    # Forward and backward of each block in each pass, and the root once; or each once in all.
+    every = {"c10d::_allgather_base_": 2 * 2 * 3 + 1}
+    assert resharded == [every] * 3
+    assert gathered == [{"c10d::_allgather_base_": 2 + 1}, {}, {}]
+
+
+def have_gpus_of_unlike_sizes():
+    """Let choose_parallel believe in a large GPU on rank 0 and a tiny one on rank 1."""
+    choose = distributed.choose_parallel
+
+    def choose_there(*given):
+        size = 2**40 if distributed.is_main() else 10
+        device = type("Device", (), {"total_memory": size})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+            return choose(*given)
+
+    distributed.choose_parallel = choose_there
+
+
+def test_the_smallest_device_decides_for_all_ranks(tmp_path):
+    experiment = Experiment(tmp_path, num_epochs=1)
+    ranks = Ranks(2, tmp_path, [[str(experiment.yaml)]], have_gpus_of_unlike_sizes)
+    assert ranks.wait() == [0, 0], ranks.output() + ranks.output(1)
+    assert re.search(r"fsdp \(.*room 0\.0 .*parameters gathered for every pass", ranks.output())
 
 
 def test_the_gradient_norm_is_that_of_all_gradients_together():

@@ -538,6 +538,17 @@ def test_a_position_changed_by_hand_is_refused_by_field(again, capsys, path, val
     assert_refused(capsys, experiment, words=told)
 
 
+@pytest.mark.parametrize("wandb_id", ["gsm.1", "größer & (b)", ".."])
+def test_every_id_that_wandb_may_give_a_run_is_taken(again, wandb_id):
+    experiment = again()
+    file = state_folder(experiment) / "state.json"
+    stored = json.loads(file.read_text())
+    stored["content"]["progress"]["wandb_id"] = wandb_id
+    file.write_text(json.dumps(stored))
+    mend_sums(file.parent)
+    read_state(experiment)
+
+
 @pytest.mark.parametrize(
     "sums",
     [
@@ -557,6 +568,27 @@ def test_sums_of_other_things_than_files_damage_a_state(again, capsys, sums):
 def test_a_state_of_hostile_json_is_damaged(again, capsys, text):
     experiment = again()
     (state_folder(experiment) / "state.json").write_text(text)
+    assert_refused(capsys, experiment, words=["resume: no training state is intact"])
+
+
+def link_to_a_pipe(path):
+    os.mkfifo(path.parents[2] / "pipe")
+    path.symlink_to(path.parents[2] / "pipe")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, link_to_a_pipe, os.mkdir])
+@pytest.mark.parametrize("name", ["state.json", "config.json", STATE_TENSORS])
+def test_something_else_than_a_file_damages_a_state(again, capsys, name, make):
+    experiment = again()
+    path = state_folder(experiment) / name
+    path.unlink()
+    make(path)
+    assert_refused(capsys, experiment, words=["resume: no training state is intact"])
+
+
+def test_a_description_without_end_damages_a_state(again, capsys):
+    experiment = again()
+    os.truncate(state_folder(experiment) / "state.json", 2**42)
     assert_refused(capsys, experiment, words=["resume: no training state is intact"])
 
 
@@ -649,6 +681,18 @@ def test_a_state_whose_tensors_do_not_fit_is_refused(again, capsys, name, change
     save_file(tensors, path)
     mend_sums(path.parent)
     assert_refused(capsys, experiment, words=[f"{path.parent}: cannot be restored", name])
+
+
+@pytest.mark.parametrize(
+    "content", ["[{}]", "[7]", '[{"python": [3, [1], null], "numpy": []}]', "null"]
+)
+def test_a_state_whose_generators_are_not_ours_is_refused(again, capsys, content):
+    experiment = again()
+    folder = state_folder(experiment)
+    (folder / "generators.json").write_text(content)
+    mend_sums(folder)
+    words = f"{folder}: its tensors or generators are not this run's ("
+    assert_refused(capsys, experiment, words=[words, "remove it to go on from an earlier state"])
 
 
 @fuzz(12)

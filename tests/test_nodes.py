@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -187,8 +188,13 @@ def test_nodes_that_see_different_files_are_refused_on_every_rank(tmp_path):
         (["config.yaml"], other, "rank 1: lr is 0.02 here, 0.01 on rank 0; every machine needs"),
         ([str(experiment.yaml)], other, "rank 1: the sha256 of train.json is "),
         ([str(experiment.yaml)], tmp_path / "lacking", "rank 1: val.json: cannot be read (No such"),
-        ([str(experiment.yaml)], shared, "epoch 0 stage 0"),
         # The same files, but a run directory that the first node alone can see.
+        (
+            [str(experiment.yaml), "parallel=fsdp"],
+            tmp_path / "copy",
+            f"rank 1: save_path: exps/run on {socket.gethostname()} is not the folder that rank 0",
+        ),
+        ([str(experiment.yaml)], shared, "epoch 0 stage 0"),
         (
             [str(experiment.yaml), "num_epochs=2"],
             tmp_path / "copy",

@@ -30,6 +30,7 @@ from runs import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 
 import backbone
@@ -38,6 +39,7 @@ import evaluation
 import run
 from config import load_config
 from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
+from evaluation import Decoder
 from settings import checkpoint_settings
 from tracking import Tracker
 from training import Trainer, TrainingFailed, learning_rate
@@ -216,6 +218,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_status_1(tmp_path, capsys):
     assert not experiment.run_dir.exists()
 
 
+def test_a_loss_that_is_not_finite_is_told_though_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.atomic_write_text", lambda *_: fail(FULL))
+    assert Experiment(tmp_path, lr=1e30).main() == run.EXIT_FAILED
+    message = capsys.readouterr().err
+    assert "is not finite at optimizer step 1 (epoch 0); the weights were not" in message
+    assert "the batch could not be written (No space left on device)" in message
+
+
 def test_bf16_computes_over_float32_weights_and_optimizer_state(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("distributed.computes_bf16_natively", lambda: False)
     full = Experiment(tmp_path / "fp32", num_epochs=1)
@@ -285,6 +295,20 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(
     assert disturbed.main() == 0
     shown = capsys.readouterr().out
     assert "resume/10; resume and load_model_path are overridden by it" in shown
+    assert_same_run(disturbed, straight)
+
+
+@pytest.mark.parametrize("owner, name", [(evaluation, "_mean_token_loss"), (Decoder, "predict")])
+def test_a_run_stopped_in_an_evaluation_repeats_it_and_goes_on(
+    straight, disturbed, monkeypatch, capsys, owner, name
+):
+    monkeypatch.setattr(owner, name, getattr(owner, name))
+    path = f"Decoder.{name}" if owner is Decoder else name
+    at_call(1, f"evaluation:{path}", lambda: signal.raise_signal(signal.SIGTERM))
+    assert disturbed.main() == run.EXIT_INTERRUPTED
+    assert "stopped after optimizer step 5, state saved" in capsys.readouterr().err
+    assert not (disturbed.run_dir / "predictions_0.jsonl").exists()
+    assert disturbed.main() == 0
     assert_same_run(disturbed, straight)
 
 
@@ -383,12 +407,41 @@ def test_going_on_from_cot_as_coconut_or_with_other_records_is_refused(tmp_path,
     assert experiment.main() == run.EXIT_USER_ERROR
     assert "this run began with method=cot, now it is coconut; restore" in capsys.readouterr().err
     experiment.change(cot=True, coconut=False)
-    experiment.write("train.json", make_records(17))
-    assert experiment.main() == run.EXIT_USER_ERROR
-    assert "holds other records than when the run began (sha256" in capsys.readouterr().err
-    assert experiment.main("allow_changed_data=true") == 0
-    assert "going on, since allow_changed_data is true" in capsys.readouterr().out
-    assert experiment.main() == 0, "from now on these are the run's records"
+    for number, name in enumerate(["train.json", "val.json"], 2):
+        path = experiment.change(num_epochs=number).write(name, make_records(17 - number))
+        changed = f"{path}: holds other records than when the run began"
+        assert experiment.main() == run.EXIT_USER_ERROR
+        assert f"{changed} (sha256" in capsys.readouterr().err
+        assert experiment.main("allow_changed_data=true") == 0
+        assert f"{changed}; going on, since allow_changed_data is true" in capsys.readouterr().out
+        assert experiment.main() == 0, "from now on these are the run's records"
+
+
+@pytest.mark.parametrize("change", ["rewritten", "moved away"])
+def test_data_files_changed_while_a_run_trains_are_not_its_records(
+    straight, disturbed, monkeypatch, capsys, change
+):
+    files = {path: path.read_bytes() for path in (disturbed.train, disturbed.val)}
+
+    def change_and_stop():
+        for path in files:
+            path.unlink()
+            if change == "rewritten":
+                disturbed.write(path.name, make_records(18))
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", Tracker.log)
+        at_call(2, "tracking:Tracker.log", change_and_stop)
+        assert disturbed.main() == run.EXIT_INTERRUPTED
+    assert "state saved" in capsys.readouterr().err
+    if change == "rewritten":
+        assert disturbed.main() == run.EXIT_USER_ERROR
+        assert "holds other records than when the run began" in capsys.readouterr().err
+    for path, content in files.items():
+        path.write_bytes(content)
+    assert disturbed.main() == 0
+    assert_same_run(disturbed, straight)
 
 
 def test_resume_does_not_move_a_run_that_goes_on(finished, straight, capsys):
@@ -438,6 +491,25 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     )
     assert f"continuing from {before};" in shown
     assert_same_run(finished, straight)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+        DistError("the store is gone"),
+    ],
+    ids=["memory", "gloo", "store"],
+)
+def test_a_failure_while_restoring_that_is_not_the_states_is_told_as_itself(
+    finished, monkeypatch, capsys, error
+):
+    told = []
+    monkeypatch.setattr(checkpoint, "load_state", lambda *_: fail(error))
+    monkeypatch.setattr(run, "tell_end", lambda error, *_: told.append(error) or run.EXIT_FAILED)
+    assert finished.change(num_epochs=4).main() == run.EXIT_FAILED
+    assert told == [error]
 
 
 def test_without_an_intact_state_the_run_is_refused(finished, capsys):

@@ -166,9 +166,14 @@ def logged_steps(experiment):
 
 def saved_step(experiment):
     """The optimizer step that the same command would go on from; 0 is the beginning."""
-    checkpoint.recover(experiment.run_dir / "resume")
-    state = checkpoint.newest_state(experiment.run_dir, lambda text: None)
-    return 0 if state is None else int(state.folder.name)
+    states = experiment.run_dir / "resume"
+    # In a copy, since tidying up after a kill is what the next start is tried for.
+    with tempfile.TemporaryDirectory() as copy:
+        if states.exists():
+            shutil.copytree(states, Path(copy) / "resume")
+        checkpoint.recover(Path(copy) / "resume")
+        state = checkpoint.newest_state(Path(copy), lambda text: None)
+        return 0 if state is None else int(state.folder.name)
 
 
 def lost_steps(experiment):
