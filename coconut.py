@@ -32,6 +32,7 @@ from passes import (
     PassCache,
     attention_by_passes,
     can_pack,
+    is_compiled,
     joined_weight_gradients,
     prepare,
 )
@@ -321,7 +322,7 @@ class Coconut(nn.Module):
         with ExitStack() as stack:
             if reads_packed:
                 stack.enter_context(attention_by_passes(self.base_causallm))
-            if layout.starts and torch.is_grad_enabled():
+            if layout.starts and torch.is_grad_enabled() and not is_compiled(self.base_causallm):
                 stack.enter_context(joined_weight_gradients(self.base_causallm))
             for (begin, stop), places in zip(bounds, layout.places, strict=True):
                 embeds = token_embeds[:, begin:stop]

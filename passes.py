@@ -58,10 +58,16 @@ def can_pack(model: PreTrainedModel) -> bool:
     has_window = getattr(config, "sliding_window", None) is not None
     return (
         model._supports_attention_backend
+        and not is_compiled(model)
         and config._attn_implementation == "sdpa"
         and layer_types == {"full_attention"}
         and not has_window
     )
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether torch.compile has the model's passes, whose tracing loses what is done here."""
+    return model.base_model._compiled_call_impl is not None
 
 
 # Tokens without padding

@@ -36,7 +36,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")
     if deterministic:
         # cuBLAS reads this when its first handle is made, so it must precede any CUDA product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -120,6 +120,20 @@ def test_a_sliding_window_is_left_to_the_model_itself():
     assert not torch.allclose(wrap(base)(**batch).loss, wanted, rtol=1e-3), "the window counts"
 
 
+def test_a_compiled_model_is_read_without_what_tracing_loses(tiny_model):
+    """Traced by torch.compile but run as it is: the compiler itself would take minutes."""
+    base = tiny_model("gpt2")
+    rows = ragged_rows()[:2]
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    model = wrap(base)
+    model(**batch).loss.backward()
+    wanted = [p.grad.clone() for p in base.parameters()]
+    base.zero_grad()
+    base.base_model.compile(dynamic=True, backend="eager")
+    model(**batch).loss.backward()
+    assert_close([p.grad for p in base.parameters()], wanted, **exact)
+
+
 @families
 def test_the_models_choice_of_attention_is_put_back(tiny_model, family):
     base = tiny_model(family)

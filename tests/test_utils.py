@@ -110,6 +110,19 @@ def test_seeding_repeats_the_draws_of_python_numpy_and_torch():
     assert all(a != b for a, b in zip(draws(), first, strict=True))
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gpus_take_tf32_unless_deterministic(monkeypatch, deterministic):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        seed_everything(0, deterministic)
+        assert chosen == ["highest" if deterministic else "high"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_deterministic_forbids_random_kernels(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
