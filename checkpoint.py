@@ -246,10 +246,12 @@ def writing(run_dir: Path, what: str) -> Iterator[None]:
         if isinstance(error, CheckpointException):
             _, (cause, _) = min(error.failures.items())
         reason = getattr(cause, "strerror", None) or cause
-        state = newest_state(run_dir, lambda text: None)
         left = "nothing was saved before it, so the same command begins anew"
-        if state is not None:
-            left = f"{state.folder} is intact, and the same command continues from it"
+        try:
+            if state := newest_state(run_dir, lambda text: None):
+                left = f"{state.folder} is intact, and the same command continues from it"
+        except UserError as damaged:
+            left = str(damaged)
         raise WriteFailed(
             f"{run_dir}: {what} could not be written ({reason}); {left} once there is room"
         ) from error
