@@ -292,20 +292,27 @@ def file_limits(bench, num_limits):
     return [largest * (i + 1) // (num_limits + 1) for i in range(num_limits)]
 
 
-def kills_inside_files(bench):
-    """The kernel ends the process in the middle of a file, when that has reached a size."""
+def limited_files(bench, kills, num_limits):
+    """No file grows past a size: the kernel ends the process there, or the write fails.
+
+    Needs no right to mount, unlike the full disks.
+    """
     straight = bench.straight()
 
     def trial(limit):
         victim = bench.halfway(8)
-        hook = functools.partial(limit_files, limit, True)
-        ends(start(victim, 1, EVERY_STEP, hook=hook), -signal.SIGXFSZ)
+        ranks = start(victim, 1, EVERY_STEP, hook=functools.partial(limit_files, limit, kills))
+        if kills:
+            ends(ranks, -signal.SIGXFSZ)
+        else:
+            shown = ends(ranks, run.EXIT_FAILED, says="could not be written (")
+            assert f"resume/{saved_step(victim)} is intact" in shown, shown
         lost = lost_steps(victim)
         end(victim)
         same(victim, straight)
         return lost
 
-    limits = bench.some(file_limits(bench, 8), 1)
+    limits = bench.some(file_limits(bench, num_limits), 1)
     lost = max(bench.each(trial, limits))
     assert lost <= 1, f"{lost} steps lost"
     return len(limits), lost, ""
@@ -480,27 +487,6 @@ def full_disk(bench, num_ranks=1, **keys):
     lost = max(bench.each(trial, [used * (i + 1) // (count + 1) for i in range(count)]))
     assert lost <= 1, f"{lost} steps lost"
     return count, lost, ""
-
-
-def failing_writes(bench):
-    """Writes that fail by the limit of a file's size, which needs no right to mount."""
-    straight = bench.straight()
-
-    def trial(limit):
-        victim = bench.halfway(8)
-        hook = functools.partial(limit_files, limit, False)
-        ranks = start(victim, 1, EVERY_STEP, hook=hook)
-        shown = ends(ranks, run.EXIT_FAILED, says="could not be written (")
-        assert f"resume/{saved_step(victim)} is intact" in shown, shown
-        lost = lost_steps(victim)
-        end(victim)
-        same(victim, straight)
-        return lost
-
-    limits = bench.some(file_limits(bench, 5), 1)
-    lost = max(bench.each(trial, limits))
-    assert lost <= 1, f"{lost} steps lost"
-    return len(limits), lost, ""
 
 
 def read_only(bench):
@@ -729,7 +715,7 @@ def rows(bench):
             random_kills, STEPS_AN_EPOCH, "num_workers=2",
         ),
         "SIGKILL before each file operation of saving": (phase_kills,),
-        "killed in the middle of writing a file": (kills_inside_files,),
+        "killed in the middle of writing a file": (limited_files, True, 8),
         **{f"{of_2} ({kind})": (rank_kills, kind) for kind in some(("ddp", "fsdp"), 1)},
         "torchrun --max-restarts, one of 2 ranks killed": (torchrun_restarts,),
         **{
@@ -742,7 +728,7 @@ def rows(bench):
             f"disk full, 2 ranks ({kind})": (functools.partial(full_disk, parallel=kind), 2)
             for kind in some(("ddp", "fsdp"), 1)
         },
-        "write fails (limit of a file's size)": (failing_writes,),
+        "write fails (limit of a file's size)": (limited_files, False, 5),
         "read-only run directory (remounted)": (read_only,),
         **{f"newest state: a file {name}": (damaged_state, name) for name in some(DAMAGES, 1)},
         "two processes on one run directory": (two_processes,),
