@@ -558,21 +558,20 @@ def test_the_gradient_does_not_depend_on_the_split(tiny_model, family):
 
 
 @families
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-def test_activation_checkpointing_is_right_or_refused(tiny_model, family):
+def test_activation_checkpointing_is_right_without_thoughts_and_refused_with(tiny_model, family):
     """transformers drops the cache under it with no more than a log line (HOUSE, Facts)."""
-    rows = ragged_rows()
-    batch = lay_out(rows, [make_labels(row) for row in rows])
     base = tiny_model(family)
     model = wrap(base)
-    textbook = model(**batch).loss
-    base.gradient_checkpointing_enable()
-    try:
-        loss = model(**batch).loss
-    except ValueError as refusal:
-        assert "checkpointing" in str(refusal)
-    else:
-        assert_close(loss, textbook, **exact)
+    thoughts = ragged_rows()
+    plain = [row for row in thoughts if LATENT not in row]
+    with_thoughts, without = (
+        lay_out(rows, [make_labels(row) for row in rows]) for rows in (thoughts, plain)
+    )
+    wanted = gradients(model(**without).loss, base)
+    base.activation_checkpointing_enable()
+    assert_close(gradients(model(**without).loss, base), wanted, **exact)
+    with pytest.raises(ValueError, match="gradient checkpointing drops the cache"):
+        model(**with_thoughts)
 
 
 @families
