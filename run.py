@@ -7,6 +7,7 @@ would happen.
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import os
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from config import Config, ConfigError, dump_config, fields_help, load_config
 
@@ -575,7 +576,19 @@ def let_go_of_the_console() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-if __name__ == "__main__":
-    status = main()
+def leave(status: int) -> NoReturn:
+    """End this process with `status`; one of several without finalizing Python.
+
+    A thread of gloo frees the tensors of the last collective when it gets round to it. Should
+    Python be finalized by then the process aborts, and torchrun takes a finished run for failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        let_go_of_the_console()
+        sys.exit(status)
+    atexit._run_exitfuncs()
     let_go_of_the_console()
-    sys.exit(status)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -225,6 +225,30 @@ def test_run_under_torchrun_follows_the_trajectory_of_one_process(tmp_path, kind
     assert two.metrics()[-1]["eval/loss"] == pytest.approx(one.metrics()[-1]["eval/loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_of_several_processes_ends_without_finalizing_python(world_size):
+    """What a thread of gloo still has to free aborts a process that is being finalized."""
+    script = (
+        "import atexit, run\n"
+        "class Kept:\n"
+        "    def __del__(self): print('finalized', flush=True)\n"
+        "kept = Kept()\n"
+        "atexit.register(print, 'at exit')\n"
+        "print('written')\n"
+        "run.leave(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"WORLD_SIZE": str(world_size)},
+    )
+    finalized = ["finalized"] if world_size == 1 else []
+    assert done.stdout.split("\n")[:-1] == ["written", "at exit", *finalized]
+    assert (done.returncode, done.stderr) == (3, "")
+
+
 # One process
 
 
