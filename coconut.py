@@ -18,7 +18,7 @@ Shapes: B batch, T tokens, D width, V vocabulary, N labelled positions, K latent
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -40,6 +40,8 @@ from passes import (
 IGNORE_INDEX = -100
 WINDOW_SCOPES = ("sequence", "pass")
 THOUGHTS = ("continuous", "pause")
+# Rows that ended leave a batch that is being written when no more than this share goes on.
+LEAVING_SHARE = 0.75
 
 
 # A ModelOutput, not a plain dataclass: FSDP2 finds the tensors to hook only in pytrees it knows.
@@ -183,18 +185,26 @@ class Coconut(nn.Module):
         """
         if layout is None:
             layout = self.layout(input_ids, attention_mask, labels)
-        hidden_states, inputs_embeds, _ = self._read(
-            input_ids, attention_mask, position_ids, layout
-        )
-        head = self.base_causallm.get_output_embeddings()
-        if labels is None:
-            return CoconutOutput(logits=head(hidden_states[:, -1:]), inputs_embeds=inputs_embeds)
+        with self._joined_gradients():
+            hidden_states, inputs_embeds, _ = self._read(
+                input_ids, attention_mask, position_ids, layout
+            )
+            if labels is None:
+                logits = self.base_causallm.get_output_embeddings()(hidden_states[:, -1:])
+                return CoconutOutput(logits=logits, inputs_embeds=inputs_embeds)
+            loss, logits = self._score(hidden_states, labels, layout)
+        return CoconutOutput(loss=loss, logits=logits, inputs_embeds=inputs_embeds)
+
+    def _score(
+        self, hidden_states: Tensor, labels: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy () over the N labels, and their logits (N, V)."""
         labelled = layout.labelled.to(labels.device, non_blocking=True)
-        logits = head(hidden_states[:, :-1].flatten(0, 1)[labelled])  # (N, V)
+        predicting = hidden_states[:, :-1].flatten(0, 1)[labelled]
+        logits = self.base_causallm.get_output_embeddings()(predicting)
         exact = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         targets = labels[:, 1:].flatten()[labelled]
-        loss = F.cross_entropy(exact, targets, reduction="sum") / max(len(labelled), 1)
-        return CoconutOutput(loss=loss, logits=logits, inputs_embeds=inputs_embeds)
+        return F.cross_entropy(exact, targets, reduction="sum") / max(len(labelled), 1), logits
 
     def layout(
         self,
@@ -240,25 +250,116 @@ class Coconut(nn.Module):
         return Layout(starts, thought_columns, places, labelled)
 
     @torch.no_grad()
+    def answer(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, max_new_tokens: int = 128
+    ) -> tuple[Tensor, Tensor]:
+        """Score the right answers to prompts and write one's own; the prompts are read once.
+
+        input_ids: (B, T) long, left-padded prompts that all end in one column, each followed by its
+            right answer, padded on the right.
+        attention_mask: (B, T), 1 on tokens, 0 on padding.
+        labels: (B, T) long, the right answers' tokens, -100 elsewhere.
+        max_new_tokens: as in `generate`.
+        Returns the loss () that `forward` gives, and (B, new) long, what `generate` adds.
+
+        Raises: ValueError where the labels of some row begin in another column, and for prompts
+            that `generate` refuses.
+        """
+        is_labelled = labels != IGNORE_INDEX
+        width = int(is_labelled.any(0).long().argmax())
+        if width == 0 or not bool(is_labelled[:, width].all()):
+            raise ValueError("answer needs labels that begin in the same column in all rows")
+        prompts, prompt_mask = input_ids[:, :width], attention_mask[:, :width]
+        self._check_prompts(prompts, prompt_mask)
+        layout = self.layout(input_ids, attention_mask, labels)
+        hidden_states, _, cache = self._read(input_ids, attention_mask, None, layout)
+        loss, _ = self._score(hidden_states, labels, layout)
+        if not isinstance(cache, PassCache):
+            # Of a cache that forgets, as under a sliding window, the answers cannot be cut off.
+            return loss, self.generate(prompts, prompt_mask, max_new_tokens)[:, width:]
+        last_states = hidden_states[:, width - 1]
+        cache = cache.for_generation(self.base_causallm.config, width)
+        return loss, self._write(last_states, prompt_mask, cache, max_new_tokens)
+
+    @torch.no_grad()
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int = 128, **options
     ) -> Tensor:
-        """Continue prompts by the base model's own `generate`, over a cache that holds thoughts.
+        """Continue prompts greedily, or as `options` say by the base model's own `generate`.
 
         input_ids: (B, T) long, left-padded so that all prompts end in column T - 1.
         attention_mask: (B, T), 1 on tokens, 0 on padding.
         max_new_tokens: at most this many tokens are added; a row that ended is filled with EOS.
-        options: Hugging Face generation options (do_sample, num_beams, streamer, ...); greedy
-            decoding without any. The model folder's generation_config is not consulted.
+        options: Hugging Face generation options (do_sample, num_beams, streamer, ...). The model
+            folder's generation_config is not consulted.
         Returns (B * num_return_sequences, T + new) long: prompt and new tokens.
 
         Raises: ValueError when a prompt starts or ends with a latent, or is padded on the right,
             and for `generation_config`, whose options are to be given one by one.
         """
-        if "generation_config" in options:
-            raise ValueError("give generation options one by one, not as generation_config")
+        self._check_prompts(input_ids, attention_mask)
+        if options:
+            return self._generate_by_base(input_ids, attention_mask, max_new_tokens, options)
+        layout = self.layout(input_ids, attention_mask)
+        hidden_states, _, cache = self._read(
+            input_ids, attention_mask, None, layout, keeps_cache=True
+        )
+        if isinstance(cache, PassCache):
+            cache = cache.for_generation(self.base_causallm.config)
+        new = self._write(hidden_states[:, -1], attention_mask, cache, max_new_tokens)
+        return torch.cat([input_ids, new], 1)
+
+    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("generate needs left-padded prompts: all must end in the last column")
+        ends_latent = self._is_latent(input_ids, attention_mask)[:, -1]
+        if self.thought_kind == "continuous" and bool(ends_latent.any()):
+            raise ValueError("a prompt ends with a latent token: close it with the end marker")
+
+    def _write(
+        self, last_states: Tensor, attention_mask: Tensor, cache: Cache, max_new_tokens: int
+    ) -> Tensor:
+        """(B, new) long: greedy tokens up to EOS, then EOS; rows that ended leave the batch.
+
+        last_states: (B, D), those of the prompts' last column.
+        attention_mask: (B, T) of the prompts, all of whose columns `cache` holds.
+        """
+        head = self.base_causallm.get_output_embeddings()
+        num_rows, device = len(last_states), last_states.device
+        written = attention_mask.new_full((num_rows, max_new_tokens), self.eos_token_id).long()
+        rows = torch.arange(num_rows, device=device)
+        goes_on = torch.ones(num_rows, dtype=torch.bool, device=device)
+        positions = attention_mask.sum(1)
+        for column in range(max_new_tokens):
+            tokens = torch.where(goes_on, head(last_states).argmax(-1), self.eos_token_id)
+            written[rows, column] = tokens
+            goes_on = tokens != self.eos_token_id
+            num_left = int(goes_on.sum())
+            if num_left == 0 or column == max_new_tokens - 1:
+                break
+            # Leaving costs a copy of the others' keys.
+            if num_left <= LEAVING_SHARE * len(rows):
+                left = goes_on.nonzero().squeeze(1)
+                cache.batch_select_indices(left)
+                rows, tokens, goes_on = rows[left], tokens[left], goes_on[left]
+                attention_mask, positions = attention_mask[left], positions[left]
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+            last_states = self.base_causallm.base_model(
+                input_ids=tokens[:, None],
+                attention_mask=attention_mask,
+                position_ids=positions[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            positions = positions + 1
+        return written[:, : column + 1]
+
+    def _generate_by_base(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, options: dict
+    ) -> Tensor:
+        """`generate` with options, over a cache that holds the thoughts."""
+        if "generation_config" in options:
+            raise ValueError("give generation options one by one, not as generation_config")
         defaults = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
         defaults |= {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id}
         # Under FSDP transformers would wait for the other ranks at every token, which may have
@@ -267,8 +368,6 @@ class Coconut(nn.Module):
         options = defaults | options
         has_latents = bool(self._is_latent(input_ids, attention_mask).any())
         if has_latents and self.thought_kind == "continuous":
-            if bool(self._is_latent(input_ids, attention_mask)[:, -1].any()):
-                raise ValueError("a prompt ends with a latent token: close it with the end marker")
             # The last prompt column stays out of the cache: generate must read at least one token
             # itself, and over a complete cache it would return wrong tokens without an error.
             known_ids, known_mask = input_ids[:, :-1], attention_mask[:, :-1]
@@ -292,19 +391,34 @@ class Coconut(nn.Module):
         finally:
             self.base_causallm.generation_config = folder_config
 
+    @property
+    def _is_checkpointed(self) -> bool:
+        return getattr(self.base_causallm.base_model, "gradient_checkpointing", False)
+
+    def _joined_gradients(self) -> AbstractContextManager:
+        """Within, passes share one product a weight in their backward pass, where that serves."""
+        # What checkpointing computes again it computes outside of this, and differently.
+        if not torch.is_grad_enabled() or is_compiled(self.base_causallm) or self._is_checkpointed:
+            return nullcontext()
+        return joined_weight_gradients(self.base_causallm)
+
     def _read(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor | None,
         layout: Layout,
+        keeps_cache: bool = False,
     ) -> tuple[Tensor, Tensor, Cache | None]:
-        """Read all columns, thoughts in place: states and embeddings (B, T, D), and the cache."""
+        """Read all columns, thoughts in place: states and embeddings (B, T, D), and the cache.
+
+        keeps_cache: make a cache even where one pass needs none.
+        """
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         token_embeds = self.base_causallm.get_input_embeddings()(input_ids)
         is_latent = self._is_latent(input_ids, attention_mask)
-        checkpointed = getattr(self.base_causallm.base_model, "gradient_checkpointing", False)
+        checkpointed = self._is_checkpointed
         if layout.starts and self.training and checkpointed:
             raise ValueError(
                 "gradient checkpointing drops the cache that latent thoughts need; switch it off"
@@ -314,16 +428,12 @@ class Coconut(nn.Module):
         cache = None
         if reads_packed:
             cache = PassCache(attention_mask if is_padded else None, len(input_ids))
-        elif layout.starts:
+        elif layout.starts or keeps_cache:
             cache = DynamicCache(config=self.base_causallm.config)
         hidden_passes, embeds_passes = [], []
         window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
         bounds = pairwise([0, *layout.starts, input_ids.size(1)])
-        with ExitStack() as stack:
-            if reads_packed:
-                stack.enter_context(attention_by_passes(self.base_causallm))
-            if layout.starts and torch.is_grad_enabled() and not is_compiled(self.base_causallm):
-                stack.enter_context(joined_weight_gradients(self.base_causallm))
+        with attention_by_passes(self.base_causallm) if reads_packed else nullcontext():
             for (begin, stop), places in zip(bounds, layout.places, strict=True):
                 embeds = token_embeds[:, begin:stop]
                 if begin in layout.thought_columns:

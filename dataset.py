@@ -364,14 +364,14 @@ def _cut_by_tokens(indices: np.ndarray, staged: StagedRecords, max_tokens: int) 
 class Collator:
     """Turns record indices into the padded batch of SPEC section 4.
 
-    purpose: "train" for whole sequences with labels; "generate" for prompts alone, which end in
-        the same column.
-    min_width: batches for training have at least as many columns, by padding on the right.
+    aligned: "latents" for the fewest passes; "prompts" to have them all end in the same column,
+        from which answers can be written.
+    min_width: batches have at least as many columns, by padding on the right.
     """
 
     staged: StagedRecords
     ids: SpecialIds
-    purpose: str = "train"
+    aligned: str = "latents"
     min_width: int = 1
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, Tensor]:
@@ -388,9 +388,8 @@ class Collator:
             rows["question_ids"], rows["step_ids"], rows["answer_ids"], indices, strict=True
         )
         examples = [self._example(*part) for part in parts]
-        if self.purpose == "generate":
-            # All rows end in one column: the whole prompt is what is aligned.
-            widths = [len(tokens) for tokens, _ in examples]
+        if self.aligned == "prompts":
+            widths = self.staged.prompt_lengths[indices].tolist()
         else:
             # The first latents share a column; a row without latents needs no padding before it.
             widths = [
@@ -399,20 +398,17 @@ class Collator:
             ]
         column = max((width for width in widths if width is not None), default=0)
         left_pads = [0 if width is None else column - width for width in widths]
-        min_width = 1 if self.purpose == "generate" else self.min_width
-        return _pad(examples, left_pads, self.ids.eos, indices, min_width)
+        return _pad(examples, left_pads, self.ids.eos, indices, self.min_width)
 
     def _example(
         self, question: list[int], steps: list[list[int]], answer: list[int], index: int
     ) -> tuple[list[int], list[int]]:
-        """(token ids, labels) of one record at its stage; prompts alone have no labelled token."""
+        """(token ids, labels) of one record at its stage."""
         num_latents = int(self.staged.num_latents[index])
         prompt = list(question)
         if self.staged.with_markers:
             latents = [self.ids.latent] * num_latents
             prompt += [self.ids.start_latent, *latents, self.ids.end_latent]
-        if self.purpose == "generate":
-            return prompt, [IGNORE_INDEX] * len(prompt)
         kept = steps[int(self.staged.dropped[index]) :]
         target = [token for step in kept for token in step] + list(answer)
         return prompt + target, [IGNORE_INDEX] * len(prompt) + target

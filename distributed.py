@@ -266,7 +266,8 @@ def parallelize(
         module.set_reshard_after_forward(module.reshards_after_forward, recurse=False)
     if parallel.gathered:
         model.set_reshard_after_backward(False)
-    register_fsdp_forward_method(model, "generate")
+    for name in ("answer", "generate"):
+        register_fsdp_forward_method(model, name)
     return model
 
 

@@ -1,8 +1,9 @@
 """Evaluation (SPEC section 8): mean token loss, and greedy answers to prompts, batch by batch.
 
-Every rank takes its share of the records, sorted so that those of like length stand together;
-rank 0 puts the predictions back into file order and computes the figures. What counts as right
-is metrics.py's business, where the stage comes from is the caller's.
+A batch's prompts are read once for both (Coconut.answer). Every rank takes its share of the
+records, sorted so that those of like length stand together; rank 0 puts the predictions back into
+file order and computes the figures. What counts as right is metrics.py's business, where the stage
+comes from is the caller's.
 """
 
 import json
@@ -75,32 +76,34 @@ def evaluate(
     ids = SpecialIds.of(tokenizer)
     was_training = model.training
     model.eval()
-    bar = progress(2 * len(batches), f"evaluating stage {stage}") if progress else None
+    bar = progress(len(batches), f"evaluating stage {stage}") if progress else None
     device = distributed.device()
-
-    def loader(purpose: str):
-        collator = Collator(staged, ids, purpose)
-        for batch in batch_loader(collator, batches, num_workers, device.type == "cuda"):
-            before_batch()
-            yield {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-            if bar is not None:
-                bar.update()
-
+    collator = Collator(staged, ids, aligned="prompts")
+    decoder = Decoder(model, tokenizer, staged, max_new_tokens)
+    num_labels = staged.num_labels
+    summed_loss, num_tokens, mine = 0.0, 0, []
+    began = time.perf_counter()
     with (
-        torch.no_grad(),
         distributed.gathered_parameters(model),
         autocast(bf16, device),
     ):
-        loss = _mean_token_loss(model, loader("train"))
-        began = time.perf_counter()
-        decoder = Decoder(model, tokenizer, staged, max_new_tokens)
-        mine = [row for batch in loader("generate") for row in decoder.predict(batch)]
-        seconds = time.perf_counter() - began
+        loader = batch_loader(collator, batches, num_workers, device.type == "cuda")
+        for indices, batch in zip(batches, loader, strict=True):
+            before_batch()
+            batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+            loss, rows = decoder.predict(batch)
+            summed_loss += loss * num_labels[indices].sum()
+            num_tokens += num_labels[indices].sum()
+            mine += rows
+            if bar is not None:
+                bar.update()
+    seconds = time.perf_counter() - began
     if bar is not None:
         bar.close()
     model.train(was_training)
+    summed_loss, num_tokens = distributed.sum_over_ranks([summed_loss, num_tokens])
     figures, predictions = _collect(mine, seconds)
-    return Evaluation(figures | {"loss": loss, "stage": stage}, predictions)
+    return Evaluation(figures | {"loss": summed_loss / num_tokens, "stage": stage}, predictions)
 
 
 def _collect(mine: list[dict], seconds: float) -> tuple[dict, list[dict] | None]:
@@ -115,23 +118,6 @@ def _collect(mine: list[dict], seconds: float) -> tuple[dict, list[dict] | None]
     return distributed.broadcast_from_main(figures), predictions
 
 
-def _mean_token_loss(model: Coconut, batches) -> float:
-    """Cross-entropy over all labelled tokens of all ranks, divided by their number."""
-    summed, num_tokens = 0.0, 0
-    for batch in batches:
-        output = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
-            position_ids=batch["position_ids"],
-        )
-        count = len(output.logits)
-        summed += output.loss.item() * count
-        num_tokens += count
-    summed, num_tokens = distributed.sum_over_ranks([summed, num_tokens])
-    return summed / num_tokens
-
-
 @dataclass(frozen=True)
 class Decoder:
     """Answers batches of prompts and describes each answer."""
@@ -141,17 +127,13 @@ class Decoder:
     staged: StagedRecords
     max_new_tokens: int
 
-    def predict(self, batch: dict[str, torch.Tensor]) -> list[dict]:
-        """One prediction record a row of `batch`, which a "generate" Collator made."""
-        prompts = batch["input_ids"]
-        output = self.model.generate(
-            prompts, batch["attention_mask"], max_new_tokens=self.max_new_tokens
+    def predict(self, batch: dict[str, torch.Tensor]) -> tuple[float, list[dict]]:
+        """Mean token loss, and one prediction record a row, of a batch with aligned prompts."""
+        loss, new_tokens = self.model.answer(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], self.max_new_tokens
         )
-        rows = output[:, prompts.size(1) :].tolist()
-        return [
-            self._record(int(index), row)
-            for index, row in zip(batch["indices"].tolist(), rows, strict=True)
-        ]
+        pairs = zip(batch["indices"].tolist(), new_tokens.tolist(), strict=True)
+        return loss.item(), [self._record(index, tokens) for index, tokens in pairs]
 
     def _record(self, index: int, new_tokens: list[int]) -> dict:
         eos = self.tokenizer.eos_token_id
@@ -178,8 +160,8 @@ class Decoder:
             "num_thoughts": thoughts,
             "ended": ended,
             # Alone, the record takes a pass up to each thought, one up to the prompt's last
-            # token, and one for each token written, EOS included.
-            "forward_passes": len(tokens) + ended + (thoughts + 1 if thoughts else 0),
+            # token, and one for each token written but the last, EOS included.
+            "forward_passes": thoughts + len(tokens) + ended,
         }
 
 

@@ -7,7 +7,8 @@ keep their cost near that of the arithmetic; none changes a result but in the la
   place of (B, columns, D). Attention puts them back into rows. Keys of the first pass stay one
   tensor that all later passes read: joining them anew in each pass would keep K + 1 copies.
 - `joined_weight_gradients` computes one product a weight matrix for all passes, when the backward
-  pass is through with them, in place of one a pass that reads and writes the whole gradient.
+  pass is through with them, in place of one a pass that reads and writes the whole gradient. Where
+  the head is the table of embeddings, the gradients of its rows are added to the head's.
 - `RoomyCache` writes the keys of new tokens into room kept for them, for generation.
 
 Like coconut.py this needs torch and transformers alone. What a thought is stands there.
@@ -18,6 +19,7 @@ H query heads, G key heads (H a multiple of it), E width of a head.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,9 @@ def prepare(model: PreTrainedModel) -> None:
 
     Transformers computes `gelu_new` by eight operations where torch has one.
     """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(table) is nn.Embedding and _is_plain(table) and table.weight is head.weight:
+        table.__class__ = _JoinedEmbedding
     for module in model.modules():
         if type(module) in _JOINED:
             module.__class__ = _JOINED[type(module)]
@@ -137,11 +142,12 @@ class PassCache(Cache):
         """Columns read so far."""
         return sum(keys.size(2) for keys, _ in self.parts.get(layer_idx, ()))
 
-    def for_generation(self, config: PretrainedConfig) -> Cache:
-        """The same keys as a cache that `generate` can go on with."""
+    def for_generation(self, config: PretrainedConfig, num_columns: int | None = None) -> Cache:
+        """The same keys as a cache that a model can go on with, of the first `num_columns`."""
         cache = RoomyCache(config)
         for layer_idx, parts in sorted(self.parts.items()):
-            cache.update(*(torch.cat(side, 2) for side in zip(*parts, strict=True)), layer_idx)
+            sides = (torch.cat(side, 2)[:, :, :num_columns] for side in zip(*parts, strict=True))
+            cache.update(*sides, layer_idx)
         return cache
 
 
@@ -245,42 +251,58 @@ def weigh(
 
 
 class _Joined:
-    """A linear layer whose weight gradients of several passes can be computed together.
+    """A layer whose weight gradients of several passes can be computed together.
 
-    uses: while passes are being joined, the layer's weights as those passes take them and the list
-        in which their backward passes leave what the product needs; else None.
+    joining: while passes are being joined, what `_Together` made of weights and biases so far, for
+        all layers of the model; else None.
     """
 
-    uses: tuple[Tensor, Tensor | None, list] | None = None
-    is_joining = False
-    weight_is_transposed = False
+    joining: dict[tuple, tuple[Tensor, Tensor | None, "_Gathered"]] | None = None
+    weight_is_transposed = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.is_joining or not self.weight.requires_grad:
+        if self.joining is None or not self.weight.requires_grad:
             return super().forward(x)
-        if self.uses is None:
-            gathered: list[tuple[Tensor, Tensor]] = []
-            weight, bias = _Together.apply(
-                self.weight, self.bias, self.weight_is_transposed, gathered
-            )
-            self.uses = weight, bias, gathered
-        weight, bias, gathered = self.uses
+        bias = getattr(self, "bias", None)
+        # Layers that share a weight share its gradient.
+        key = self.weight, bias
+        if key not in self.joining:
+            gathered = _Gathered(self.weight_is_transposed)
+            self.joining[key] = *_Together.apply(self.weight, bias, gathered), gathered
+        return self.use(x, *self.joining[key])
+
+    def use(self, x: Tensor, weight: Tensor, bias: Tensor | None, gathered: "_Gathered") -> Tensor:
+        """The layer's output, its weights' gradient left to `gathered`."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _Use.apply(x, weight, bias, self.weight_is_transposed, gathered)
+        return _Use.apply(x, weight, bias, gathered)
 
 
 class _JoinedLinear(_Joined, nn.Linear):
     """torch's linear layer: weight (out, in)."""
 
-    weight_is_transposed = True
-
 
 class _JoinedConv1D(_Joined, Conv1D):
     """GPT-2's linear layer: weight (in, out)."""
 
+    weight_is_transposed = False
+
+
+class _JoinedEmbedding(_Joined, nn.Embedding):
+    """A table of embeddings that is the head's weight too: (V, D)."""
+
+    def use(self, x: Tensor, weight: Tensor, bias: None, gathered: "_Gathered") -> Tensor:
+        """The rows `x` of the table itself: `weight` may be a copy of less precision."""
+        return _UseRows.apply(x, self.weight.detach(), weight, gathered)
+
 
 _JOINED = {nn.Linear: _JoinedLinear, Conv1D: _JoinedConv1D}
+
+
+def _is_plain(table: nn.Embedding) -> bool:
+    """Whether a row's gradient is the sum of those of its uses."""
+    is_special = table.scale_grad_by_freq or table.sparse
+    return table.padding_idx is None and table.max_norm is None and not is_special
 
 
 @contextmanager
@@ -292,13 +314,28 @@ def joined_weight_gradients(model: nn.Module) -> Iterator[None]:
     Raises: RuntimeError in a backward pass with create_graph=True.
     """
     layers = [module for module in model.modules() if isinstance(module, _Joined)]
+    joining: dict = {}
     for layer in layers:
-        layer.is_joining = True
+        layer.joining = joining
     try:
         yield
     finally:
         for layer in layers:
-            layer.is_joining, layer.uses = False, None
+            layer.joining = None
+
+
+@dataclass
+class _Gathered:
+    """What the backward passes through one weight leave for its gradient.
+
+    weight_is_transposed: whether the weight is (out, in).
+    products: (input, gradient of the output) of each use as a matrix, (n, in) and (n, out).
+    rows: (ids, gradient of these rows) of each use as a table, (n,) and (n, D).
+    """
+
+    weight_is_transposed: bool
+    products: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class _Together(torch.autograd.Function):
@@ -308,10 +345,10 @@ class _Together(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight, bias, is_transposed, gathered):
-        ctx.is_transposed, ctx.gathered = is_transposed, gathered
+    def forward(ctx, weight, bias, gathered):
+        ctx.gathered = gathered
         ctx.set_materialize_grads(False)
-        ctx.dtype = weight.dtype
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
         ctx.has_bias = bias is not None and bias.requires_grad
         if not torch.is_autocast_enabled(weight.device.type):
             return weight.view_as(weight), None if bias is None else bias.view_as(bias)
@@ -321,43 +358,70 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         _refuse_second_order()
-        uses, ctx.gathered[:] = list(ctx.gathered), []
+        is_transposed = ctx.gathered.weight_is_transposed
+        uses, ctx.gathered.products = ctx.gathered.products, []
+        rows, ctx.gathered.rows = ctx.gathered.rows, []
         # A long use is multiplied where it lies: copying it would cost more than one product more.
         is_long = [x.numel() + g.numel() > x.size(1) * g.size(1) for x, g in uses]
         parts = [use for use, long in zip(uses, is_long, strict=True) if long]
         short = [use for use, long in zip(uses, is_long, strict=True) if not long]
         if short:
             parts.append(tuple(map(torch.cat, zip(*short, strict=True))))
-        products = [(g.t(), x) if ctx.is_transposed else (x.t(), g) for x, g in parts]
-        weight_grad = products[0][0] @ products[0][1]
+        products = [(g.t(), x) if is_transposed else (x.t(), g) for x, g in parts]
+        if products:
+            weight_grad = products[0][0] @ products[0][1]
+        else:
+            weight_grad = rows[0][1].new_zeros(ctx.shape)
         for left, right in products[1:]:
             weight_grad.addmm_(left, right)
         weight_grad = weight_grad.to(ctx.dtype)
+        for ids, gradient in rows:
+            weight_grad.index_add_(0, ids, gradient.to(ctx.dtype))
         bias_grad = None
         if ctx.has_bias:
             bias_grad = sum(g.sum(0) for _, g in parts).to(ctx.dtype)
-        return weight_grad, bias_grad, None, None
+        return weight_grad, bias_grad, None
 
 
 class _Use(torch.autograd.Function):
     """One pass through a linear layer; its backward pass leaves the weights' gradient for later."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, is_transposed, gathered):
+    def forward(ctx, x, weight, bias, gathered):
         ctx.save_for_backward(x, weight)
-        ctx.is_transposed, ctx.gathered = is_transposed, gathered
+        ctx.gathered = gathered
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight if is_transposed else weight.t(), bias)
+            return F.linear(x, weight if gathered.weight_is_transposed else weight.t(), bias)
 
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_order()
         x, weight = ctx.saved_tensors
-        ctx.gathered.append((x.flatten(0, -2), gradient.flatten(0, -2)))
+        ctx.gathered.products.append((x.flatten(0, -2), gradient.flatten(0, -2)))
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = gradient @ (weight if ctx.is_transposed else weight.t())
-        return x_grad, None, None, None, None
+            x_grad = gradient @ (weight if ctx.gathered.weight_is_transposed else weight.t())
+        return x_grad, None, None, None
+
+
+class _UseRows(torch.autograd.Function):
+    """Rows of a table; the backward pass leaves the table's gradient for later.
+
+    weight: what `_Together` made of the table; autograd finds the way back by it.
+    """
+
+    @staticmethod
+    def forward(ctx, ids, table, weight, gathered):
+        ctx.save_for_backward(ids)
+        ctx.gathered = gathered
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _refuse_second_order()
+        (ids,) = ctx.saved_tensors
+        ctx.gathered.rows.append((ids.flatten(), gradient.flatten(0, -2)))
+        return None, None, None, None
 
 
 def _refuse_second_order() -> None:

@@ -131,7 +131,7 @@ def read_word_ids(
 ) -> list[list[int]]:
     """For each record, which of `candidates` is the likeliest word of each of its thoughts."""
     candidates = torch.tensor(candidates, device=distributed.device())
-    collator = Collator(staged, ids, "generate")
+    collator = Collator(staged, ids)
     score = model.base_causallm.get_output_embeddings()
     word_ids = []
     for begin in range(0, len(staged.dropped), batch_size):

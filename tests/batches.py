@@ -66,15 +66,15 @@ def lay_out(rows, labels=None, align="latent", extra_left=0, extra_right=0, pad=
     """Batch of ragged rows as keyword arguments of forward.
 
     align "latent": the first latents share a column, rows without latents start at column 0;
-    "end": all rows end in the last column.
+    "prompt": the end markers share a column; "end": all rows end in the last column.
     """
     if align == "latent":
         firsts = [row.index(LATENT) if LATENT in row else None for row in rows]
         column = max((first for first in firsts if first is not None), default=0)
         starts = [0 if first is None else column - first for first in firsts]
     else:
-        longest = max(map(len, rows))
-        starts = [longest - len(row) for row in rows]
+        ends = [row.index(END) if align == "prompt" else len(row) for row in rows]
+        starts = [max(ends) - end for end in ends]
     starts = [start + extra_left for start in starts]
     width = max(s + len(row) for s, row in zip(starts, rows, strict=True)) + extra_right
     batch = {

@@ -17,13 +17,17 @@ from batches import (
     families,
     laws,
     lay_out,
+    make_labels,
     make_row,
     prompts_of,
     ragged_rows,
     settings_of,
     wrap,
 )
+from torch.testing import assert_close
 from transformers import GenerationConfig
+
+import coconut
 
 
 def cut_at_eos(tokens, eos_token_id):
@@ -129,12 +133,74 @@ def test_generation_reads_every_token_once(tiny_model, family):
     model = wrap(base, eos_token_id=min(unused))
     calls = count_columns(base.base_model)
     model.generate(**prompts, max_new_tokens=6)
-    prompt, new = calls[:-6], calls[-6:]
-    assert (
-        sum(rows * columns for rows, columns in prompt) == prompts["attention_mask"][:, :-1].sum()
-    )
-    # The last prompt token and all new ones but the last, which nothing follows.
-    assert new == [(size, 1)] * 6
+    # The last state of the prompt gives the first token, and nothing follows the last one.
+    prompt, new = calls[:-5], calls[-5:]
+    assert sum(rows * columns for rows, columns in prompt) == prompts["attention_mask"].sum()
+    assert new == [(size, 1)] * 5
+
+
+@families
+def test_rows_that_ended_leave_the_batch(tiny_model, family, monkeypatch):
+    base = tiny_model(family).eval()
+    rows = ragged_rows()
+    streams = greedy_streams(base, rows, 8)
+    prompts = prompts_of(rows)
+    eos_token_id = streams[1][2]
+    lengths = [(s + [eos_token_id]).index(eos_token_id) + 1 for s in streams]
+    assert len(set(lengths)) > 1 and min(lengths) < 8 < max(lengths)
+    model = wrap(base, eos_token_id=eos_token_id)
+    outputs = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(coconut, "LEAVING_SHARE", share)
+        calls = count_columns(base.base_model)
+        outputs.append(model.generate(**prompts, max_new_tokens=8))
+        # Token n + 1 is asked of the rows that have not ended by their first n tokens.
+        left = [sum(length > n for length in lengths) for n in range(1, 8)]
+        assert [count for count, _ in calls[-7:]] == (left if share else [len(rows)] * 7)
+    assert torch.equal(*outputs)
+
+
+@laws
+def test_answers_are_those_of_forward_and_generate(tiny_model, family, m, scope):
+    base = tiny_model(family).eval()
+    rows = ragged_rows()
+    choices = {"m": m, "scope": scope, "eos_token_id": greedy_streams(base, rows, 3)[1][2]}
+    model, prompts = wrap(base, **choices), prompts_of(rows)
+    width = prompts["input_ids"].shape[1]
+    whole = lay_out(rows, [make_labels(row) for row in rows], align="prompt")
+    assert torch.equal(whole["input_ids"][:, :width], prompts["input_ids"])
+    calls = count_columns(base.base_model)
+    loss, new = model.answer(**whole, max_new_tokens=8)
+    read = sum(rows * columns for rows, columns in calls[: -new.size(1) + 1])
+    assert read == whole["attention_mask"].sum(), "prompts are read once"
+    assert_close(loss, model(**lay_out(rows, [make_labels(row) for row in rows])).loss)
+    assert torch.equal(new, model.generate(**prompts, max_new_tokens=8)[:, width:])
+
+
+@families
+def test_answers_of_models_that_are_not_packed_are_the_same(tiny_model, family):
+    # Llama's eager attention computes its softmax in fp32, for which a mask of fp64 is infinite.
+    base = tiny_model(family).eval().float()
+    rows = ragged_rows()
+    whole = lay_out(rows, [make_labels(row) for row in rows], align="prompt")
+    loss, new = wrap(base).answer(**whole, max_new_tokens=8)
+    base.set_attn_implementation("eager")
+    again, same = wrap(base).answer(**whole, max_new_tokens=8)
+    assert_close(again, loss)
+    assert torch.equal(new, same)
+
+
+@families
+def test_answers_need_prompts_that_end_together(tiny_model, family):
+    model = wrap(tiny_model(family))
+    rows = ragged_rows()
+    with pytest.raises(ValueError, match="labels that begin in the same column"):
+        model.answer(**lay_out(rows, [make_labels(row) for row in rows]))
+    with pytest.raises(ValueError, match="labels that begin in the same column"):
+        model.answer(**lay_out(rows[:1], [[-100] * len(rows[0])]))
+    row = [5, START, LATENT, 7]
+    with pytest.raises(ValueError, match="ends with a latent"):
+        model.answer(**lay_out([row], [[-100, -100, -100, 7]]))
 
 
 @families

@@ -204,11 +204,11 @@ def stage_of(tokenized, method, stages, c_thought=1, last=3, pad=True):
     return StagedRecords.of(tokenized, curriculum, np.array(stages))
 
 
-def example(method, stage, purpose="train", record=GOOD, **options):
+def example(method, stage, record=GOOD, **options):
     """(tokens, labels) of the only record, as texts; labels None where ignored."""
     tokenizer = whole_text_tokenizer(*texts_of(record))
     staged = stage_of(tokenise([record], tokenizer), method, stage, **options)
-    batch = Collator(staged, SpecialIds.of(tokenizer), purpose)[np.array([0])]
+    batch = Collator(staged, SpecialIds.of(tokenizer))[np.array([0])]
     tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
     labels = [
         None if label == IGNORE_INDEX else tokenizer.convert_ids_to_tokens(label)
@@ -292,8 +292,10 @@ def test_no_thoughts_drops_steps_and_puts_nothing_there(stage, rest):
         ("no_thoughts", 2, [Q]),
     ],
 )
-def test_prompts_for_generation_end_before_the_first_label(method, stage, prompt):
-    assert example(method, stage, "generate") == (prompt, [None] * len(prompt))
+def test_a_prompt_ends_before_the_first_label(method, stage, prompt):
+    tokens, labels = example(method, stage)
+    assert tokens[: len(prompt)] == prompt
+    assert labels[: len(prompt)] == [None] * len(prompt) and None not in labels[len(prompt) :]
 
 
 def test_each_record_stands_at_its_own_stage():
@@ -332,11 +334,11 @@ def marked():
     return add_markers(build_word_tokenizer())
 
 
-def ragged_batch(tokenizer, purpose="train", **options):
+def ragged_batch(tokenizer, aligned="latents", **options):
     """Rows of 2, 0, 1 and 0 latents with questions of 2, 4, 5 and 7 tokens."""
     tokenized = ragged([(2, [1, 2]), (4, []), (5, [3]), (7, [])], tokenizer)
     staged = stage_of(tokenized, "coconut", 2, pad=False, **options)
-    return Collator(staged, SpecialIds.of(tokenizer), purpose)[np.arange(4)]
+    return Collator(staged, SpecialIds.of(tokenizer), aligned)[np.arange(4)]
 
 
 def spell_tokens(batch, tokenizer):
@@ -401,16 +403,16 @@ def test_cot_rows_are_padded_on_the_right_alone(marked):
     assert spell_tokens(batch, marked) == ["qqq#q._", "qqqq#q."]
 
 
-def test_generation_prompts_end_in_the_same_column(marked):
-    batch = ragged_batch(marked, "generate")
+def test_aligned_prompts_end_in_the_same_column(marked):
+    batch = ragged_batch(marked, "prompts")
     assert spell_tokens(batch, marked) == [
-        "___qqsLLe",
-        "___qqqqse",
-        "_qqqqqsLe",
-        "qqqqqqqse",
+        "___qqsLLe#q.",
+        "___qqqqse#q.",
+        "_qqqqqsLe#q.",
+        "qqqqqqqse#q.",
     ]
-    assert batch["position_ids"][2].tolist() == [0, *range(8)]
-    assert (batch["labels"] == IGNORE_INDEX).all()
+    assert batch["position_ids"][2].tolist() == [0, *range(11)]
+    assert (batch["labels"] != IGNORE_INDEX).any(0).tolist() == [False] * 9 + [True] * 3
 
 
 def test_batch_follows_the_order_of_its_indices(marked):
@@ -422,10 +424,10 @@ def test_batch_follows_the_order_of_its_indices(marked):
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
 
 
-@pytest.mark.parametrize("purpose", ["train", "generate"])
-def test_no_records_make_one_unlabelled_token(marked, purpose):
+@pytest.mark.parametrize("aligned", ["latents", "prompts"])
+def test_no_records_make_one_unlabelled_token(marked, aligned):
     tokenized = ragged([(2, [1])], marked)
-    collator = Collator(stage_of(tokenized, "coconut", 1), SpecialIds.of(marked), purpose)
+    collator = Collator(stage_of(tokenized, "coconut", 1), SpecialIds.of(marked), aligned)
     batch = collator[np.array([], dtype=int)]
     assert batch["input_ids"].tolist() == [[marked.eos_token_id]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX]]
@@ -442,8 +444,6 @@ def test_a_batch_for_training_is_at_least_as_wide_as_asked(marked):
         real = width if indices else 1
         assert batch["attention_mask"].tolist() == [[1] * real + [0] * (12 - real)]
         assert (batch["labels"][0, real:] == IGNORE_INDEX).all()
-    prompts = Collator(staged, SpecialIds.of(marked), "generate", min_width=12)[np.array([0])]
-    assert prompts["attention_mask"].all()
 
 
 METHODS = ["coconut", "cot", "no_cot", "no_thoughts"]
@@ -457,13 +457,11 @@ def test_planned_lengths_are_those_of_the_built_examples(marked, method, stage, 
     staged = stage_of(ragged(shapes, marked), method, stage, c_thought=2, last=3, pad=pad)
     ids = SpecialIds.of(marked)
     for index in range(len(shapes)):
-        prompt = Collator(staged, ids, "generate")[np.array([index])]["input_ids"]
-        assert staged.prompt_lengths[index] == prompt.shape[1]
         batch = Collator(staged, ids)[np.array([index])]
+        assert staged.prompt_lengths[index] == (batch["labels"] == IGNORE_INDEX).sum()
         assert staged.num_labels[index] == (batch["labels"] != IGNORE_INDEX).sum()
         whole = staged.prompt_lengths[index] + staged.num_labels[index]
         assert batch["input_ids"].shape == (1, whole)
-        assert torch.equal(batch["input_ids"][:, : prompt.shape[1]], prompt)
 
 
 # Random stages
@@ -601,16 +599,16 @@ def test_micro_batches_cut_by_tokens_are_as_large_as_they_may_be(many, max_token
 # Loading
 
 
-def load(many, num_workers, purpose="train"):
+def load(many, num_workers, aligned="latents"):
     staged, ids = many
     batches = [np.array([3, 1]), np.array([], dtype=int), np.arange(10, 17), np.array([0])]
-    return list(batch_loader(Collator(staged, ids, purpose), batches, num_workers, False)), batches
+    return list(batch_loader(Collator(staged, ids, aligned), batches, num_workers, False)), batches
 
 
-@pytest.mark.parametrize("purpose", ["train", "generate"])
-def test_workers_change_nothing(many, purpose):
-    alone, batches = load(many, 0, purpose)
-    helped, _ = load(many, 2, purpose)
+@pytest.mark.parametrize("aligned", ["latents", "prompts"])
+def test_workers_change_nothing(many, aligned):
+    alone, batches = load(many, 0, aligned)
+    helped, _ = load(many, 2, aligned)
     for batch, one, two in zip(batches, alone, helped, strict=True):
         assert one["indices"].tolist() == batch.tolist()
         assert one.keys() == two.keys()

@@ -14,7 +14,7 @@ from oracle import batch_loss, generate_row
 from runs import make_records
 
 from curriculum import Curriculum
-from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
+from dataset import IGNORE_INDEX, Collator, SpecialIds, StagedRecords, tokenize_records
 from evaluation import Decoder, evaluate, summarize, write_predictions
 from utils import MARKERS
 
@@ -68,16 +68,17 @@ def test_greedy_answers_and_loss_equal_the_textbook_at_any_batch_size(
     base, ids = model.base_causallm, SpecialIds.of(tokenizer)
     staged = staged_at(records, 2, pad)
     assert set(staged.num_latents) == ({2} if pad else {0, 1, 2})
-    prompts = Collator(staged, ids, "generate")
+    collator = Collator(staged, ids)
     expected = []
     base.eval()
     for index in range(len(records)):
-        prompt = prompts[np.array([index])]["input_ids"][0].tolist()
+        row = collator[np.array([index])]
+        prompt = row["input_ids"][row["labels"] == IGNORE_INDEX].tolist()
         assert prompt.count(ids.latent) == staged.num_latents[index]
         row = generate_row(base, prompt, NEW_TOKENS, EOS, **settings_for_rows())
         expected.append(row)
     assert 0 < sum(EOS in row for row in expected) < len(expected)
-    whole = Collator(staged, ids)[np.arange(len(records))]
+    whole = collator[np.arange(len(records))]
     del whole["indices"]
     loss, *_ = batch_loss(base, **whole, **settings_for_rows())
     for batch_size in (1, 4, 9):
@@ -111,8 +112,7 @@ def test_forward_passes_are_those_the_base_model_makes_for_the_record_alone(
         )
         (row,) = outcome.predictions
         assert row["num_thoughts"] == num_latents
-        # The loss takes num_latents + 1 passes of its own.
-        assert row["forward_passes"] == len(calls) - (num_latents + 1)
+        assert row["forward_passes"] == len(calls)
 
 
 def test_pause_tokens_are_no_thoughts_and_cost_no_passes(tiny_model, tokenizer, records):
@@ -123,7 +123,7 @@ def test_pause_tokens_are_no_thoughts_and_cost_no_passes(tiny_model, tokenizer, 
         model, tokenizer, alone, curriculum(), 2, batch_size=1, max_new_tokens=NEW_TOKENS
     )
     (row,) = outcome.predictions
-    assert (row["num_thoughts"], row["forward_passes"]) == (0, len(calls) - 1)
+    assert (row["num_thoughts"], row["forward_passes"]) == (0, len(calls))
 
 
 def test_evaluation_leaves_the_mode_of_the_model_and_the_generators_alone(
@@ -148,7 +148,7 @@ def test_evaluation_leaves_the_mode_of_the_model_and_the_generators_alone(
     assert first.predictions == second.predictions
     assert first.figures["loss"] == second.figures["loss"]
     assert model.training and torch.equal(torch.get_rng_state(), before)
-    assert shown == [6] * 12
+    assert shown == [3] * 6
 
 
 # One prediction
@@ -160,12 +160,13 @@ def decode(tokenizer, steps, stage, new_tokens, method="coconut"):
     tokenized = tokenize_records([record], tokenizer, "val.json")
     staged = StagedRecords.of(tokenized, curriculum(method), np.array([stage]))
 
-    def generate(prompts, mask, **_):
-        return torch.cat([prompts, torch.tensor([new_tokens])], 1)
+    def answer(input_ids, attention_mask, labels, max_new_tokens):
+        return torch.tensor(0.5), torch.tensor([new_tokens])
 
-    model = SimpleNamespace(generate=generate, thought_kind="continuous")
-    batch = Collator(staged, SpecialIds.of(tokenizer), "generate")[np.array([0])]
-    (row,) = Decoder(model, tokenizer, staged, len(new_tokens)).predict(batch)
+    model = SimpleNamespace(answer=answer, thought_kind="continuous")
+    batch = Collator(staged, SpecialIds.of(tokenizer), aligned="prompts")[np.array([0])]
+    loss, (row,) = Decoder(model, tokenizer, staged, len(new_tokens)).predict(batch)
+    assert loss == 0.5
     return row
 
 

@@ -173,21 +173,51 @@ def test_a_weight_has_one_product_for_all_passes(tiny_model, family, monkeypatch
     base = tiny_model(family)
     rows = ragged_rows()
     batch = lay_out(rows, [make_labels(row) for row in rows])
-    joined = [m for m in base.modules() if type(m) in (torch.nn.Linear, passes.Conv1D)]
-    joined.remove(base.lm_head)
+    layers = [m for m in base.modules() if type(m) in (torch.nn.Linear, passes.Conv1D)]
     tokens = []
     whole = passes._Together.backward
 
     def counted(ctx, *gradients):
-        tokens.append([len(x) for x, _ in ctx.gathered])
+        tokens.append([len(x) for x, _ in ctx.gathered.products])
         return whole(ctx, *gradients)
 
     monkeypatch.setattr(passes._Together, "backward", staticmethod(counted))
     model = wrap(base)
-    model(**batch).loss.backward()
-    assert len(tokens) == len(joined)
+    output = model(**batch)
+    output.loss.backward()
     layout = model.layout(**batch)
-    assert tokens == [[len(places) for places in reversed(layout.places)]] * len(joined)
+    of_passes = [len(places) for places in reversed(layout.places)]
+    of_head = [len(output.logits)]
+    assert sorted(tokens) == sorted([of_head] + [of_passes] * (len(layers) - 1))
+
+
+@families
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_table_that_is_the_head_too_has_one_gradient(tiny_model, family, monkeypatch, is_frozen):
+    base = tiny_model(family)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    table = base.get_input_embeddings().weight
+    assert base.lm_head.weight is table
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    loss, _, _ = oracle.batch_loss(base, **batch, **settings_of())
+    (wanted,) = torch.autograd.grad(loss, [table])
+    table.requires_grad_(not is_frozen)
+    gathered = []
+    whole = passes._Together.backward
+
+    def spied(ctx, *gradients):
+        gathered.append((len(ctx.gathered.products), len(ctx.gathered.rows)))
+        return whole(ctx, *gradients)
+
+    monkeypatch.setattr(passes._Together, "backward", staticmethod(spied))
+    wrap(base)(**batch).loss.backward()
+    if is_frozen:
+        assert table.grad is None
+    else:
+        assert_close(table.grad, wanted, **exact)
+    assert gathered.count((1, 1)) == (not is_frozen)
 
 
 @families
