@@ -277,9 +277,7 @@ class Coconut(nn.Module):
         if not isinstance(cache, PassCache):
             # Of a cache that forgets, as under a sliding window, the answers cannot be cut off.
             return loss, self.generate(prompts, prompt_mask, max_new_tokens)[:, width:]
-        last_states = hidden_states[:, width - 1]
-        cache = cache.for_generation(self.base_causallm.config, width)
-        return loss, self._write(last_states, prompt_mask, cache, max_new_tokens)
+        return loss, self._write(hidden_states[:, width - 1], prompt_mask, cache, max_new_tokens)
 
     @torch.no_grad()
     def generate(
@@ -304,8 +302,6 @@ class Coconut(nn.Module):
         hidden_states, _, cache = self._read(
             input_ids, attention_mask, None, layout, keeps_cache=True
         )
-        if isinstance(cache, PassCache):
-            cache = cache.for_generation(self.base_causallm.config)
         new = self._write(hidden_states[:, -1], attention_mask, cache, max_new_tokens)
         return torch.cat([input_ids, new], 1)
 
@@ -322,13 +318,17 @@ class Coconut(nn.Module):
         """(B, new) long: greedy tokens up to EOS, then EOS; rows that ended leave the batch.
 
         last_states: (B, D), those of the prompts' last column.
-        attention_mask: (B, T) of the prompts, all of whose columns `cache` holds.
+        attention_mask: (B, T) of the prompts.
+        cache: holds their columns; a PassCache may hold more.
         """
         head = self.base_causallm.get_output_embeddings()
-        num_rows, device = len(last_states), last_states.device
-        written = attention_mask.new_full((num_rows, max_new_tokens), self.eos_token_id).long()
-        rows = torch.arange(num_rows, device=device)
-        goes_on = torch.ones(num_rows, dtype=torch.bool, device=device)
+        embed = self.base_causallm.get_input_embeddings()
+        is_packed = isinstance(cache, PassCache)
+        if is_packed:
+            cache.go_on_after(attention_mask.size(1), max_new_tokens)
+        rows = torch.arange(len(last_states), device=last_states.device)
+        written = rows.new_full((len(rows), max_new_tokens), self.eos_token_id)
+        goes_on = torch.ones_like(rows, dtype=torch.bool)
         positions = attention_mask.sum(1)
         for column in range(max_new_tokens):
             tokens = torch.where(goes_on, head(last_states).argmax(-1), self.eos_token_id)
@@ -340,18 +340,16 @@ class Coconut(nn.Module):
             # Leaving costs a copy of the others' keys.
             if num_left <= LEAVING_SHARE * len(rows):
                 left = goes_on.nonzero().squeeze(1)
-                cache.batch_select_indices(left)
+                (cache.keep_rows if is_packed else cache.batch_select_indices)(left)
                 rows, tokens, goes_on = rows[left], tokens[left], goes_on[left]
                 attention_mask, positions = attention_mask[left], positions[left]
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            last_states = self.base_causallm.base_model(
-                input_ids=tokens[:, None],
-                attention_mask=attention_mask,
-                position_ids=positions[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            positions = positions + 1
+            embeds, places = embed(tokens[:, None]), positions[:, None]
+            if is_packed:
+                hidden_states = self._read_packed(embeds, places, cache, None)
+            else:
+                hidden_states = self._read_padded(embeds, places, cache, attention_mask)
+            last_states, positions = hidden_states[:, 0], positions + 1
         return written[:, : column + 1]
 
     def _generate_by_base(
@@ -374,7 +372,7 @@ class Coconut(nn.Module):
             layout = self.layout(known_ids, known_mask)
             *_, cache = self._read(known_ids, known_mask, None, layout)
             if isinstance(cache, PassCache):
-                cache = cache.for_generation(self.base_causallm.config)
+                cache = cache.as_dynamic(self.base_causallm.config)
             copies = max(options["num_beams"], options["num_return_sequences"])
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
@@ -433,21 +431,20 @@ class Coconut(nn.Module):
         hidden_passes, embeds_passes = [], []
         window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
         bounds = pairwise([0, *layout.starts, input_ids.size(1)])
-        with attention_by_passes(self.base_causallm) if reads_packed else nullcontext():
-            for (begin, stop), places in zip(bounds, layout.places, strict=True):
-                embeds = token_embeds[:, begin:stop]
-                if begin in layout.thought_columns:
-                    embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
-                positions = position_ids[:, begin:stop]
-                if reads_packed:
-                    hidden = self._read_packed(embeds, positions, cache, places)
-                else:
-                    mask = attention_mask[:, :stop] if is_padded else None
-                    hidden = self._read_padded(embeds, positions, cache, mask)
-                window = torch.cat([window.to(hidden.dtype), hidden], 1)
-                window = window[:, -self.latent_window_size :]
-                hidden_passes.append(hidden)
-                embeds_passes.append(embeds)
+        for (begin, stop), places in zip(bounds, layout.places, strict=True):
+            embeds = token_embeds[:, begin:stop]
+            if begin in layout.thought_columns:
+                embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
+            positions = position_ids[:, begin:stop]
+            if reads_packed:
+                hidden = self._read_packed(embeds, positions, cache, places)
+            else:
+                mask = attention_mask[:, :stop] if is_padded else None
+                hidden = self._read_padded(embeds, positions, cache, mask)
+            window = torch.cat([window.to(hidden.dtype), hidden], 1)
+            window = window[:, -self.latent_window_size :]
+            hidden_passes.append(hidden)
+            embeds_passes.append(embeds)
         return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache
 
     def _read_packed(
@@ -457,12 +454,13 @@ class Coconut(nn.Module):
         if places is not None:
             places = places.to(embeds.device, non_blocking=True)
         cache.begin(embeds.size(1), places)
-        hidden_states = self.base_causallm.base_model(
-            inputs_embeds=cache.pack(embeds),
-            position_ids=cache.pack(position_ids),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with attention_by_passes(self.base_causallm):
+            hidden_states = self.base_causallm.base_model(
+                inputs_embeds=cache.pack(embeds),
+                position_ids=cache.pack(position_ids),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
         return cache.unpack(hidden_states)
 
     def _read_padded(

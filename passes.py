@@ -9,7 +9,8 @@ keep their cost near that of the arithmetic; none changes a result but in the la
 - `joined_weight_gradients` computes one product a weight matrix for all passes, when the backward
   pass is through with them, in place of one a pass that reads and writes the whole gradient. Where
   the head is the table of embeddings, the gradients of its rows are added to the head's.
-- `RoomyCache` writes the keys of new tokens into room kept for them, for generation.
+- Without gradients that cache writes new keys into room kept for them, in evaluation a column a
+  token, and rows whose answers are complete leave it.
 
 Like coconut.py this needs torch and transformers alone. What a thought is stands there.
 
@@ -24,16 +25,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, Cache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    Cache,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import NewGELUActivation
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 ATTENTION = "coconut_passes"
 # Queries of a first pass that the CPU takes at once where no kernel serves: keys after them are
 # left out, so smaller blocks compute less that is masked, and larger ones call less often.
 QUERY_BLOCK = 96
-# Columns that a generation cache grows by.
+# Columns that the room for keys grows by.
 ROOM = 64
 
 
@@ -93,9 +99,10 @@ class PassCache(Cache):
         self.num_columns, self.num_seen = 0, 0
         self.places: Tensor | None = None
         self.visible: Tensor | None = None
-        # By layer: at most two (keys, values), each (B, G, columns, E): of the first pass, and of
-        # all later ones together.
+        # By layer: (keys, values), each (B, G, columns, E). With gradients at most two of them, of
+        # the first pass and of all later ones together; without, one that begins a room.
         self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.rooms: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, num_columns: int, places: Tensor | None) -> None:
         """A pass over the next C columns begins.
@@ -128,9 +135,12 @@ class PassCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Keep a layer's keys and values (1, G, n, E); what it hands on is for `_attend` alone."""
+        new = [self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key_states, value_states)]
+        if not torch.is_grad_enabled():
+            self._append(layer_idx, new)
+            return self, None
         # In order of memory, or every pass would copy the first one's keys for its products.
-        new = tuple(self.unpack(x.transpose(1, 2)).transpose(1, 2).contiguous()
-                    for x in (key_states, value_states))  # fmt: skip
+        new = tuple(side.contiguous() for side in new)
         parts = self.parts.setdefault(layer_idx, [])
         if len(parts) < 2:
             parts.append(new)
@@ -138,16 +148,46 @@ class PassCache(Cache):
             parts[1] = tuple(torch.cat(pair, 2) for pair in zip(parts[1], new, strict=True))
         return self, None
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read so far."""
-        return sum(keys.size(2) for keys, _ in self.parts.get(layer_idx, ()))
+    def _append(self, layer_idx: int, new: list[Tensor]) -> None:
+        """Write keys and values (B, G, C, E) behind those of the layer so far."""
+        begin, stop = self.num_seen - self.num_columns, self.num_seen
+        room = self.rooms.get(layer_idx)
+        if room is None or stop > room[0].size(2):
+            shapes = [(*side.shape[:2], stop + ROOM, side.size(3)) for side in new]
+            room = tuple(side.new_empty(shape) for side, shape in zip(new, shapes, strict=True))
+            for larger, former in zip(room, self.rooms.get(layer_idx, ()), strict=False):
+                larger[:, :, :begin] = former[:, :, :begin]
+            self.rooms[layer_idx] = room
+        for side, states in zip(room, new, strict=True):
+            side[:, :, begin:stop] = states
+        self.parts[layer_idx] = [tuple(side[:, :, :stop] for side in room)]
 
-    def for_generation(self, config: PretrainedConfig, num_columns: int | None = None) -> Cache:
-        """The same keys as a cache that a model can go on with, of the first `num_columns`."""
-        cache = RoomyCache(config)
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns before those of the pass that has begun."""
+        return self.num_seen - self.num_columns
+
+    def go_on_after(self, num_columns: int, num_more: int) -> None:
+        """Forget all but the first `num_columns`; `num_more` may follow, of tokens in every row."""
+        self.num_seen = num_columns
+        if self.attention_mask is not None:
+            kept = self.attention_mask[:, :num_columns]
+            self.attention_mask = F.pad(kept, (0, num_more), value=1)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows but `rows`, (B',) long."""
+        self.num_rows = len(rows)
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[rows]
+        # Layer by layer, so that no more than one lies here twice.
+        self.parts.clear()
+        for layer_idx, room in self.rooms.items():
+            self.rooms[layer_idx] = tuple(side[rows] for side in room)
+
+    def as_dynamic(self, config: PretrainedConfig) -> Cache:
+        """The same keys as the cache that Hugging Face's `generate` goes on with."""
+        cache = DynamicCache(config=config)
         for layer_idx, parts in sorted(self.parts.items()):
-            sides = (torch.cat(side, 2)[:, :, :num_columns] for side in zip(*parts, strict=True))
-            cache.update(*sides, layer_idx)
+            cache.update(*(torch.cat(side, 2) for side in zip(*parts, strict=True)), layer_idx)
         return cache
 
 
@@ -177,7 +217,9 @@ def _attend(
     cache, parts = key, key.parts[module.layer_idx]
     query = cache.unpack(query.transpose(1, 2)).transpose(1, 2)  # (B, H, C, E)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    if len(parts) > 1:
+    is_first = query.size(2) == cache.num_seen
+    if len(parts) > 1 or not (is_first or query.is_cuda):
+        # For few queries the CPU's kernel takes twice the time of plain products.
         rows = weigh(query, parts, cache.visible, dropout, scaling)
     elif query.is_cuda or dropout == 0:
         rows = _fused(query, *parts[0], cache.visible, dropout, scaling)
@@ -202,13 +244,16 @@ def _fused(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, dropout: float,
     scaling: float,
 ) -> Tensor:  # fmt: skip
-    """Attention of a first pass by torch's kernels: (B, H, C, E)."""
+    """Attention by torch's kernels, over keys of one part: (B, H, C, E)."""
+    C, L = query.size(2), keys.size(2)
+    if visible is None and 1 < C < L:
+        visible = _before(C, L, query.device)
     groups = query.size(1) // keys.size(1)
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
         query, keys, values, attn_mask=visible, dropout_p=dropout, scale=scaling,
-        is_causal=visible is None,
+        is_causal=visible is None and C == L,
     )  # fmt: skip
 
 
@@ -234,8 +279,7 @@ def weigh(
     lengths = [part.size(-1) for part in scores]
     scores = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).view(B, H, C, -1)
     if visible is None and C > 1:
-        L = scores.size(-1)
-        visible = torch.ones(C, L, dtype=torch.bool, device=query.device).tril(L - C)
+        visible = _before(C, scores.size(-1), query.device)
     if visible is not None:
         scores = scores.masked_fill_(~visible, float("-inf"))
     weights = F.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -245,6 +289,11 @@ def weigh(
     weights = weights.to(parts[0][1].dtype).view(B, G, -1, sum(lengths)).split(lengths, -1)
     rows = sum(part @ values for part, (_, values) in zip(weights, parts, strict=True))
     return rows.view(B, H, C, E)
+
+
+def _before(C: int, L: int, device: torch.device) -> Tensor:
+    """(C, L) bool: each of the last C columns sees itself and those before it."""
+    return torch.ones(C, L, dtype=torch.bool, device=device).tril(L - C)
 
 
 # One product a weight for all passes
@@ -431,44 +480,3 @@ def _refuse_second_order() -> None:
             "create_graph: joined weight gradients cannot be differentiated again; read the batch"
             " outside of joined_weight_gradients"
         )
-
-
-# Generation
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room after them: `keys` and `values` are the part in use."""
-
-    room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        """Take in (B, G, new, E); all so far (B, G, L, E), for keys and for values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys = key_states[:, :, :0]
-            self.values = value_states[:, :, :0]
-        begin, stop = self.keys.size(2), self.keys.size(2) + key_states.size(2)
-        # Whoever reorders or repeats rows leaves tensors that are not in the room any more.
-        is_own = self.room is not None and self.keys._base is self.room[0]
-        if not is_own or stop > self.room[0].size(2):
-            shape = (*key_states.shape[:2], stop + ROOM)
-            self.room = (
-                key_states.new_empty(*shape, key_states.size(3)),
-                value_states.new_empty(*shape, value_states.size(3)),
-            )
-            self.room[0][:, :, :begin] = self.keys
-            self.room[1][:, :, :begin] = self.values
-        self.room[0][:, :, begin:stop] = key_states
-        self.room[1][:, :, begin:stop] = value_states
-        self.keys, self.values = (side[:, :, :stop] for side in self.room)
-        return self.keys, self.values
-
-
-class RoomyCache(DynamicCache):
-    """A DynamicCache that does not copy all keys for every new token; without gradients."""
-
-    def __init__(self, config: PretrainedConfig):
-        super().__init__(config=config)
-        self.layers = [
-            _RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers
-        ]

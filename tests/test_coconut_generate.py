@@ -136,7 +136,7 @@ def test_generation_reads_every_token_once(tiny_model, family):
     # The last state of the prompt gives the first token, and nothing follows the last one.
     prompt, new = calls[:-5], calls[-5:]
     assert sum(rows * columns for rows, columns in prompt) == prompts["attention_mask"].sum()
-    assert new == [(size, 1)] * 5
+    assert new == [(1, size)] * 5
 
 
 @families
@@ -156,7 +156,7 @@ def test_rows_that_ended_leave_the_batch(tiny_model, family, monkeypatch):
         outputs.append(model.generate(**prompts, max_new_tokens=8))
         # Token n + 1 is asked of the rows that have not ended by their first n tokens.
         left = [sum(length > n for length in lengths) for n in range(1, 8)]
-        assert [count for count, _ in calls[-7:]] == (left if share else [len(rows)] * 7)
+        assert calls[-7:] == [(1, count) for count in (left if share else [len(rows)] * 7)]
     assert torch.equal(*outputs)
 
 

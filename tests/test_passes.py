@@ -1,4 +1,4 @@
-"""passes.py: attention in parts, packed tokens, joined weight gradients and the roomy cache.
+"""passes.py: attention in parts, packed tokens, joined weight gradients and room for keys.
 
 That Coconut as a whole equals the textbook is test_coconut.py's to show, over these same parts.
 Letters: B rows, H query heads, G key heads, C columns of a pass, L columns so far, E width.
@@ -12,10 +12,10 @@ import torch
 from batches import LATENT, families, lay_out, make_labels, ragged_rows, settings_of, wrap
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 import passes
-from passes import RoomyCache, prepare, weigh
+from passes import PassCache, prepare, weigh
 
 exact = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -284,41 +284,53 @@ def test_the_fused_activation_is_the_published_one(tiny_model):
     assert_close(activations[0](x), textbook, rtol=1e-12, atol=1e-14)
 
 
-# Generation
+# Without gradients
 
 
-def test_a_roomy_cache_holds_what_a_dynamic_one_does(tiny_model, monkeypatch):
-    monkeypatch.setattr(passes, "ROOM", 3)
+@pytest.mark.parametrize("room", [1, 3, 64])
+def test_a_room_holds_the_keys_that_came_last(monkeypatch, room):
+    monkeypatch.setattr(passes, "ROOM", room)
     torch.manual_seed(0)
-    config = tiny_model("llama").config
-    roomy, dynamic = RoomyCache(config), DynamicCache(config=config)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]])
+    cache = PassCache(mask, 3)
+    expected = {0: torch.zeros(2, 3, 2, 0, 4), 1: torch.zeros(2, 3, 2, 0, 4)}
 
-    def take_in(columns, rows):
-        for layer in range(config.num_hidden_layers):
-            new = torch.randn(2, rows, 2, columns, 8)
-            assert_close(roomy.update(*new, layer), dynamic.update(*new, layer), rtol=0, atol=0)
+    def read(columns, places=None):
+        cache.begin(columns, places)
+        for layer in expected:
+            rows = torch.randn(2, 3, 2, columns, 4)[:, : cache.num_rows]
+            if places is not None:
+                is_token = mask[:, cache.num_seen - columns : cache.num_seen, None]
+                rows = rows * is_token[None, :, None]
+            with torch.no_grad():
+                packed = [cache.pack(side.transpose(1, 2)).transpose(1, 2) for side in rows]
+                cache.update(*packed, layer)
+            expected[layer] = torch.cat([expected[layer], rows], 3)
+            ((keys, values),) = cache.parts[layer]
+            assert_close(torch.stack([keys, values]), expected[layer], rtol=0, atol=0)
 
-    take_in(4, 2)
+    read(4, mask[:, :4].flatten().nonzero().squeeze(1))
+    read(2, mask[:, 4:].flatten().nonzero().squeeze(1))
+    cache.go_on_after(4, 9)
+    expected = {layer: rows[:, :, :, :4] for layer, rows in expected.items()}
+    read(1)
+    visible = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]) == 1
+    assert torch.equal(cache.visible[:, 0, 0], visible)
+    kept = torch.tensor([0, 2])
+    cache.keep_rows(kept)
+    expected = {layer: rows[:, kept] for layer, rows in expected.items()}
     for _ in range(5):
-        take_in(1, 2)
-    for cache in (roomy, dynamic):
-        cache.batch_repeat_interleave(2)
-    take_in(1, 4)
-    for cache in (roomy, dynamic):
-        cache.reorder_cache(torch.tensor([3, 0, 0, 2]))
-    take_in(2, 4)
-    for cache in (roomy, dynamic):
-        cache.crop(-3)
-    take_in(1, 4)
-    assert roomy.get_seq_length() == dynamic.get_seq_length() == 10
+        read(1)
+    assert cache.visible.shape == (2, 1, 1, 10)
 
 
-def test_a_roomy_cache_copies_its_keys_when_the_room_is_used_up_alone(tiny_model, monkeypatch):
+def test_keys_are_copied_when_the_room_is_used_up_alone(monkeypatch):
     monkeypatch.setattr(passes, "ROOM", 3)
-    cache = RoomyCache(tiny_model("gpt2").config)
-    places = []
+    cache, places = PassCache(None, 1), []
     for _ in range(9):
-        keys, _ = cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
-        places.append(keys.untyped_storage().data_ptr())
+        cache.begin(1, None)
+        with torch.no_grad():
+            cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
+        places.append(cache.parts[0][0][0].untyped_storage().data_ptr())
     assert len(set(places[:4])) == 1
     assert [places[i] != places[i + 1] for i in range(8)] == [i in (3, 7) for i in range(8)]
