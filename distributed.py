@@ -208,11 +208,12 @@ def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
 
     The smallest device decides for all; every rank must call.
     """
+    threads = "" if torch.cuda.is_available() else f"; {_threads()}"
     if world_size() == 1:
-        return Parallel("none", False, "one process")
+        return Parallel("none", False, f"one process{threads}")
     if not torch.cuda.is_available():
         reason = "processes on CPUs share their memory" if parallel == "auto" else "as configured"
-        return Parallel("ddp" if parallel == "auto" else parallel, True, reason)
+        return Parallel("ddp" if parallel == "auto" else parallel, True, reason + threads)
     # Ranks that chose differently would wait for each other for ever.
     memory_bytes = _least_over_ranks(torch.cuda.get_device_properties(device()).total_memory)
     room = STATE_SHARE_OF_DEVICE * memory_bytes
@@ -228,6 +229,17 @@ def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
     gathered = whole_bytes + state_bytes / world_size() < room
     held = "held whole through a step" if gathered else "gathered for every pass of a block"
     return Parallel(kind, gathered, f"{reason}; parameters {held}")
+
+
+def _threads() -> str:
+    """The threads a process computes with, and who says so where that leaves cores idle."""
+    # torch takes every core for a single process, torchrun allows each of several one thread.
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    told = f"{threads} thread{'' if threads == 1 else 's'}{' each' if here > 1 else ''}"
+    if threads * here < cores:
+        told += f" on {cores} cores: OMP_NUM_THREADS={cores // here} would use all"
+    return told
 
 
 def parallelize(

@@ -273,11 +273,17 @@ def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
     def choose(parallel, num_parameters, bf16=False):
         return dataclasses.astuple(distributed.choose_parallel(parallel, num_parameters, bf16))
 
-    assert choose("fsdp", 10) == ("none", False, "one process")
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose("fsdp", 10) == ("fsdp", True, "as configured")
-    assert choose("auto", 10) == ("ddp", True, "processes on CPUs share their memory")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    assert choose("fsdp", 10) == ("none", False, "one process; 4 threads")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    threads = "1 thread each on 4 cores: OMP_NUM_THREADS=2 would use all"
+    assert choose("fsdp", 10) == ("fsdp", True, f"as configured; {threads}")
+    shared = "processes on CPUs share their memory"
+    assert choose("auto", 10) == ("ddp", True, f"{shared}; {threads}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device = type("Device", (), {"total_memory": 100 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
