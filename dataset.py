@@ -27,7 +27,9 @@ from multiprocessing.process import BaseProcess
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
+from pyarrow import compute
 from torch import Tensor
 
 from curriculum import Curriculum
@@ -164,7 +166,9 @@ def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedReco
     """
 
     def ids_of(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        # Masks would be lists as long as the ids, and are not needed.
+        options = {"add_special_tokens": False, "return_attention_mask": False}
+        return tokenizer(texts, **options).input_ids if texts else []
 
     def tokenize(batch: dict, indices: list[int]) -> dict:
         questions = ids_of([question + "\n" for question in batch["question"]])
@@ -218,15 +222,23 @@ def _refuse_eos(
 
 def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """num_steps (n,), question_lengths (n,), kept_lengths (n, S + 1) of a tokenised table."""
-    steps = [[len(ids) for ids in step_ids] for step_ids in table["step_ids"]]
-    num_steps = np.array([len(lengths) for lengths in steps])
-    question_lengths = np.array([len(ids) for ids in table["question_ids"]])
+
+    def lengths_of(lists: pyarrow.Array) -> np.ndarray:
+        return compute.list_value_length(lists).to_numpy()
+
+    question_ids, step_ids, answer_ids = (
+        table.data.column(name).combine_chunks()
+        for name in ("question_ids", "step_ids", "answer_ids")
+    )
+    question_lengths = lengths_of(question_ids)
     for index in np.flatnonzero(question_lengths == 0):
         raise UserError(f"{path}: record {index}: question becomes no tokens; expected at least 1")
-    kept = np.zeros((len(steps), num_steps.max() + 1), dtype=np.int64)
-    kept += np.array([len(ids) for ids in table["answer_ids"]])[:, None]
-    for row, lengths in enumerate(steps):
-        kept[row, : len(lengths)] += np.cumsum(lengths[::-1], dtype=np.int64)[::-1]
+    num_steps = lengths_of(step_ids)
+    kept = np.zeros((len(num_steps), num_steps.max() + 1), dtype=np.int64)
+    is_step = np.arange(kept.shape[1]) < num_steps[:, None]
+    kept[is_step] = lengths_of(step_ids.flatten())
+    # From each step to the last: sums from the right.
+    kept = kept[:, ::-1].cumsum(1)[:, ::-1] + lengths_of(answer_ids)[:, None]
     return num_steps, question_lengths, kept
 
 
@@ -537,13 +549,13 @@ def check_vocabulary(tokenized: TokenizedRecords, vocab_size: int) -> None:
 
     Raises: UserError naming the first such record and id.
     """
-    for index, highest in enumerate(tokenized.table["highest_id"]):
-        if highest >= vocab_size:
-            raise UserError(
-                f"{tokenized.path}: record {index}: the tokenizer gives the token id {highest}, the"
-                f" model has embeddings for 0 to {vocab_size - 1}; use the tokenizer that belongs"
-                " to the model"
-            )
+    highest = tokenized.table.data.column("highest_id").to_numpy()
+    for index in np.flatnonzero(highest >= vocab_size):
+        raise UserError(
+            f"{tokenized.path}: record {index}: the tokenizer gives the token id {highest[index]},"
+            f" the model has embeddings for 0 to {vocab_size - 1}; use the tokenizer that belongs"
+            " to the model"
+        )
 
 
 def check_lengths(
