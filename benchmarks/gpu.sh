@@ -79,6 +79,7 @@ benchmarks() {
   bench breakdown 30 breakdown --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))" \
     --question 362 --answer 12
   bench generate 50 generate --repeats "$REPEATS"
+  bench evaluation 30 evaluation --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))"
   bench memory 60 memory
   bench epoch 60 epoch --repeats "$REPEATS" --records "$((RECORDS < 128 ? 300 : RECORDS))"
   bench growth 90 growth --repeats "$REPEATS"

@@ -30,6 +30,7 @@ from benchmarks import (
     contenders,
     environment,
     epoch,
+    evaluation,
     generate,
     growth,
     local_model,
@@ -333,6 +334,7 @@ def test_no_repeats_are_refused(capsys):
         (breakdown, ["--question", "1100"]),
         (growth, ["--answer", "600"]),
         (generate, ["--new", "1000"]),
+        (evaluation, ["--new", "1000"]),
     ],
 )
 def test_records_longer_than_the_models_are_refused(capsys, module, arguments):
@@ -341,9 +343,10 @@ def test_records_longer_than_the_models_are_refused(capsys, module, arguments):
     )
 
 
-def test_a_question_without_a_token_on_either_side_is_refused(capsys):
+@pytest.mark.parametrize("module", [generate, evaluation])
+def test_a_question_without_a_token_on_either_side_is_refused(capsys, module):
     assert "--question 1: one token stands" in refusal(
-        capsys, generate, "--device", "cpu", "--question", "1"
+        capsys, module, "--device", "cpu", "--question", "1"
     )
 
 
@@ -377,6 +380,16 @@ def test_generate_measures_every_contender(tmp_path):
     sizes = {row["contender"]: row["batch_size"] for row in report["rows"]}
     assert sizes == {"published": 1, "prototype": 3, "ours": 3}
     assert [row["share_of_same_tokens"] for row in report["rows"]] == [1.0, 1.0, 1.0]
+
+
+def test_evaluation_measures_both_ways(tmp_path):
+    report = run(evaluation, tmp_path, *SMALL, "--answer", "4", "--new", "3")
+    assert_environment(report, "evaluation")
+    assert [row["way"] for row in report["rows"]] == ["apart", "together"]
+    for row in report["rows"]:
+        assert row["shape"] == "3 x (6 + 2 + 4) + 3"
+        assert row["median_s_per_record"] == row["seconds"][0] / 3 > 0
+        assert row["share_of_same_tokens"] == 1
 
 
 def test_memory_measures_in_a_process_of_its_own(tmp_path):
