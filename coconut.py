@@ -253,7 +253,7 @@ class Coconut(nn.Module):
     def answer(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, max_new_tokens: int = 128
     ) -> tuple[Tensor, Tensor]:
-        """Score the right answers to prompts and write one's own; the prompts are read once.
+        """Score the right answers to prompts and write the model's own; prompts are read once.
 
         input_ids: (B, T) long, left-padded prompts that all end in one column, each followed by its
             right answer, padded on the right.
@@ -262,15 +262,15 @@ class Coconut(nn.Module):
         max_new_tokens: as in `generate`.
         Returns the loss () that `forward` gives, and (B, new) long, what `generate` adds.
 
-        Raises: ValueError where the labels of some row begin in another column, and for prompts
-            that `generate` refuses.
+        Raises: ValueError where the labels of some row begin in another column, and for what
+            `generate` refuses.
         """
         is_labelled = labels != IGNORE_INDEX
         width = int(is_labelled.any(0).long().argmax())
         if width == 0 or not bool(is_labelled[:, width].all()):
             raise ValueError("answer needs labels that begin in the same column in all rows")
         prompts, prompt_mask = input_ids[:, :width], attention_mask[:, :width]
-        self._check_prompts(prompts, prompt_mask)
+        self._check_prompts(prompts, prompt_mask, max_new_tokens)
         layout = self.layout(input_ids, attention_mask, labels)
         hidden_states, _, cache = self._read(input_ids, attention_mask, None, layout)
         loss, _ = self._score(hidden_states, labels, layout)
@@ -292,10 +292,11 @@ class Coconut(nn.Module):
             folder's generation_config is not consulted.
         Returns (B * num_return_sequences, T + new) long: prompt and new tokens.
 
-        Raises: ValueError when a prompt starts or ends with a latent, or is padded on the right,
-            and for `generation_config`, whose options are to be given one by one.
+        Raises: ValueError when a prompt starts or ends with a latent or is padded on the right, for
+            fewer new tokens than 1, for gradient checkpointing in training mode, which drops the
+            cache, and for `generation_config`, whose options are to be given one by one.
         """
-        self._check_prompts(input_ids, attention_mask)
+        self._check_prompts(input_ids, attention_mask, max_new_tokens)
         if options:
             return self._generate_by_base(input_ids, attention_mask, max_new_tokens, options)
         layout = self.layout(input_ids, attention_mask)
@@ -305,9 +306,17 @@ class Coconut(nn.Module):
         new = self._write(hidden_states[:, -1], attention_mask, cache, max_new_tokens)
         return torch.cat([input_ids, new], 1)
 
-    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+    def _check_prompts(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if self.training and self._is_checkpointed:
+            raise ValueError(
+                "gradient checkpointing drops the cache that answers need; call eval() before"
+            )
         if not bool(attention_mask[:, -1].all()):
-            raise ValueError("generate needs left-padded prompts: all must end in the last column")
+            raise ValueError("prompts must be left-padded: all must end in the same column")
         ends_latent = self._is_latent(input_ids, attention_mask)[:, -1]
         if self.thought_kind == "continuous" and bool(ends_latent.any()):
             raise ValueError("a prompt ends with a latent token: close it with the end marker")
@@ -329,7 +338,7 @@ class Coconut(nn.Module):
         rows = torch.arange(len(last_states), device=last_states.device)
         written = rows.new_full((len(rows), max_new_tokens), self.eos_token_id)
         goes_on = torch.ones_like(rows, dtype=torch.bool)
-        positions = attention_mask.sum(1)
+        positions = attention_mask.long().sum(1)
         for column in range(max_new_tokens):
             tokens = torch.where(goes_on, head(last_states).argmax(-1), self.eos_token_id)
             written[rows, column] = tokens

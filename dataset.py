@@ -27,9 +27,7 @@ from multiprocessing.process import BaseProcess
 
 import datasets
 import numpy as np
-import pyarrow
 import torch
-from pyarrow import compute
 from torch import Tensor
 
 from curriculum import Curriculum
@@ -223,8 +221,8 @@ def _refuse_eos(
 def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """num_steps (n,), question_lengths (n,), kept_lengths (n, S + 1) of a tokenised table."""
 
-    def lengths_of(lists: pyarrow.Array) -> np.ndarray:
-        return compute.list_value_length(lists).to_numpy()
+    def lengths_of(lists) -> np.ndarray:
+        return lists.value_lengths().to_numpy().astype(np.int64)
 
     question_ids, step_ids, answer_ids = (
         table.data.column(name).combine_chunks()

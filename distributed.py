@@ -195,7 +195,7 @@ class Parallel:
     kind: "none", "ddp" or "fsdp".
     gathered: under FSDP, whether whole parameters stay from a step's first pass to its end, which
         costs their memory and saves a gather for every pass of every block.
-    reason: why, for the console.
+    reason: why, for the console; without GPUs the threads as well.
     """
 
     kind: str
@@ -232,13 +232,15 @@ def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
 
 
 def _threads() -> str:
-    """The threads a process computes with, and who says so where that leaves cores idle."""
-    # torch takes every core for a single process, torchrun allows each of several one thread.
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """The threads a process computes with, and how to have more where others set too few."""
+    threads, here = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     told = f"{threads} thread{'' if threads == 1 else 's'}{' each' if here > 1 else ''}"
-    if threads * here < cores:
-        told += f" on {cores} cores: OMP_NUM_THREADS={cores // here} would use all"
+    # macOS does not say which cores a process may use.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    # Left alone, torch takes what pays; torchrun allows each of several processes one.
+    if "OMP_NUM_THREADS" in os.environ and cores // here > threads:
+        told += f" on {cores} cores: OMP_NUM_THREADS={cores // here} would use more"
     return told
 
 

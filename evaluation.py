@@ -36,7 +36,7 @@ class Evaluation:
     """One evaluation's outcome.
 
     figures: name under "eval/" -> number, None where nothing could be measured. The same on every
-        rank.
+        rank. seconds_per_record is that of loss and answers together.
     predictions: one dict a record in file order; None on ranks other than 0.
     """
 
@@ -82,11 +82,11 @@ def evaluate(
     decoder = Decoder(model, tokenizer, staged, max_new_tokens)
     num_labels = staged.num_labels
     summed_loss, num_tokens, mine = 0.0, 0, []
-    began = time.perf_counter()
     with (
         distributed.gathered_parameters(model),
         autocast(bf16, device),
     ):
+        began = time.perf_counter()
         loader = batch_loader(collator, batches, num_workers, device.type == "cuda")
         for indices, batch in zip(batches, loader, strict=True):
             before_batch()
@@ -97,7 +97,7 @@ def evaluate(
             mine += rows
             if bar is not None:
                 bar.update()
-    seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began
     if bar is not None:
         bar.close()
     model.train(was_training)

@@ -9,8 +9,8 @@ keep their cost near that of the arithmetic; none changes a result but in the la
 - `joined_weight_gradients` computes one product a weight matrix for all passes, when the backward
   pass is through with them, in place of one a pass that reads and writes the whole gradient. Where
   the head is the table of embeddings, the gradients of its rows are added to the head's.
-- Without gradients that cache writes new keys into room kept for them, in evaluation a column a
-  token, and rows whose answers are complete leave it.
+- Without gradients `PassCache` writes new keys into room kept for them, one column for every token
+  of an answer, and rows whose answers are complete leave it.
 
 Like coconut.py this needs torch and transformers alone. What a thought is stands there.
 
@@ -49,7 +49,8 @@ def prepare(model: PreTrainedModel) -> None:
     Transformers computes `gelu_new` by eight operations where torch has one.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(table) is nn.Embedding and _is_plain(table) and table.weight is head.weight:
+    is_head = getattr(head, "weight", None) is table.weight
+    if is_head and type(table) is nn.Embedding and _is_plain(table):
         table.__class__ = _JoinedEmbedding
     for module in model.modules():
         if type(module) in _JOINED:
@@ -87,7 +88,8 @@ def is_compiled(model: PreTrainedModel) -> bool:
 class PassCache(Cache):
     """Keys and values of the passes so far, in rows, and the attention over them.
 
-    Given to a model as `past_key_values` within `attention_by_passes`, with inputs (1, n, D).
+    Given to a model as `past_key_values` within `attention_by_passes`, with inputs (1, n, D). Made
+    with gradients enabled or without, it has to be used so.
     attention_mask: (B, T), 0 on padding, of all columns that will come; None where none is padding.
     num_rows: B.
     """
@@ -96,6 +98,7 @@ class PassCache(Cache):
         super().__init__(layers=[])
         self.attention_mask = attention_mask
         self.num_rows = num_rows
+        self.has_gradients = torch.is_grad_enabled()
         self.num_columns, self.num_seen = 0, 0
         self.places: Tensor | None = None
         self.visible: Tensor | None = None
@@ -136,7 +139,7 @@ class PassCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Keep a layer's keys and values (1, G, n, E); what it hands on is for `_attend` alone."""
         new = [self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key_states, value_states)]
-        if not torch.is_grad_enabled():
+        if not self.has_gradients:
             self._append(layer_idx, new)
             return self, None
         # In order of memory, or every pass would copy the first one's keys for its products.
@@ -316,7 +319,8 @@ class _Joined:
         # Layers that share a weight share its gradient.
         key = self.weight, bias
         if key not in self.joining:
-            gathered = _Gathered(self.weight_is_transposed)
+            has_bias = bias is not None and bias.requires_grad
+            gathered = _Gathered(self.weight_is_transposed, has_bias)
             self.joining[key] = *_Together.apply(self.weight, bias, gathered), gathered
         return self.use(x, *self.joining[key])
 
@@ -342,7 +346,7 @@ class _JoinedEmbedding(_Joined, nn.Embedding):
 
     def use(self, x: Tensor, weight: Tensor, bias: None, gathered: "_Gathered") -> Tensor:
         """The rows `x` of the table itself: `weight` may be a copy of less precision."""
-        return _UseRows.apply(x, self.weight.detach(), weight, gathered)
+        return _UseRows.apply(weight, x, self.weight.detach(), gathered)
 
 
 _JOINED = {nn.Linear: _JoinedLinear, Conv1D: _JoinedConv1D}
@@ -378,13 +382,48 @@ class _Gathered:
     """What the backward passes through one weight leave for its gradient.
 
     weight_is_transposed: whether the weight is (out, in).
-    products: (input, gradient of the output) of each use as a matrix, (n, in) and (n, out).
+    has_bias: whether a bias wants its gradient as well.
+    weight_grad, bias_grad: of the uses that were multiplied already, None where none was.
+    short: (input, gradient of the output) of the others as matrices, (n, in) and (n, out).
     rows: (ids, gradient of these rows) of each use as a table, (n,) and (n, D).
     """
 
     weight_is_transposed: bool
-    products: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    has_bias: bool
+    weight_grad: Tensor | None = None
+    bias_grad: Tensor | None = None
+    short: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def take(self, x: Tensor, gradient: Tensor) -> None:
+        """One use. A long one is multiplied at once: keeping it would cost more than it saves."""
+        if x.numel() + gradient.numel() > x.size(1) * gradient.size(1):
+            self.multiply(x, gradient)
+        else:
+            self.short.append((x, gradient))
+
+    def multiply(self, x: Tensor, gradient: Tensor) -> None:
+        """Add what a use, or several together, give."""
+        is_transposed = self.weight_is_transposed
+        left, right = (gradient.t(), x) if is_transposed else (x.t(), gradient)
+        if self.weight_grad is None:
+            self.weight_grad = left @ right
+        else:
+            self.weight_grad.addmm_(left, right)
+        if self.has_bias:
+            bias_grad = gradient.sum(0)
+            self.bias_grad = bias_grad if self.bias_grad is None else self.bias_grad + bias_grad
+
+    def sum_up(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of weight, in its own dtype, and bias; nothing is left here."""
+        if self.short:
+            self.multiply(*map(torch.cat, zip(*self.short, strict=True)))
+        weight_grad, bias_grad, rows = self.weight_grad, self.bias_grad, self.rows
+        self.weight_grad, self.bias_grad, self.short, self.rows = None, None, [], []
+        weight_grad = torch.zeros_like(weight) if weight_grad is None else weight_grad.to(weight)
+        for ids, gradient in rows:
+            weight_grad.index_add_(0, ids, gradient.to(weight.dtype))
+        return weight_grad, bias_grad
 
 
 class _Together(torch.autograd.Function):
@@ -397,8 +436,7 @@ class _Together(torch.autograd.Function):
     def forward(ctx, weight, bias, gathered):
         ctx.gathered = gathered
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
-        ctx.has_bias = bias is not None and bias.requires_grad
+        ctx.weight, ctx.bias_dtype = weight.detach(), None if bias is None else bias.dtype
         if not torch.is_autocast_enabled(weight.device.type):
             return weight.view_as(weight), None if bias is None else bias.view_as(bias)
         dtype = torch.get_autocast_dtype(weight.device.type)
@@ -407,29 +445,8 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         _refuse_second_order()
-        is_transposed = ctx.gathered.weight_is_transposed
-        uses, ctx.gathered.products = ctx.gathered.products, []
-        rows, ctx.gathered.rows = ctx.gathered.rows, []
-        # A long use is multiplied where it lies: copying it would cost more than one product more.
-        is_long = [x.numel() + g.numel() > x.size(1) * g.size(1) for x, g in uses]
-        parts = [use for use, long in zip(uses, is_long, strict=True) if long]
-        short = [use for use, long in zip(uses, is_long, strict=True) if not long]
-        if short:
-            parts.append(tuple(map(torch.cat, zip(*short, strict=True))))
-        products = [(g.t(), x) if is_transposed else (x.t(), g) for x, g in parts]
-        if products:
-            weight_grad = products[0][0] @ products[0][1]
-        else:
-            weight_grad = rows[0][1].new_zeros(ctx.shape)
-        for left, right in products[1:]:
-            weight_grad.addmm_(left, right)
-        weight_grad = weight_grad.to(ctx.dtype)
-        for ids, gradient in rows:
-            weight_grad.index_add_(0, ids, gradient.to(ctx.dtype))
-        bias_grad = None
-        if ctx.has_bias:
-            bias_grad = sum(g.sum(0) for _, g in parts).to(ctx.dtype)
-        return weight_grad, bias_grad, None
+        weight_grad, bias_grad = ctx.gathered.sum_up(ctx.weight)
+        return weight_grad, None if bias_grad is None else bias_grad.to(ctx.bias_dtype), None
 
 
 class _Use(torch.autograd.Function):
@@ -446,7 +463,8 @@ class _Use(torch.autograd.Function):
     def backward(ctx, gradient):
         _refuse_second_order()
         x, weight = ctx.saved_tensors
-        ctx.gathered.products.append((x.flatten(0, -2), gradient.flatten(0, -2)))
+        if _will_come_to(ctx.next_functions[1]):
+            ctx.gathered.take(x.flatten(0, -2), gradient.flatten(0, -2))
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = gradient @ (weight if ctx.gathered.weight_is_transposed else weight.t())
@@ -460,7 +478,7 @@ class _UseRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, ids, table, weight, gathered):
+    def forward(ctx, weight, ids, table, gathered):
         ctx.save_for_backward(ids)
         ctx.gathered = gathered
         return F.embedding(ids, table)
@@ -469,8 +487,18 @@ class _UseRows(torch.autograd.Function):
     def backward(ctx, gradient):
         _refuse_second_order()
         (ids,) = ctx.saved_tensors
-        ctx.gathered.rows.append((ids.flatten(), gradient.flatten(0, -2)))
+        if _will_come_to(ctx.next_functions[0]):
+            ctx.gathered.rows.append((ids.flatten(), gradient.flatten(0, -2)))
         return None, None, None, None
+
+
+def _will_come_to(edge: tuple) -> bool:
+    """Whether this backward pass goes on to the `_Together` at the end of `edge`.
+
+    It does not where only gradients of other parameters were asked for. What were left for it then
+    would be counted by the next backward pass.
+    """
+    return torch._C._will_engine_execute_node(edge[0])
 
 
 def _refuse_second_order() -> None:

@@ -3,7 +3,7 @@
 `python -m benchmarks.evaluation [--device cuda] [--bf16] [--records 32 --question 362 ...]`. Apart,
 the right answers are scored by one reading of the whole sequences and the answers are written after
 another of the prompts, both by this code; together, the prompts are read once (Coconut.answer).
-Random weights never end an answer, so every record gets --new tokens.
+Random weights do not end their answers, so every record gets --new tokens.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from evaluation import autocast
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each way: seconds a record in all turns; both must give the same tokens."""
+    """A row for each way: seconds a record in all turns, and how many tokens are the same."""
     device, shape = torch.device(options.device), shape_of(options)
     model = wrap(build_model(options.model).to(device)).eval()
     vocab_size = model.base_causallm.config.vocab_size
@@ -58,6 +58,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
         evaluate(way, shape if device.type == "cuda" else Shape(1, 8, 2, 4), 4)
     turns = {way: lambda way=way: evaluate(way, shape, options.new) for way in ways}
     seconds = take_turns(turns, options.repeats, device)
+    assert all(tokens.size(1) == options.new for tokens in written.values())
     same = (written["apart"] == written["together"]).double().mean().item()
     return [
         {

@@ -25,7 +25,7 @@ from batches import (
     wrap,
 )
 from torch.testing import assert_close
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 import coconut
 
@@ -190,6 +190,41 @@ def test_answers_of_models_that_are_not_packed_are_the_same(tiny_model, family):
     assert torch.equal(new, same)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 4])
+def test_rows_leave_whatever_cache_a_model_has(sliding_window):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        sliding_window=sliding_window, initializer_range=0.5,
+    )  # fmt: skip
+    base = MistralForCausalLM(config).eval()
+    rows = ragged_rows()
+    streams = greedy_streams(base, rows, 8)
+    eos_token_id = streams[1][2]
+    model = wrap(base, eos_token_id=eos_token_id)
+    whole = lay_out(rows, [make_labels(row) for row in rows], align="prompt")
+    calls = count_columns(base.base_model)
+    _, new = model.answer(**whole, max_new_tokens=8)
+    wanted = greedy_streams(base, rows, 8, eos_token_id)
+    assert [cut_at_eos(row, eos_token_id) for row in new] == wanted
+    # Packed, all rows' tokens are one row.
+    assert len({max(call) for call in calls[-6:]}) > 1, "rows left"
+
+
+@families
+def test_what_checkpointing_would_drop_is_not_generated_over(tiny_model, family):
+    base = tiny_model(family)
+    base.gradient_checkpointing_enable()
+    model, prompt = wrap(base), lay_out([[5, 6, 7]], align="end")
+    for options in ({}, {"do_sample": False}):
+        with pytest.raises(ValueError, match="checkpointing drops the cache that answers need"):
+            model.generate(**prompt, max_new_tokens=2, **options)
+    wanted = greedy_streams(base.eval(), [[5, 6, 7, END]], 4)
+    output = model.eval().generate(**lay_out([[5, 6, 7, END]], align="end"), max_new_tokens=4)
+    assert output[0, 4:].tolist() == cut_at_eos(torch.tensor(wanted[0]), EOS)
+
+
 @families
 def test_answers_need_prompts_that_end_together(tiny_model, family):
     model = wrap(tiny_model(family))
@@ -328,3 +363,5 @@ def test_prompts_that_generation_cannot_continue_are_refused(tiny_model, family)
         model.generate(**lay_out(rows, align="latent", extra_right=1), max_new_tokens=2)
     with pytest.raises(ValueError, match="ends with a latent"):
         model.generate(**lay_out([[5, START, LATENT]], align="end"), max_new_tokens=2)
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        model.generate(**lay_out([[5]], align="end"), max_new_tokens=0)

@@ -280,10 +280,14 @@ def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    threads = "1 thread each on 4 cores: OMP_NUM_THREADS=2 would use all"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = "1 thread each on 4 cores: OMP_NUM_THREADS=2 would use more"
     assert choose("fsdp", 10) == ("fsdp", True, f"as configured; {threads}")
     shared = "processes on CPUs share their memory"
     assert choose("auto", 10) == ("ddp", True, f"{shared}; {threads}")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert choose("fsdp", 10) == ("fsdp", True, "as configured; 1 thread each")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device = type("Device", (), {"total_memory": 100 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)

@@ -5,6 +5,7 @@ Letters: B rows, H query heads, G key heads, C columns of a pass, L columns so f
 """
 
 import copy
+from collections import defaultdict
 
 import oracle
 import pytest
@@ -174,21 +175,26 @@ def test_a_weight_has_one_product_for_all_passes(tiny_model, family, monkeypatch
     rows = ragged_rows()
     batch = lay_out(rows, [make_labels(row) for row in rows])
     layers = [m for m in base.modules() if type(m) in (torch.nn.Linear, passes.Conv1D)]
-    tokens = []
-    whole = passes._Together.backward
+    taken, products = defaultdict(list), defaultdict(list)
+    for name, calls in (("take", taken), ("multiply", products)):
+        whole = getattr(passes._Gathered, name)
 
-    def counted(ctx, *gradients):
-        tokens.append([len(x) for x, _ in ctx.gathered.products])
-        return whole(ctx, *gradients)
+        def counted(self, x, gradient, whole=whole, calls=calls):
+            calls[id(self)].append(len(x))
+            whole(self, x, gradient)
 
-    monkeypatch.setattr(passes._Together, "backward", staticmethod(counted))
+        monkeypatch.setattr(passes._Gathered, name, counted)
     model = wrap(base)
     output = model(**batch)
     output.loss.backward()
     layout = model.layout(**batch)
     of_passes = [len(places) for places in reversed(layout.places)]
     of_head = [len(output.logits)]
-    assert sorted(tokens) == sorted([of_head] + [of_passes] * (len(layers) - 1))
+    assert sorted(taken.values()) == sorted([of_head] + [of_passes] * (len(layers) - 1))
+    # Passes that are long beside a small weight are multiplied by themselves, the rest together.
+    assert {sum(product) for product in products.values()} == {sum(of_passes), sum(of_head)}
+    assert all(len(product) <= 3 < len(of_passes) for product in products.values())
+    assert [of_passes[-1], sum(of_passes[:-1])] in products.values()
 
 
 @families
@@ -204,20 +210,20 @@ def test_a_table_that_is_the_head_too_has_one_gradient(tiny_model, family, monke
     loss, _, _ = oracle.batch_loss(base, **batch, **settings_of())
     (wanted,) = torch.autograd.grad(loss, [table])
     table.requires_grad_(not is_frozen)
-    gathered = []
-    whole = passes._Together.backward
+    num_rows = []
+    whole = passes._Gathered.sum_up
 
-    def spied(ctx, *gradients):
-        gathered.append((len(ctx.gathered.products), len(ctx.gathered.rows)))
-        return whole(ctx, *gradients)
+    def spied(self, weight):
+        num_rows.append(len(self.rows))
+        return whole(self, weight)
 
-    monkeypatch.setattr(passes._Together, "backward", staticmethod(spied))
+    monkeypatch.setattr(passes._Gathered, "sum_up", spied)
     wrap(base)(**batch).loss.backward()
     if is_frozen:
         assert table.grad is None
     else:
         assert_close(table.grad, wanted, **exact)
-    assert gathered.count((1, 1)) == (not is_frozen)
+    assert num_rows.count(1) == (not is_frozen)
 
 
 @families
@@ -265,6 +271,54 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(tiny_model):
     assert_close(once, again, rtol=0, atol=0)
 
 
+@families
+def test_a_backward_pass_for_some_parameters_leaves_nothing_to_the_next(tiny_model, family):
+    base = tiny_model(family)
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    model, parameters = wrap(base), list(base.parameters())
+    wanted = torch.autograd.grad(model(**batch).loss, parameters)
+    loss = model(**batch).loss
+    for some in ([0], [len(parameters) - 1], [3, 5]):
+        got = torch.autograd.grad(loss, [parameters[i] for i in some], retain_graph=True)
+        assert_close(got, tuple(wanted[i] for i in some), **exact)
+    assert_close(torch.autograd.grad(loss, parameters), wanted, **exact)
+
+
+def test_a_padding_row_of_a_tied_table_gets_no_gradient_from_its_uses(tiny_model):
+    base = tiny_model("llama")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    table = base.get_input_embeddings()
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    table.padding_idx = rows[0][0]
+    wrap(base)(**batch).loss.backward()
+    # The oracle looks rows up without the table's own rule.
+    loss, _, _ = oracle.batch_loss(base, **batch, **settings_of())
+    (wanted,) = torch.autograd.grad(loss, [table.weight])
+    others = torch.arange(len(wanted)) != table.padding_idx
+    assert_close(table.weight.grad[others], wanted[others], **exact)
+    assert not torch.allclose(table.weight.grad[~others], wanted[~others])
+
+
+@families
+def test_joined_gradients_under_autocast_are_the_plain_ones_to_rounding(tiny_model, family):
+    base = tiny_model(family).float()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    model, parameters = wrap(base), list(base.parameters())
+    exactly = torch.autograd.grad(model(**batch).loss, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    rounded = torch.autograd.grad(loss, parameters)
+    for one, other in zip(exactly, rounded, strict=True):
+        assert other.dtype == torch.float32
+        assert (one - other).norm() < 0.05 * one.norm()
+
+
 def test_gradients_of_gradients_are_refused_and_not_wrong(tiny_model):
     base = tiny_model("gpt2")
     rows = ragged_rows()
@@ -292,7 +346,8 @@ def test_a_room_holds_the_keys_that_came_last(monkeypatch, room):
     monkeypatch.setattr(passes, "ROOM", room)
     torch.manual_seed(0)
     mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]])
-    cache = PassCache(mask, 3)
+    with torch.no_grad():
+        cache = PassCache(mask, 3)
     expected = {0: torch.zeros(2, 3, 2, 0, 4), 1: torch.zeros(2, 3, 2, 0, 4)}
 
     def read(columns, places=None):
@@ -302,9 +357,8 @@ def test_a_room_holds_the_keys_that_came_last(monkeypatch, room):
             if places is not None:
                 is_token = mask[:, cache.num_seen - columns : cache.num_seen, None]
                 rows = rows * is_token[None, :, None]
-            with torch.no_grad():
-                packed = [cache.pack(side.transpose(1, 2)).transpose(1, 2) for side in rows]
-                cache.update(*packed, layer)
+            packed = [cache.pack(side.transpose(1, 2)).transpose(1, 2) for side in rows]
+            cache.update(*packed, layer)
             expected[layer] = torch.cat([expected[layer], rows], 3)
             ((keys, values),) = cache.parts[layer]
             assert_close(torch.stack([keys, values]), expected[layer], rtol=0, atol=0)
@@ -326,11 +380,11 @@ def test_a_room_holds_the_keys_that_came_last(monkeypatch, room):
 
 def test_keys_are_copied_when_the_room_is_used_up_alone(monkeypatch):
     monkeypatch.setattr(passes, "ROOM", 3)
-    cache, places = PassCache(None, 1), []
+    with torch.no_grad():
+        cache, places = PassCache(None, 1), []
     for _ in range(9):
         cache.begin(1, None)
-        with torch.no_grad():
-            cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
+        cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
         places.append(cache.parts[0][0][0].untyped_storage().data_ptr())
     assert len(set(places[:4])) == 1
     assert [places[i] != places[i + 1] for i in range(8)] == [i in (3, 7) for i in range(8)]
