@@ -10,7 +10,16 @@ from collections import defaultdict
 import oracle
 import pytest
 import torch
-from batches import LATENT, families, lay_out, make_labels, ragged_rows, settings_of, wrap
+from batches import (
+    LATENT,
+    families,
+    lay_out,
+    make_labels,
+    prompts_of,
+    ragged_rows,
+    settings_of,
+    wrap,
+)
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import MistralConfig, MistralForCausalLM
@@ -130,8 +139,11 @@ def test_a_compiled_model_is_read_without_what_tracing_loses(tiny_model):
     model(**batch).loss.backward()
     wanted = [p.grad.clone() for p in base.parameters()]
     base.zero_grad()
+    prompts = prompts_of(rows)
+    answers = model.eval().generate(**prompts, max_new_tokens=3)
     base.base_model.compile(dynamic=True, backend="eager")
-    model(**batch).loss.backward()
+    assert torch.equal(model.generate(**prompts, max_new_tokens=3), answers)
+    model.train()(**batch).loss.backward()
     assert_close([p.grad for p in base.parameters()], wanted, **exact)
 
 
