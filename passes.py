@@ -222,7 +222,7 @@ def _attend(
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     is_first = query.size(2) == cache.num_seen
     if len(parts) > 1 or not (is_first or query.is_cuda):
-        # For few queries the CPU's kernel takes twice the time of plain products.
+        # For few queries no kernel of the CPU is faster, and it wants grouped keys repeated.
         rows = weigh(query, parts, cache.visible, dropout, scaling)
     elif query.is_cuda or dropout == 0:
         rows = _fused(query, *parts[0], cache.visible, dropout, scaling)

@@ -215,7 +215,7 @@ def test_rows_leave_whatever_cache_a_model_has(sliding_window):
 @families
 def test_what_checkpointing_would_drop_is_not_generated_over(tiny_model, family):
     base = tiny_model(family)
-    base.gradient_checkpointing_enable()
+    base.activation_checkpointing_enable()
     model, prompt = wrap(base), lay_out([[5, 6, 7]], align="end")
     for options in ({}, {"do_sample": False}):
         with pytest.raises(ValueError, match="checkpointing drops the cache that answers need"):

@@ -118,8 +118,8 @@ def test_only_rank_0_writes_shared_files(two):
 
 def test_each_rank_makes_its_own_batches_alone(two):
     made = [notes(two.folder, rank, "made") for rank in (0, 1)]
-    # Validation records pass twice, for the loss and for the answers.
-    expected = Counter(list(range(34)) * 2) + Counter(list(range(7)) * 4)
+    # Two epochs, and in each a reading of the validation records.
+    expected = Counter(list(range(34)) * 2) + Counter(list(range(7)) * 2)
     assert Counter(i for rank in made for batch in rank for i in batch) == expected
     training = [[batch for batch in rank if len(batch)] for rank in made]
     sizes = [sum(map(len, rank)) for rank in training]
