@@ -239,7 +239,7 @@ def _threads() -> str:
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     # Left alone, torch takes what pays; torchrun allows each of several processes one.
-    if "OMP_NUM_THREADS" in os.environ and cores // here > threads:
+    if here > 1 and cores // here > threads:
         told += f" on {cores} cores: OMP_NUM_THREADS={cores // here} would use more"
     return told
 

@@ -278,9 +278,9 @@ def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     assert choose("fsdp", 10) == ("none", False, "one process; 4 threads")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert choose("fsdp", 10) == ("none", False, "one process; 1 thread"), "as the user chose"
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = "1 thread each on 4 cores: OMP_NUM_THREADS=2 would use more"
     assert choose("fsdp", 10) == ("fsdp", True, f"as configured; {threads}")
     shared = "processes on CPUs share their memory"
