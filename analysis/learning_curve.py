@@ -113,9 +113,11 @@ def draw_learning_curve(
     bottom.set(ylabel="held-out accuracy (%)", ylim=(-3, 103), xlabel="epochs")
     begin = min(line["eval/epoch"] for line in evaluations)
     bottom.set(xlim=(begin, max(ends)), xticks=range(int(begin), int(max(ends)) + 1))
-    levels = [] if chance is None else [("chance", chance)]
-    for label, level in levels + ([reference] if reference else []):
-        _draw_level(bottom, label, level)
+    levels = [("chance", chance)] if chance is not None else []
+    levels = sorted(levels + ([reference] if reference else []), key=lambda each: -each[1])
+    for number, (label, level) in enumerate(levels):
+        # The higher level's label above, the lower one's below: the two may be close.
+        _draw_level(bottom, label, level, below=number > 0)
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         for number, (stage, first, last) in enumerate(stage_spans(evaluations)):
@@ -127,13 +129,14 @@ def draw_learning_curve(
     return figure
 
 
-def _draw_level(axes: Axes, label: str, level: float) -> None:
+def _draw_level(axes: Axes, label: str, level: float, below: bool) -> None:
     axes.axhline(100 * level, color=NOTE, linewidth=1.2, linestyle="--", zorder=1)
     axes.annotate(
         f"{label} {100 * level:.0f} %",
-        (0.99, 100 * level + 1.5),
+        (0.99, 100 * level + (-1.5 if below else 1.5)),
         xycoords=("axes fraction", "data"),
         ha="right",
+        va="top" if below else "bottom",
         color=NOTE,
         fontsize=9,
     )

@@ -282,6 +282,17 @@ def test_a_run_begins_in_the_picture_where_the_one_before_it_ended():
     assert learning_curve.in_a_row([curve(4, 5)]) == [curve(4, 5)]
 
 
+@pytest.mark.parametrize("baseline", [0.09, 0.1, 0.12, 0.6])
+def test_labels_of_close_levels_do_not_lie_on_each_other(baseline):
+    line = {"eval/epoch": 0, "eval/stage": 0, "eval/loss": 1.0}
+    line |= {"eval/acc": 0.5, "eval/acc_low": 0.4, "eval/acc_high": 0.6}
+    curve = learning_curve.Curve(steps=[(0.5, 1.0), (1.0, 0.9)], evaluations=[line])
+    figure = learning_curve.draw_learning_curve([curve], 0.1, ("answering at once", baseline))
+    figure.canvas.draw()
+    one, other = (text.get_window_extent() for text in figure.axes[1].texts)
+    assert not one.overlaps(other)
+
+
 def test_curve_of_runs_in_a_row_is_drawn(finished, tmp_path, capsys):
     out = tmp_path / "curve.png"
     runs = [str(finished / name) for name in ("cot", "coconut")]
