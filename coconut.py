@@ -425,12 +425,11 @@ class Coconut(nn.Module):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         token_embeds = self.base_causallm.get_input_embeddings()(input_ids)
         is_latent = self._is_latent(input_ids, attention_mask)
-        checkpointed = self._is_checkpointed
-        if layout.starts and self.training and checkpointed:
+        if layout.starts and self.training and self._is_checkpointed:
             raise ValueError(
                 "gradient checkpointing drops the cache that latent thoughts need; switch it off"
             )
-        reads_packed = can_pack(self.base_causallm) and not checkpointed
+        reads_packed = can_pack(self.base_causallm) and not self._is_checkpointed
         is_padded = any(places is not None for places in layout.places)
         cache = None
         if reads_packed:

@@ -95,6 +95,12 @@ def check_fits(parser: argparse.ArgumentParser, shape: Shape, new: int = 0) -> N
         parser.error(f"{shape.length + new} tokens a record: the models read {most}; take fewer")
 
 
+def check_prompt(parser: argparse.ArgumentParser, question: int) -> None:
+    """End with status 2 unless a question's tokens stand before and after its latents."""
+    if question < 2:
+        parser.error("--question 1: one token stands before the latents and one after; write 2")
+
+
 # What is measured
 
 

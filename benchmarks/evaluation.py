@@ -15,6 +15,7 @@ from benchmarks.common import (
     Shape,
     build_model,
     check_fits,
+    check_prompt,
     make_batch,
     median,
     new_parser,
@@ -95,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new", type=positive, default=12, help="tokens written for each record")
     options = parse(parser, arguments)
     check_fits(parser, shape_of(options), options.new)
-    if options.question < 2:
-        parser.error("--question 1: one token stands before the latents and one after; write 2")
+    check_prompt(parser, options.question)
     rows = measure(options)
     print_rows(rows)
     write_report("evaluation", options, rows)

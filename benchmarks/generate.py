@@ -17,6 +17,7 @@ from benchmarks.common import (
     Shape,
     build_model,
     check_fits,
+    check_prompt,
     make_batch,
     median,
     new_parser,
@@ -118,8 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(latents=6)
     options = parse(parser, arguments)
     check_fits(parser, prompt_shape(options), options.new)
-    if options.question < 2:
-        parser.error("--question 1: one token stands before the latents and one after; write 2")
+    check_prompt(parser, options.question)
     rows = measure(options)
     print(f"\nmatrix products {rows[0]['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s\n")
     print_rows(rows)
