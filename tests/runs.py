@@ -15,6 +15,8 @@ import random
 import signal
 import socket
 import sys
+import threading
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -27,9 +29,9 @@ import run
 
 ROOT = Path(__file__).parents[1]
 PROCESS_TIMEOUT_S = 120
-# Measured, so never the same twice.
 # What one process writes of a training state's tensors.
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
+# Measured, so never the same twice.
 CLOCKS = ("train/tokens_per_second", "eval/seconds_per_record")
 
 
@@ -193,6 +195,9 @@ def signal_group(number):
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preload"])
+# Starting a process also asks after those that run. An exit status can be read but once: of two
+# threads that ask at the same time, one is told 255.
+_ASKING = threading.Lock()
 
 
 class Ranks:
@@ -212,19 +217,21 @@ class Ranks:
             )
             for rank, output in enumerate(self.outputs)
         ]
-        for process in self.processes:
-            process.start()
+        with _ASKING:
+            for process in self.processes:
+                process.start()
         self.pid = self.processes[0].pid
 
     def wait(self):
         """Exit status of each, after all have ended; a hanging one is killed and fails the test."""
         for process in self.processes:
-            process.join(PROCESS_TIMEOUT_S)
-        hanging = [process for process in self.processes if process.is_alive()]
-        for process in hanging:
-            process.kill()
-        assert not hanging, self.output()
-        return [process.exitcode for process in self.processes]
+            wait([process.sentinel], PROCESS_TIMEOUT_S)
+        with _ASKING:
+            hanging = [process for process in self.processes if process.is_alive()]
+            for process in hanging:
+                process.kill()
+            assert not hanging, self.output()
+            return [process.exitcode for process in self.processes]
 
     def output(self, rank=0):
         return self.outputs[rank].read_text()
