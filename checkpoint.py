@@ -48,6 +48,8 @@ import distributed
 from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha256_file
 
 RESUME_FOLDER = "resume"
+# What a run writes where it stands; all else it replaces.
+OPENED_FILES, FILLED_FOLDERS = (".lock", "config.yaml", "metrics.jsonl"), (RESUME_FOLDER, "wandb")
 KEPT_STATES = 2
 # It holds a sum for each file; those of a thousand ranks take well under a hundredth of this.
 LARGEST_STATE_JSON_BYTES = 2**24
@@ -193,9 +195,14 @@ def _held_lock(run_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
 def make_writable(folder: Path) -> None:
     """Create `folder` where it is missing.
 
-    Raises: UserError when it cannot be written, or is a link.
+    Raises: UserError when it cannot be written, is a link, or holds a link or a pipe under a name
+        that a run writes to.
     """
-    refuse_link(folder)
+    for path in (folder, *(folder / name for name in OPENED_FILES + FILLED_FOLDERS)):
+        refuse_link(path)
+    for path in (folder / name for name in OPENED_FILES):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no regular file, but a run writes to it; move it away")
     missing = _missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,12 +216,12 @@ def make_writable(folder: Path) -> None:
         )
 
 
-def refuse_link(folder: Path) -> None:
+def refuse_link(path: Path) -> None:
     """Raise UserError where a run would write through a link, and so outside save_path."""
-    if os.path.islink(folder):
+    if os.path.islink(path):
         raise UserError(
-            f"save_path: {folder} is a link to {os.readlink(folder)}, but a run writes inside"
-            " save_path alone; write the folder it leads to as save_path and name, or remove it"
+            f"save_path: {path} is a link to {os.readlink(path)}, but a run writes inside save_path"
+            " alone; remove the link, or let save_path and name say where the run is to lie"
         )
 
 

@@ -387,12 +387,27 @@ def test_an_evaluation_folder_that_is_a_link_is_refused(tmp_path, capsys):
     assert tree(elsewhere) == []
 
 
-def test_a_lock_that_leads_to_another_file_empties_nothing(tmp_path):
-    experiment = Experiment(tmp_path / "e", num_epochs=1, num_train=4, num_val=2)
-    (tmp_path / "precious").write_text("mine")
-    lead_elsewhere(experiment.run_dir / ".lock", tmp_path / "precious")
-    assert experiment.main() == 0
-    assert (tmp_path / "precious").read_text() == "mine"
+@pytest.mark.parametrize("name", [".lock", "config.yaml", "metrics.jsonl", "resume", "wandb"])
+def test_a_link_inside_a_run_directory_is_not_written_through(tmp_path, capsys, name):
+    experiment, elsewhere = Experiment(tmp_path / "e"), tmp_path / "precious"
+    elsewhere.write_text("mine")
+    lead_elsewhere(experiment.run_dir / name, elsewhere)
+    assert_refused(capsys, experiment, words=[f"{experiment.run_dir / name} is a link to"])
+    assert elsewhere.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", [".lock", "config.yaml", "metrics.jsonl"])
+def test_a_pipe_or_folder_in_place_of_a_file_of_a_run_is_refused(tmp_path, capsys, name, kind):
+    experiment = Experiment(tmp_path / "e")
+    evaluated = experiment.run_dir / "eval_val_model"
+    for folder in (experiment.run_dir, evaluated):
+        folder.mkdir(parents=True)
+        kind(folder / name)
+    words = [f"{experiment.run_dir / name}: is no regular file", "move it away"]
+    assert_refused(capsys, experiment, words=words)
+    experiment.change(only_eval=True, load_model_path=experiment.model)
+    assert_refused(capsys, experiment, words=[f"{evaluated / name}: is no regular file"])
 
 
 def test_a_save_path_may_lead_elsewhere_since_the_user_wrote_it(tmp_path):
