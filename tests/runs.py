@@ -208,6 +208,8 @@ class Ranks:
 
     def __init__(self, world_size, folder, commands, hook=None):
         self.outputs = [Path(folder) / f"output_{rank}.txt" for rank in range(world_size)]
+        for output in self.outputs:
+            output.write_text("")  # those of an earlier start
         ports = [free_port() for _ in commands]
         # The server reads its path from the environment alone.
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -227,10 +229,10 @@ class Ranks:
         for process in self.processes:
             wait([process.sentinel], PROCESS_TIMEOUT_S)
         with _ASKING:
-            hanging = [process for process in self.processes if process.is_alive()]
-            for process in hanging:
-                process.kill()
-            assert not hanging, self.output()
+            hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+            for rank in hanging:
+                self.processes[rank].kill()
+            assert not hanging, f"ranks {hanging} hang: {self.output()}"
             return [process.exitcode for process in self.processes]
 
     def output(self, rank=0):

@@ -325,7 +325,9 @@ def rank_kills(bench, parallel):
     done = 0
     while done < kills:
         ranks = start(victim, 2, EVERY_STEP)
-        time.sleep(bench.rng.uniform(0.3, 0.9) * straight.seconds)
+        # Ranks that have not met yet wait for each other; torchrun is who sees that one is gone.
+        wait_until(lambda ranks=ranks: "parallel: " in ranks.output(), "ranks that meet")
+        time.sleep(bench.rng.uniform(0, 0.6) * straight.seconds)
         bench.rng.choice(ranks.processes).kill()
         # Rank 1 loses sight of the store together with rank 0, and of a group not yet there.
         got = ranks.wait()
