@@ -34,6 +34,7 @@ from passes import (
     can_pack,
     is_compiled,
     joined_weight_gradients,
+    likeliest,
     prepare,
 )
 
@@ -340,7 +341,7 @@ class Coconut(nn.Module):
         goes_on = torch.ones_like(rows, dtype=torch.bool)
         positions = attention_mask.long().sum(1)
         for column in range(max_new_tokens):
-            tokens = torch.where(goes_on, head(last_states).argmax(-1), self.eos_token_id)
+            tokens = torch.where(goes_on, likeliest(head, last_states), self.eos_token_id)
             written[rows, column] = tokens
             goes_on = tokens != self.eos_token_id
             num_left = int(goes_on.sum())

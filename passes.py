@@ -10,7 +10,8 @@ keep their cost near that of the arithmetic; none changes a result but in the la
   pass is through with them, in place of one a pass that reads and writes the whole gradient. Where
   the head is the table of embeddings, the gradients of its rows are added to the head's.
 - Without gradients `PassCache` writes new keys into room kept for them, one column for every token
-  of an answer, and rows whose answers are complete leave it.
+  of an answer, and rows whose answers are complete leave it. `likeliest` takes the next tokens from
+  the vocabulary block by block.
 
 Like coconut.py this needs torch and transformers alone. What a thought is stands there.
 
@@ -41,6 +42,8 @@ ATTENTION = "coconut_passes"
 QUERY_BLOCK = 96
 # Columns that the room for keys grows by.
 ROOM = 64
+# Rows of the head's table that the CPU multiplies at once, so that they stay in its caches.
+VOCABULARY_BLOCK = 1024
 
 
 def prepare(model: PreTrainedModel) -> None:
@@ -192,6 +195,18 @@ class PassCache(Cache):
         for layer_idx, parts in sorted(self.parts.items()):
             cache.update(*(torch.cat(side, 2) for side in zip(*parts, strict=True)), layer_idx)
         return cache
+
+
+def likeliest(head: nn.Module, hidden_states: Tensor) -> Tensor:
+    """(B,) long: the token to which `head` gives the largest logit after each of (B, D) states."""
+    is_table = isinstance(head, nn.Linear) and head.bias is None
+    # Autocast would lower every block anew for every token.
+    if not is_table or hidden_states.is_cuda or torch.is_autocast_enabled("cpu"):
+        return head(hidden_states).argmax(-1)
+    logits_of = (F.linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
+    values, tokens = map(torch.stack, zip(*(logits.max(-1) for logits in logits_of), strict=True))
+    winner = values.argmax(0, keepdim=True)
+    return (tokens.gather(0, winner) + winner * VOCABULARY_BLOCK)[0]
 
 
 @contextmanager

@@ -400,3 +400,21 @@ def test_keys_are_copied_when_the_room_is_used_up_alone(monkeypatch):
         places.append(cache.parts[0][0][0].untyped_storage().data_ptr())
     assert len(set(places[:4])) == 1
     assert [places[i] != places[i + 1] for i in range(8)] == [i in (3, 7) for i in range(8)]
+
+
+@pytest.mark.parametrize("V", [1, 16, 37, 64])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_likeliest_token_is_that_of_all_logits(monkeypatch, V, has_bias):
+    monkeypatch.setattr(passes, "VOCABULARY_BLOCK", 16)
+    torch.manual_seed(V)
+    head = torch.nn.Linear(5, V, bias=has_bias, dtype=torch.float64)
+    states = torch.randn(50, 5, dtype=torch.float64)
+    logits = states @ head.weight.T + (head.bias if has_bias else 0)
+    assert passes.likeliest(head, states).tolist() == logits.argmax(1).tolist()
+
+
+def test_of_tokens_that_are_equally_likely_the_first_is_taken(monkeypatch):
+    monkeypatch.setattr(passes, "VOCABULARY_BLOCK", 3)
+    head = torch.nn.Linear(2, 8, bias=False)
+    torch.nn.init.ones_(head.weight)
+    assert passes.likeliest(head, torch.tensor([[1.0, 2.0], [-1.0, 0.5]])).tolist() == [0, 0]
