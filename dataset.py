@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -142,7 +142,8 @@ class TokenizedRecords:
         step_ids (one list a step), answer_ids ("### " + answer, then EOS), highest_id (of these).
     num_steps: (n,) steps a record has.
     question_lengths: (n,) tokens of the question, leading special tokens included.
-    kept_lengths: (n, S + 1) tokens of remaining steps and answer once 0..S steps are dropped.
+    answer_lengths: (n,) tokens of answer and EOS.
+    step_lengths: (all steps,) tokens of the steps of all records, one record after the other.
     """
 
     path: str
@@ -150,7 +151,8 @@ class TokenizedRecords:
     table: datasets.Dataset
     num_steps: np.ndarray
     question_lengths: np.ndarray
-    kept_lengths: np.ndarray
+    answer_lengths: np.ndarray
+    step_lengths: np.ndarray
 
     def __len__(self) -> int:
         return len(self.num_steps)
@@ -218,8 +220,8 @@ def _refuse_eos(
             )
 
 
-def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """num_steps (n,), question_lengths (n,), kept_lengths (n, S + 1) of a tokenised table."""
+def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, ...]:
+    """num_steps, question_lengths, answer_lengths and step_lengths of a tokenised table."""
 
     def lengths_of(lists) -> np.ndarray:
         return lists.value_lengths().to_numpy().astype(np.int64)
@@ -231,13 +233,8 @@ def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, np.ndarray
     question_lengths = lengths_of(question_ids)
     for index in np.flatnonzero(question_lengths == 0):
         raise UserError(f"{path}: record {index}: question becomes no tokens; expected at least 1")
-    num_steps = lengths_of(step_ids)
-    kept = np.zeros((len(num_steps), num_steps.max() + 1), dtype=np.int64)
-    is_step = np.arange(kept.shape[1]) < num_steps[:, None]
-    kept[is_step] = lengths_of(step_ids.flatten())
-    # From each step to the last: sums from the right.
-    kept = kept[:, ::-1].cumsum(1)[:, ::-1] + lengths_of(answer_ids)[:, None]
-    return num_steps, question_lengths, kept
+    step_lengths = lengths_of(step_ids.flatten())
+    return lengths_of(step_ids), question_lengths, lengths_of(answer_ids), step_lengths
 
 
 @dataclass(frozen=True)
@@ -285,18 +282,21 @@ class StagedRecords:
         chosen = plans[rows, tokenized.num_steps]
         return cls(tokenized, chosen[:, 0], chosen[:, 1], curriculum.method == "coconut")
 
-    @property
+    @cached_property
     def prompt_lengths(self) -> np.ndarray:
         """(n,) tokens before the first label: question, markers and latents."""
         markers = 2 if self.with_markers else 0
         return self.tokenized.question_lengths + self.num_latents + markers
 
-    @property
+    @cached_property
     def num_labels(self) -> np.ndarray:
         """(n,) labelled tokens: the remaining steps, the answer and EOS."""
-        return self.tokenized.kept_lengths[np.arange(len(self.dropped)), self.dropped]
+        steps_until = np.concatenate([[0], self.tokenized.num_steps.cumsum()])
+        tokens_until = np.concatenate([[0], self.tokenized.step_lengths.cumsum()])
+        first, behind = steps_until[:-1] + self.dropped, steps_until[1:]
+        return tokens_until[behind] - tokens_until[first] + self.tokenized.answer_lengths
 
-    @property
+    @cached_property
     def sort_keys(self) -> tuple[np.ndarray, np.ndarray]:
         """What makes records alike in shape: question first, because latents are aligned on it."""
         return self.num_labels + self.num_latents, self.tokenized.question_lengths

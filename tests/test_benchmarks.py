@@ -213,9 +213,8 @@ def test_drawn_records_have_the_lengths_of_gsm8k_aug():
     assert tokenized.question_lengths.mean() == pytest.approx(56.25, rel=0.02)
     assert tokenized.question_lengths.std() == pytest.approx(20.4, rel=0.05)
     assert tokenized.num_steps.mean() == pytest.approx(3.15, rel=0.02)
-    assert tokenized.kept_lengths[:, -1].mean() == pytest.approx(3.09, rel=0.01)
-    text = tokenized.kept_lengths[:, 0] - tokenized.kept_lengths[:, -1]
-    assert text.mean() == pytest.approx(3.15 * 8.57, rel=0.03)
+    assert tokenized.answer_lengths.mean() == pytest.approx(3.09, rel=0.01)
+    assert tokenized.step_lengths.sum() / 4000 == pytest.approx(3.15 * 8.57, rel=0.03)
 
 
 def staged_records(n, stage):

@@ -96,7 +96,8 @@ def test_texts_and_lengths_stay_beside_the_ids():
     assert tokenized.num_steps.tolist() == [2, 1]
     assert tokenized.question_lengths.tolist() == [2, 3]
     # steps of 5 and 5 tokens, of 2; answer: ###, one word, EOS
-    assert tokenized.kept_lengths.tolist() == [[13, 8, 3], [5, 3, 3]]
+    assert tokenized.step_lengths.tolist() == [5, 5, 2]
+    assert tokenized.answer_lengths.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(
