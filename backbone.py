@@ -30,10 +30,11 @@ from settings import (
     other_method,
     read_checkpoint_settings,
     reconcile,
-    require_window,
+    require_settings,
     shorten,
     source_name,
     token_ids,
+    weights_path,
 )
 from sources import (
     check_folder,
@@ -129,7 +130,7 @@ def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Back
     Raises: UserError for a source that is missing, broken, of another shape or another method, or
     lacks its window settings, and for activation checkpointing that the model does not support.
     """
-    settings = read_checkpoint_settings(config.load_model_path or config.model_id)
+    settings = read_checkpoint_settings(weights_path(config))
     check_method(config, settings)
     tokenizer = read_tokenizer(*_tokenizer_source(config))
     had_markers = tokenizer.get_vocab().keys() >= set(MARKERS)
@@ -141,8 +142,9 @@ def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Back
         has_markers = _folder_has_markers(config, settings, model, tokenizer, had_markers)
     if has_markers and config.method != "coconut":
         raise UserError(other_method(config, "holds Coconut weights (trained latent markers)"))
-    if has_markers and settings is None:
-        require_window(config)
+    is_staged = has_markers or (config.only_eval and config.method == "no_thoughts")
+    if is_staged and settings is None:
+        require_settings(config)
     if config.method == "coconut" and not has_markers:
         if config.only_eval:
             notify(f"{source_name(config)}: these weights never saw the latent markers")
@@ -479,7 +481,8 @@ def _single_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | Non
     """The id of `text` where the tokenizer has it as one token, else None."""
     encoded = tokenizer.encode(text, add_special_tokens=False)
     candidates = [tokenizer.convert_tokens_to_ids(text), *(encoded if len(encoded) == 1 else [])]
-    known = [i for i in candidates if i is not None and i != tokenizer.unk_token_id]
+    is_unknown_to = tokenizer.unk_token_id if text != tokenizer.unk_token else None
+    known = [i for i in candidates if i not in (None, is_unknown_to)]
     return known[0] if known else None
 
 

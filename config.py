@@ -9,7 +9,7 @@ torch, so a wrong file is reported within a second.
 
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
@@ -180,7 +180,8 @@ class Config(BaseModel):
     """When AdamW forgets its moments: stage (or true) at each change of the acting stage, epoch at
     each epoch as the published code does, never (or false)."""
     bf16: bool = False
-    """Compute in bf16 over fp32 master weights and optimizer state."""
+    """Compute in bf16 over fp32 master weights and optimizer state. false: in fp32, for whose
+    products GPUs that have TF32 take that, unless deterministic is true."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory; not with continuous thoughts,
     which read a cache that recomputation drops."""
@@ -189,7 +190,8 @@ class Config(BaseModel):
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the model; auto chooses."""
     deterministic: bool = False
-    """Deterministic kernels only; slower, or an error where none exists."""
+    """Deterministic kernels only, and on GPUs no TF32 for fp32; slower, or an error where no such
+    kernel exists."""
     debug: bool = False
     """Trial: at most 5,000 training and 32 validation records, no wandb, nothing saved."""
 
@@ -252,6 +254,10 @@ class Config(BaseModel):
                 f"effective_batch_size: {(steps + 1) * at_once} or change batch_size_training"
             )
         return steps
+
+    def records_per_step(self, world_size: int) -> int:
+        """The effective batch: records of an optimizer step over all `world_size` processes."""
+        return self.batch_size_training * self.accumulation_steps(world_size) * world_size
 
 
 Problem = tuple[tuple[str, ...], str]
@@ -395,7 +401,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config = Config(**values)
     except ValidationError as error:
         problems += [
-            f"{source(keys)}: {problem}" for keys, problem in _schema_problems(error, values)
+            f"{source(keys)}: {problem}"
+            for keys, problem in _schema_problems(error, values, overridden.keys())
         ]
     if "gradient_accumulation_steps" in overridden and "effective_batch_size" not in overridden:
         effective = values.get("effective_batch_size")
@@ -426,12 +433,17 @@ def fields_help() -> str:
     return "\n".join(lines)
 
 
-def _schema_problems(error: ValidationError, values: dict[str, Any]) -> Iterator[Problem]:
-    """Yields what pydantic found, then what is wrong between the keys it found no fault with."""
+def _schema_problems(
+    error: ValidationError, values: dict[str, Any], overridden: Collection[str]
+) -> Iterator[Problem]:
+    """Yields what pydantic found, then what is wrong between the keys it found no fault with.
+
+    overridden: the keys of `values` that came from the command line.
+    """
     field_errors = [item for item in error.errors() if item["loc"]]
     for item in field_errors:
         if item["input"] is not UNREADABLE:
-            yield (str(item["loc"][0]),), _field_problem(item)
+            yield (str(item["loc"][0]),), _field_problem(item, overridden)
     wrong = {str(item["loc"][0]) for item in field_errors}
     stand_ins = {"name": "unknown", "save_path": "unknown", "model_id": "", "val_path": ""}
     sound = {key: value for key, value in values.items() if key not in wrong}
@@ -441,7 +453,7 @@ def _schema_problems(error: ValidationError, values: dict[str, Any]) -> Iterator
             yield keys, problem
 
 
-def _field_problem(item: dict[str, Any]) -> str:
+def _field_problem(item: dict[str, Any], overridden: Collection[str]) -> str:
     """The words for one of pydantic's errors about a single key: got, wanted, fix."""
     key, kind, value = str(item["loc"][0]), item["type"], item["input"]
     if kind == "extra_forbidden":
@@ -473,7 +485,10 @@ def _field_problem(item: dict[str, Any]) -> str:
     if kind == "bool_type":
         return f"{shown} {wanted}; write {key}: true or {key}: false"
     if kind == "string_type" and isinstance(value, int | float):
-        return f'{shown} {wanted}; write {key}: "{_shown.repr(value)}"'
+        text = f'"{_shown.repr(value)}"'
+        # A shell would take the quotes off.
+        fix = f"'{key}={text}'" if key in overridden else f"{key}: {text}"
+        return f"{shown} {wanted}; write {fix}"
     return f"{shown} {wanted}; write {key}: {_example(key)}"
 
 

@@ -188,6 +188,44 @@ def broadcast_from_main(value: object) -> object:
     return box[0]
 
 
+def together(work: Callable[[], _Answer]) -> _Answer:
+    """What `work()` returns; every rank must call.
+
+    A file may be missing on one machine alone, whose refusal must stop the others, or they would
+    wait for it.
+
+    Raises: UserError on all ranks when `work` raises it on any.
+    """
+    result, refusal = None, None
+    try:
+        result = work()
+    except UserError as error:
+        refusal = f"rank {rank()}: {error}" if rank() else str(error)
+    refusals = gather_to_main(refusal) or []
+    refusal = broadcast_from_main(next(filter(None, refusals), None))
+    if refusal:
+        raise UserError(refusal)
+    return result
+
+
+def require_same(facts: dict[str, object]) -> None:
+    """Compare the ranks' `facts`, by name; every rank must call.
+
+    Raises: UserError for the first that is not the same on all of them.
+    """
+    expected = broadcast_from_main(facts)
+
+    def compare() -> None:
+        for name, value in facts.items():
+            if value != expected[name]:
+                raise UserError(
+                    f"{name} is {value} here, {expected[name]} on rank 0; every machine needs the"
+                    " same command and the same files, or a file system that they share"
+                )
+
+    together(compare)
+
+
 @dataclass(frozen=True)
 class Parallel:
     """How the ranks share a model.

@@ -188,6 +188,24 @@ def summarize(predictions: list[dict]) -> dict[str, float | int | None]:
     }
 
 
+def describe(figures: dict) -> str:
+    """The figures of an evaluation as lines to read."""
+    cot_em = figures["cot_em"]
+    lines = [
+        f"  accuracy            {100 * figures['acc']:.2f} % ({figures['num_correct']} of"
+        f" {figures['num_records']}), 95 % interval {100 * figures['acc_low']:.2f} to"
+        f" {100 * figures['acc_high']:.2f}",
+        f"  token loss          {figures['loss']:.4f}",
+        "  CoT match           " + ("no steps left" if cot_em is None else f"{100 * cot_em:.2f} %"),
+        f"  tokens + thoughts   {figures['mean_tokens']:.2f} + {figures['mean_thoughts']:.2f} ="
+        f" {figures['mean_tokens_and_thoughts']:.2f}",
+        f"  seconds a record    {figures['seconds_per_record']:.4f}",
+        f"  cut at max_new_tokens {figures['num_hit_max_new_tokens']}, without '#'"
+        f" {figures['num_without_answer']}",
+    ]
+    return "\n".join(lines)
+
+
 def write_predictions(path: Path, predictions: list[dict]) -> None:
     """One JSON object a line, whole or not at all."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]

@@ -1,4 +1,4 @@
-"""Where a run stands, and what may end it early: the stored position, and signals.
+"""Where a run stands and came from, and what may end it early: stored position, signals.
 
 The position is stored with every training state and checked before a run goes on from it. What is
 done about a signal or a failure is training.py's and run.py's decision.
@@ -8,21 +8,25 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 import checkpoint
-from config import Count
+import distributed
+from config import Config, Count
+from dataset import TokenizedRecords
 from settings import CheckpointSettings, faults
 from tracking import Tracker
 from utils import UserError
 
 # torchrun passes a Ctrl-C on to processes that the terminal has told already.
 SAME_SIGNAL_S = 1.0
+# What says where the weights of a run came from; no longer asked when it goes on.
+ORIGIN_FIELDS = ("model_id", "from_scratch", "new_token_init", "load_model_path")
 
 
 class TrainingFailed(Exception):
@@ -62,6 +66,7 @@ class StoredProgress(BaseModel):
     settings: CheckpointSettings
     trajectory: dict[str, str | int | float]
     first_epoch: Count
+    origin: dict[Literal[ORIGIN_FIELDS], str | bool | None] = {}
     # wandb names a folder by it, and allows in it what may stand in an address.
     wandb_id: Annotated[str, Field(pattern=r"^[^/\\#?%:\x00-\x1f]+$")] | None
 
@@ -80,6 +85,63 @@ def check_progress(state: checkpoint.TrainingState) -> None:
             f"{state.folder / 'state.json'}: changed by hand or of another version: {problem};"
             f" remove {state.folder} to go on from an earlier state"
         )
+
+
+def restore_origin(
+    config: Config, state: checkpoint.TrainingState, notify: Callable[[str], None]
+) -> Config:
+    """`config` with the first epoch and the source of weights that the run of `state` began with.
+
+    notify: is told of every other value that was written out.
+    """
+    origin = state.progress.get("origin", {}) | {"resume": state.progress["first_epoch"]}
+    for name, before in origin.items():
+        value = getattr(config, name)
+        if name in config.model_fields_set and value != before:
+            notify(f"{name}: {value} has no effect, since this run began with {before}")
+    return config.model_copy(update=origin)
+
+
+def trajectory(config: Config, train: TokenizedRecords, val: TokenizedRecords) -> dict:
+    """What must not change between stop and resume, or the position means something else."""
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "effective_batch_size": config.records_per_step(distributed.world_size()),
+        "train_path_sha256": train.sha256,
+        "val_path_sha256": val.sha256,
+        "uniform_prob": config.uniform_prob,
+    }
+
+
+def check_trajectory(
+    state: checkpoint.TrainingState, now: dict, config: Config, notify: Callable[[str], None]
+) -> None:
+    """Compare what `trajectory` says `now` with what it said when the run began.
+
+    notify: is told of changed records that allow_changed_data lets pass.
+
+    Raises: UserError when a setting that fixes the order of records has changed, or the records
+        themselves and allow_changed_data is false.
+    """
+    files = {"train_path_sha256": config.train_path, "val_path_sha256": config.val_path}
+    for name, value in now.items():
+        before = state.progress["trajectory"].get(name)
+        if before == value:
+            continue
+        if name not in files:
+            raise UserError(
+                f"{state.folder}: this run began with {name}={before}, now it is {value}; restore"
+                " it, or choose another name to start a new run"
+            )
+        changed = f"{files[name]}: holds other records than when the run began"
+        if not config.allow_changed_data:
+            raise UserError(
+                f"{changed} (sha256 {value[:12]}, was {str(before)[:12]}); restore them, write"
+                " allow_changed_data: true to go on with these, or choose another name to start a"
+                " new run"
+            )
+        notify(f"{changed}; going on, since allow_changed_data is true")
 
 
 @dataclass

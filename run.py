@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from config import Config, ConfigError, dump_config, fields_help, load_config
 
@@ -24,8 +24,6 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32
-
-T = TypeVar("T")
 
 
 def parse_arguments(arguments: Sequence[str] | None, speaks: bool = True) -> argparse.Namespace:
@@ -80,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         distributed.initialize()
         speaks = distributed.is_main()
-        require_same(config.model_dump())
+        distributed.require_same(config.model_dump())
         if options.dry_run:
             dry_run(config)
         elif config.only_eval:
@@ -99,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tell_end(error: BaseException, config: Config, complain: Callable) -> int | None:
     """Say why the run ends early: the exit status, or None where only a traceback tells more."""
+    import torch
+
     import distributed
     from checkpoint import WriteFailed
     from progress import Stopped, TrainingFailed
@@ -127,6 +127,13 @@ def tell_end(error: BaseException, config: Config, complain: Callable) -> int | 
         if isinstance(error, kind):
             complain(error)
             return status
+    if isinstance(error, torch.OutOfMemoryError):
+        where = " ".join(["out of memory", *getattr(error, "__notes__", [])])
+        complain(
+            f"{where}: a smaller batch_size_training needs less, in evaluation a smaller"
+            f" batch_size_eval or max_new_tokens, with several processes parallel: fsdp{continues}"
+        )
+        return EXIT_FAILED
     return None
 
 
@@ -137,50 +144,6 @@ def say(text: str) -> None:
 
     if distributed.is_main():
         print_line(text)
-
-
-def together(work: Callable[[], T]) -> T:
-    """What `work()` returns; every rank must call.
-
-    A file may be missing on one machine alone, whose refusal must stop the others, or they would
-    wait for it.
-
-    Raises: UserError on all ranks when `work` raises it on any.
-    """
-    import distributed
-    from utils import UserError
-
-    result, refusal = None, None
-    try:
-        result = work()
-    except UserError as error:
-        refusal = f"rank {distributed.rank()}: {error}" if distributed.rank() else str(error)
-    refusals = distributed.gather_to_main(refusal) or []
-    refusal = distributed.broadcast_from_main(next(filter(None, refusals), None))
-    if refusal:
-        raise UserError(refusal)
-    return result
-
-
-def require_same(facts: dict[str, object]) -> None:
-    """Compare the ranks' `facts`, by name; every rank must call.
-
-    Raises: UserError for the first that is not the same on all of them.
-    """
-    import distributed
-    from utils import UserError
-
-    expected = distributed.broadcast_from_main(facts)
-
-    def compare() -> None:
-        for name, value in facts.items():
-            if value != expected[name]:
-                raise UserError(
-                    f"{name} is {value} here, {expected[name]} on rank 0; every machine needs the"
-                    " same command and the same files, or a file system that they share"
-                )
-
-    together(compare)
 
 
 def require_shared(run_dir: Path) -> None:
@@ -211,7 +174,7 @@ def require_shared(run_dir: Path) -> None:
             (run_dir / name).touch()
     try:
         distributed.barrier()
-        together(look)
+        distributed.together(look)
     finally:
         if distributed.is_main():
             (run_dir / name).unlink(missing_ok=True)
@@ -229,6 +192,7 @@ class Data:
 def load_data(config: Config) -> Data:
     """Read, check and tokenise the records of a run, the same on every rank; texts first, so that
     errors come early."""
+    import distributed
     from backbone import load_tokenizer
     from dataset import read_records, tokenize_records
 
@@ -243,9 +207,10 @@ def load_data(config: Config) -> Data:
         train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
         return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
 
-    data = together(load)
+    data = distributed.together(load)
     files = [records for records in (data.train, data.val) if records]
-    require_same({f"the sha256 of {records.path}": records.sha256[:12] for records in files})
+    sums = {f"the sha256 of {records.path}": records.sha256[:12] for records in files}
+    distributed.require_same(sums)
     return data
 
 
@@ -264,7 +229,10 @@ def make_curriculum(config: Config):
 
 
 def check_fit(config: Config, data: Data, stages: set[int], outline):
-    """Refuse data with tokens that the model lacks, or too long for it in any of `stages`."""
+    """Refuse data with tokens that the model lacks, or too long for it.
+
+    stages: those that all records come to; what a training record can draw is looked at as well.
+    """
     import numpy as np
 
     from dataset import StagedRecords, check_lengths, check_vocabulary
@@ -279,13 +247,17 @@ def check_fit(config: Config, data: Data, stages: set[int], outline):
             check_lengths(staged, max_positions)
             if records is data.val:
                 check_lengths(staged, max_positions, config.max_new_tokens)
+    if data.train and config.uniform_prob > 0:
+        # What a record draws lies between 0 and its number of steps.
+        num_steps = data.train.num_steps
+        for stage in range(min(int(num_steps.max()), curriculum.last_stage) + 1):
+            drawn = StagedRecords.of(data.train, curriculum, np.minimum(stage, num_steps))
+            check_lengths(drawn, max_positions)
 
 
 def acting_stages(config: Config) -> set[int]:
-    """Every stage that a training run can come to."""
+    """The stages of a training run's epochs."""
     curriculum = make_curriculum(config)
-    if config.uniform_prob > 0:
-        return set(range(curriculum.last_stage + 1))
     first, last = (curriculum.stage(epoch) for epoch in (config.resume, config.num_epochs - 1))
     return set(range(first, last + 1))
 
@@ -320,6 +292,69 @@ def share_model(config: Config, model):
     return distributed.parallelize(model, parallel, model.blocks, config.bf16)
 
 
+@dataclass
+class Prepared:
+    """What is known of a run before its model is built; everything in it was checked.
+
+    config: with what a checkpoint or a state has the say in.
+    model_config: the same, but says where the model comes from now.
+    evaluated: (stage, epoch) of the weights of only_eval, else None.
+    """
+
+    config: Config
+    model_config: Config
+    data: Data
+    outline: object
+    evaluated: tuple[int, int] | None
+
+
+def newest_state(config: Config):
+    """The training state that a run goes on from, the same on all ranks; None where it begins."""
+    import checkpoint
+    import distributed
+
+    if config.debug or config.only_eval:
+        return None
+    state = distributed.together(lambda: checkpoint.newest_state(config.run_dir, say))
+    distributed.require_same({f"newest state of {config.run_dir}": state and state.folder.name})
+    return state
+
+
+def prepare(config: Config, state) -> Prepared:
+    """Read and check all but the weights; every rank must call.
+
+    Raises: UserError for what can be known to be wrong before a model loads.
+    """
+    import distributed
+    from backbone import model_outline
+    from progress import check_progress, check_trajectory, restore_origin, trajectory
+    from settings import read_checkpoint_settings, reconcile, weights_path
+
+    evaluated = None
+    if state is None:
+        path = weights_path(config)
+        stored = distributed.together(lambda: read_checkpoint_settings(path))
+        config = model_config = reconcile(config, stored)
+        if config.only_eval:
+            evaluated = evaluated_stage(config, stored)
+        elif config.resume and not config.load_model_path and not stored:
+            say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
+    else:
+        check_progress(state)
+        config = reconcile(config, state.progress["settings"], continuing=True)
+        say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
+        config = restore_origin(config, state, say)
+        source = {"model_id": str(state.folder), "load_model_path": None, "from_scratch": True}
+        model_config = config.model_copy(update=source)
+    data = load_data(model_config)
+    if state is not None:
+        check_trajectory(state, trajectory(config, data.train, data.val), config, say)
+    outline = distributed.together(lambda: model_outline(model_config, data.tokenizer))
+    stages = {evaluated[0]} if evaluated else acting_stages(config)
+    check_fit(config, data, stages, outline)
+    return Prepared(config, model_config, data, outline, evaluated)
+
+
 def train(config: Config) -> None:
     """Train from the beginning, or go on from the newest training state of the run directory."""
     import checkpoint
@@ -336,44 +371,22 @@ def train(config: Config) -> None:
                 checkpoint.refuse_obstacles(config.run_dir)
                 checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)
 
-        together(take_run_dir)
-        state = None
-        if not config.debug:
-            state = together(lambda: checkpoint.newest_state(config.run_dir, say))
-            require_same({f"newest state of {config.run_dir}": state and state.folder.name})
-        if state is None:
-            train_from(config, config, None)
-        else:
-            from progress import check_progress
-            from settings import reconcile
-
-            check_progress(state)
-            config = reconcile(config, state.progress["settings"], continuing=True)
-            say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
-            config = config.model_copy(update={"resume": state.progress["first_epoch"]})
-            source = {"model_id": str(state.folder), "load_model_path": None, "from_scratch": True}
-            train_from(config, config.model_copy(update=source), state)
+        distributed.together(take_run_dir)
+        state = newest_state(config)
+        train_from(prepare(config, state), state)
 
 
-def train_from(config: Config, model_config: Config, state) -> None:
-    """Set up and run the training of `config`; `model_config` says where the model comes from."""
+def train_from(prepared: Prepared, state) -> None:
+    """Build the model and run the training, from `state` where there is one."""
     import checkpoint
     import distributed
-    from backbone import model_outline
-    from settings import checkpoint_settings, read_checkpoint_settings, reconcile
+    from settings import checkpoint_settings
     from tracking import Tracker
     from training import Trainer
 
-    if state is None:
-        stored = together(lambda: read_checkpoint_settings(config.load_model_path))
-        config = model_config = reconcile(config, stored)
-        if config.resume and not config.load_model_path:
-            say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
-    data = load_data(config if state is None else model_config)
-    outline = together(lambda: model_outline(model_config, data.tokenizer))
-    check_fit(config, data, acting_stages(config), outline)
+    config, data, model_config = prepared.config, prepared.data, prepared.model_config
     notify = say if state is None else lambda text: None
-    model, tokenizer = together(lambda: make_model(model_config, notify))
+    model, tokenizer = distributed.together(lambda: make_model(model_config, notify))
     model = share_model(config, model)
     saves = not config.debug
     if saves and distributed.is_sharded(model):
@@ -403,7 +416,8 @@ def train_from(config: Config, model_config: Config, state) -> None:
         )
         with checkpoint.writing(config.run_dir, "config.yaml or metrics.jsonl"):
             if saves and distributed.is_main():
-                prepare_run_dir(config)
+                tell_strangers(config)
+                write_config(config, config.run_dir)
             if state is None:
                 tracker.truncate(0, config.resume)
         trainer.run()
@@ -411,15 +425,20 @@ def train_from(config: Config, model_config: Config, state) -> None:
         tracker.close()
 
 
-def prepare_run_dir(config: Config) -> None:
-    """Write the resolved configuration; tell what changed in it and what is not ours."""
+def tell_strangers(config: Config) -> None:
+    """Name what lies in the run directory and is not ours."""
     import checkpoint
-    from utils import atomic_write_text
 
     strangers = checkpoint.foreign_files(config.run_dir)
     if strangers:
         say(f"{config.run_dir}: left alone, not files of a run: {', '.join(strangers)}")
-    path, text = config.run_dir / "config.yaml", dump_config(config)
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Write the resolved configuration into `folder`; tell what changed in it."""
+    from utils import atomic_write_text
+
+    path, text = folder / "config.yaml", dump_config(config)
     if path.exists():
         before = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in text.splitlines():
@@ -445,40 +464,36 @@ def evaluate_only(config: Config) -> None:
     """Evaluate load_model_path on val_path at the stage it was trained to."""
     import checkpoint
     import distributed
-    from backbone import model_outline
-    from evaluation import evaluate, write_predictions
-    from settings import read_checkpoint_settings, reconcile
+    from evaluation import describe, evaluate, write_predictions
     from tracking import Tracker
 
-    settings = together(lambda: read_checkpoint_settings(config.load_model_path))
-    config = reconcile(config, settings)
-    curriculum = make_curriculum(config)
-    stage, epoch = evaluated_stage(config, settings)
-    data = load_data(config)
-    outline = together(lambda: model_outline(config, data.tokenizer))
-    check_fit(config, data, {stage}, outline)
-    model, tokenizer = together(lambda: make_model(config))
+    prepared = prepare(config, None)
+    config, (stage, epoch) = prepared.config, prepared.evaluated
+    model, tokenizer = distributed.together(lambda: make_model(config))
     model = share_model(config, model)
     folder = None
     if not config.debug:
         source = Path(config.load_model_path)
         folder = config.run_dir / f"eval_{Path(config.val_path).stem}_{source.name}"
         checkpoint.refuse_link(config.run_dir)
-        together(lambda: distributed.is_main() and checkpoint.make_writable(folder))
-    tracker = Tracker(
-        folder,
-        config.model_dump(),
-        config.project,
-        f"{config.name}-eval",
-        "disabled" if config.debug else config.wandb,
-        distributed.is_main(),
-    )
-    tracker.truncate(0, epoch)
+        distributed.together(lambda: distributed.is_main() and checkpoint.make_writable(folder))
+    with checkpoint.writing(folder or config.run_dir, "config.yaml or metrics.jsonl"):
+        tracker = Tracker(
+            folder,
+            config.model_dump(),
+            config.project,
+            f"{config.name}-eval",
+            "disabled" if config.debug else config.wandb,
+            distributed.is_main(),
+        )
+        if folder is not None and distributed.is_main():
+            write_config(config, folder)
+        tracker.truncate(0, epoch)
     outcome = evaluate(
         distributed.unwrap(model),
         tokenizer,
-        data.val,
-        curriculum,
+        prepared.data.val,
+        make_curriculum(config),
         stage,
         batch_size=config.batch_size_eval or config.batch_size_training,
         max_new_tokens=config.max_new_tokens,
@@ -492,45 +507,25 @@ def evaluate_only(config: Config) -> None:
         tracker.log(named | {"eval/epoch": epoch}, step=0)
         if outcome.predictions is not None and folder is not None:
             write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)
-    tracker.message(report(config, figures))
+    what = f"{config.load_model_path} on {config.val_path}, stage {stage}"
+    tracker.message(f"{what}\n{describe(figures)}")
     if folder is not None:
         tracker.message(f"predictions and figures are in {folder}")
     tracker.close()
 
 
-def report(config: Config, figures: dict) -> str:
-    """The figures of an evaluation as lines to read."""
-    cot_em = figures["cot_em"]
-    lines = [
-        f"{config.load_model_path} on {config.val_path}, stage {figures['stage']}",
-        f"  accuracy            {100 * figures['acc']:.2f} % ({figures['num_correct']} of"
-        f" {figures['num_records']}), 95 % interval {100 * figures['acc_low']:.2f} to"
-        f" {100 * figures['acc_high']:.2f}",
-        f"  token loss          {figures['loss']:.4f}",
-        "  CoT match           " + ("no steps left" if cot_em is None else f"{100 * cot_em:.2f} %"),
-        f"  tokens + thoughts   {figures['mean_tokens']:.2f} + {figures['mean_thoughts']:.2f} ="
-        f" {figures['mean_tokens_and_thoughts']:.2f}",
-        f"  seconds a record    {figures['seconds_per_record']:.4f}",
-        f"  cut at max_new_tokens {figures['num_hit_max_new_tokens']}, without '#'"
-        f" {figures['num_without_answer']}",
-    ]
-    return "\n".join(lines)
-
-
 def dry_run(config: Config) -> None:
     """Show the resolved configuration, the schedule and the sizes; train nothing, write nothing."""
     import distributed
-    from backbone import model_outline
-    from settings import read_checkpoint_settings, reconcile
 
-    config = reconcile(config, read_checkpoint_settings(config.load_model_path))
-    data = load_data(config)
-    outline = model_outline(config, data.tokenizer)
+    prepared = prepare(config, newest_state(config))
+    config, data = prepared.config, prepared.data
     say(dump_config(config))
-    if not config.only_eval:
-        check_fit(config, data, acting_stages(config), outline)
+    if prepared.evaluated is not None:
+        say(f"stage               {prepared.evaluated[0]}")
+    else:
         steps = config.accumulation_steps(distributed.world_size())
-        effective = config.batch_size_training * steps * distributed.world_size()
+        effective = config.records_per_step(distributed.world_size())
         per_epoch = -(-len(data.train) // effective)
         epochs = config.num_epochs - config.resume
         say(schedule_table(config, data.train))
@@ -540,7 +535,8 @@ def dry_run(config: Config) -> None:
             f" accumulation x {distributed.world_size()} processes\n"
             f"optimizer steps     {per_epoch} an epoch, {per_epoch * epochs} in all"
         )
-    say(f"parameters          {outline.num_parameters:,}\ndry run: nothing trained or written")
+    say(f"parameters          {prepared.outline.num_parameters:,}")
+    say("dry run: nothing trained or written")
 
 
 def schedule_table(config: Config, records) -> str:

@@ -159,13 +159,24 @@ def other_method(config: Config, what: str, source: str | None = None) -> str:
     )
 
 
-def require_window(config: Config) -> None:
-    """Raise UserError unless window, and in evaluation stage, are written out; none is recorded."""
-    needed = WINDOW_FIELDS + (STAGE_FIELDS if config.only_eval else ())
+def weights_path(config: Config) -> str | None:
+    """Where the weights come from, a folder, a file or a name; None where they are random."""
+    return None if config.from_scratch else config.load_model_path or config.model_id
+
+
+def require_settings(config: Config) -> None:
+    """Raise UserError unless what the weights do not record is written out.
+
+    That is the window of Coconut's, and in evaluation what names the stage.
+    """
+    is_coconut = config.method == "coconut"
+    needed = WINDOW_FIELDS if is_coconut else ()
+    if config.only_eval:
+        needed += STAGE_FIELDS if is_coconut else STAGE_FIELDS[1:]
     missing = [field for field in needed if field not in config.model_fields_set]
     if missing:
         raise UserError(
-            f"{source_name(config)}: these Coconut weights record no settings; write"
+            f"{source_name(config)}: these weights record no settings; write"
             f" {', '.join(missing)} out in the YAML as in their training"
         )
 

@@ -28,7 +28,14 @@ from dataset import (
     micro_batches,
 )
 from evaluation import Evaluation, autocast, evaluate, write_predictions
-from progress import Progress, Stopped, TrainingFailed, listen_for_signals
+from progress import (
+    ORIGIN_FIELDS,
+    Progress,
+    Stopped,
+    TrainingFailed,
+    listen_for_signals,
+    trajectory,
+)
 from tracking import Tracker
 from utils import UserError, atomic_write_text
 
@@ -78,10 +85,7 @@ class Trainer:
         self.settings = settings
         self.tracker = tracker
         self.device = distributed.device()
-        self.accumulation_steps = config.accumulation_steps(distributed.world_size())
-        self.effective_batch_size = (
-            config.batch_size_training * self.accumulation_steps * distributed.world_size()
-        )
+        self.effective_batch_size = config.records_per_step(distributed.world_size())
         self.steps_per_epoch = -(-len(train_records) // self.effective_batch_size)
         self.total_steps = (config.num_epochs - config.resume) * self.steps_per_epoch
         self.model = model
@@ -132,7 +136,7 @@ class Trainer:
             self.progress.best_accuracy = outcome.figures["acc"]
             self.progress.best_epoch = epoch
         self._store(epoch, stage, outcome, improved)
-        train_loss = self.progress.loss_sum / self.steps_per_epoch
+        train_loss = self.progress.loss_sum / self.progress.steps_done
         times = f"train {trained - began:.0f} s, evaluation {time.perf_counter() - trained:.0f} s"
         self._report(epoch, stage, train_loss, outcome, times)
         self.progress.epoch += 1
@@ -142,7 +146,8 @@ class Trainer:
             checkpoint.update_progress(
                 self.config.run_dir, self.progress.optimizer_step, self._stored_progress()
             )
-        if distributed.sum_over_ranks([float(self.requests.stop > 0)])[0]:
+        goes_on = self.progress.epoch < self.config.num_epochs
+        if distributed.sum_over_ranks([float(self.requests.stop > 0)])[0] and goes_on:
             self._stop()
 
     def _train_epoch(self, epoch: int, stage: int) -> None:
@@ -420,20 +425,10 @@ class Trainer:
         return {
             "position": asdict(self.progress),
             "settings": self.settings,
-            "trajectory": self._trajectory(),
+            "trajectory": trajectory(self.config, self.train_records, self.val_records),
             "first_epoch": self.config.resume,
+            "origin": {name: getattr(self.config, name) for name in ORIGIN_FIELDS},
             "wandb_id": self.tracker.wandb_id,
-        }
-
-    def _trajectory(self) -> dict:
-        """What must not change between stop and resume, or the position means something else."""
-        return {
-            "method": self.config.method,
-            "seed": self.config.seed,
-            "effective_batch_size": self.effective_batch_size,
-            "train_path_sha256": self.train_records.sha256,
-            "val_path_sha256": self.val_records.sha256,
-            "uniform_prob": self.config.uniform_prob,
         }
 
     def _save_state(self) -> None:
@@ -454,32 +449,8 @@ class Trainer:
     def _continue_from(self, state: checkpoint.TrainingState) -> None:
         """Take up `state` as if the run had never stopped.
 
-        Raises: UserError when a setting that fixes the order of records has changed, or the
-            records themselves and allow_changed_data is false.
+        Raises: UserError when its tensors are not this run's.
         """
-        stored, now = state.progress["trajectory"], self._trajectory()
-        files = {
-            "train_path_sha256": self.train_records.path,
-            "val_path_sha256": self.val_records.path,
-        }
-        for name, value in now.items():
-            before = stored.get(name)
-            if before == value:
-                continue
-            if name in files:
-                changed = f"{files[name]}: holds other records than when the run began"
-                if not self.config.allow_changed_data:
-                    raise UserError(
-                        f"{changed} (sha256 {value[:12]}, was {str(before)[:12]}); restore them,"
-                        " write allow_changed_data: true to go on with these, or choose another"
-                        " name to start a new run"
-                    )
-                self.tracker.message(f"{changed}; going on, since allow_changed_data is true")
-            else:
-                raise UserError(
-                    f"{state.folder}: this run began with {name}={before}, now it is {value};"
-                    " restore it, or choose another name to start a new run"
-                )
         self.progress = Progress(**state.progress["position"])
         try:
             is_complete = checkpoint.load_state(state, self.model, self.optimizer)

@@ -122,6 +122,11 @@ class Experiment:
         epochs = self.keys["num_epochs"] if epochs is None else epochs
         return load_file(self.run_dir / f"checkpoint_{epochs}" / "model.safetensors")
 
+    def settings(self, epochs=None):
+        """The coconut.json of checkpoint `epochs`, by default of the last epoch."""
+        epochs = self.keys["num_epochs"] if epochs is None else epochs
+        return json.loads((self.run_dir / f"checkpoint_{epochs}" / "coconut.json").read_text())
+
     def predictions(self, epoch):
         lines = (self.run_dir / f"predictions_{epoch}.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]

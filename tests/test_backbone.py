@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import UNK
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -175,6 +176,15 @@ def test_new_rows_copy_the_named_token_on_both_sides(configure, tiny_folder, fam
         assert torch.equal(weight[37:], old[source].expand(3, -1))
     is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert is_tied == (family == "gpt2")
+
+
+def test_the_token_for_unknown_words_may_be_copied_like_any_other(configure, tiny_folder):
+    # GPT-2's is its <|endoftext|>.
+    notices = []
+    backbone = load_backbone(configure(tiny_folder(), new_token_init=UNK), notices.append)
+    rows = backbone.model.get_input_embeddings().weight
+    source = backbone.tokenizer.unk_token_id
+    assert torch.equal(rows[37:], rows[source].expand(3, -1)) and not notices
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -123,6 +123,7 @@ def test_plain_words_stay_text(cot_file):
     config = load_config(cot_file, overrides)
     assert (config.new_token_init, config.name, config.project) == ("<<", "2024-01-01", "off")
     assert load_config(cot_file, ["new_token_init=="]).new_token_init == "="
+    assert load_config(cot_file, ['name="7"']).name == "7"
 
 
 def test_leading_zeros_are_decimal(cot_file):
@@ -213,14 +214,14 @@ def test_a_bad_line_is_named_by_its_number(write, line, problem):
         ("seed=true", "seed=True is not a whole number; write seed: 0"),
         ("cot=yes", "cot='yes' is not true or false; write cot: true or cot: false"),
         ("cot=1", "cot=1 is not true or false; write cot: true or cot: false"),
-        ("name=7", 'name=7 is not text; write name: "7"'),
+        ("name=7", "name=7 is not text; write 'name=\"7\"'"),
         ("name=", "name=None is not text; write name: gsm-coconut"),
         ("name=''", "name='' is empty; write name: gsm-coconut"),
         ('project="a\\0b"', "project='a\\x00b' holds a NUL character; write project: coconut"),
         ('project="\\ud800"', "project='\\ud800' is not valid Unicode; write project: coconut"),
         ("num_epochs=1000001", "num_epochs=1000001 is above 1000000; write num_epochs: 25"),
         ("max_latent_stage=1001", "max_latent_stage=1001 is above 1000; write max_latent_stage: 3"),
-        ("name=" + "7" * 200, f"name={'7' * 38}...{'7' * 39} is not text; write name: "),
+        ("name=" + "7" * 200, f"name={'7' * 38}...{'7' * 39} is not text; write 'name="),
         ("warmup_steps=-1", "warmup_steps=-1 is below 0; write warmup_steps: 0"),
         ("keep_checkpoints=0", "keep_checkpoints=0 is not above 0; write keep_checkpoints: null"),
         (

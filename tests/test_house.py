@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "backbone": {"config", "coconut", "settings", "sources", "utils"},
     "checkpoint": {"distributed", "utils"},
     "evaluation": {"coconut", "curriculum", "dataset", "metrics", "distributed", "utils"},
-    "progress": {"checkpoint", "config", "settings", "tracking", "utils"},
+    "progress": {"checkpoint", "config", "dataset", "distributed", "settings", "tracking", "utils"},
     "training": set(ROOMS) - {"run", "training"},
     "run": set(ROOMS) - {"run"},
 }

@@ -16,6 +16,8 @@ from runs import ROOT, Experiment, assert_refused, assert_same_weights, make_rec
 from safetensors.torch import load_file, save_file
 
 import run
+from config import load_config
+from evaluation import Decoder
 from utils import MARKERS
 
 # Mistakes in the configuration
@@ -125,9 +127,13 @@ def test_thoughts_count_towards_the_positions_at_their_stage(tmp_path, capsys):
     experiment = Experiment(tmp_path, c_thought=15, max_latent_stage=4, pad_latent_to_max=True)
     assert experiment.main("num_epochs=3") == 0
     assert_refused(capsys, experiment, "num_epochs=5", words=["model's 64 positions"])
+    # No record can draw a stage beyond its steps, three at most.
+    assert experiment.main("num_epochs=3", "uniform_prob=0.1", "name=mixed") == 0
+    four_steps = RECORD | {"steps": ["1"] * 4}
+    experiment.write("train.json", [RECORD, four_steps])
     assert_refused(
-        capsys, experiment, "num_epochs=3", "uniform_prob=0.1", "name=mixed",
-        words=["does not fit the model's 64 positions"],
+        capsys, experiment, "num_epochs=3", "uniform_prob=0.1", "name=longer",
+        words=["record 1: its sequence of", "does not fit", "64 positions"],
     )  # fmt: skip
 
 
@@ -243,7 +249,19 @@ def test_dry_run_shows_schedule_and_sizes_and_writes_nothing(tmp_path, capsys, c
     assert evaluation.main("--dry-run") == 0
     shown = capsys.readouterr().out
     assert "dry run: nothing trained or written" in shown and "optimizer steps" not in shown
+    assert "stage               2" in shown
+    assert_refused(capsys, evaluation, "--dry-run", "max_new_tokens=64", words=["does not fit"])
     assert not (tmp_path / "e" / "exps").exists()
+
+
+def test_dry_run_knows_of_a_run_that_would_go_on(coconut, capsys):
+    before = tree(coconut.folder)
+    assert coconut.main("--dry-run", "num_epochs=5") == 0
+    shown = capsys.readouterr().out
+    assert "continuing from " in shown and "dry run: nothing trained or written" in shown
+    words = ["this run began with seed=0, now it is 7"]
+    assert_refused(capsys, coconut, "--dry-run", "seed=7", words=words)
+    assert tree(coconut.folder) == before
 
 
 RANGES = ("1-1", "2-3", "4-5", "6-8")
@@ -332,7 +350,9 @@ def test_only_eval_repeats_the_evaluation_of_the_run_and_leaves_it_alone(coconut
     shown = capsys.readouterr().out
     assert "checkpoint_3 on " in shown and "stage 2" in shown and "implies" not in shown
     folder = tmp_path / "exps" / "run" / "eval_val_checkpoint_3"
-    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "predictions_2.jsonl"}
+    names = {"config.yaml", "metrics.jsonl", "predictions_2.jsonl"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert load_config(folder / "config.yaml").load_model_path.endswith("checkpoint_3")
     assert (folder / "predictions_2.jsonl").read_text() == (
         coconut.run_dir / "predictions_2.jsonl"
     ).read_text()
@@ -351,6 +371,65 @@ def test_only_eval_tells_when_resume_implies_another_stage(coconut, tmp_path, ca
     assert "resume: 1 implies stage 1, but" in shown and "trained to stage 2, which is" in shown
     assert evaluation.main("resume=2") == 0
     assert "implies" not in capsys.readouterr().out
+
+
+def test_an_evaluation_that_replaces_that_of_other_weights_says_so(coconut, tmp_path, capsys):
+    evaluation = evaluation_of(coconut, tmp_path)
+    assert evaluation.main() == 0 and evaluation.main() == 0
+    assert "changed since the last start" not in capsys.readouterr().out
+    copy = tmp_path / "other" / "checkpoint_3"
+    shutil.copytree(coconut.run_dir / "checkpoint_3", copy)
+    assert evaluation.change(load_model_path=copy).main() == 0
+    shown = capsys.readouterr().out
+    assert "eval_val_checkpoint_3/config.yaml: changed since the last start: load_mo" in shown
+
+
+def test_a_full_disk_ends_an_evaluation_with_one_message(coconut, tmp_path, monkeypatch, capsys):
+    evaluation = evaluation_of(coconut, tmp_path)
+
+    def fail(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.atomic_write_text", fail)
+    assert evaluation.main() == run.EXIT_FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.yaml or metrics.jsonl could not be written (No space left on device)" in line
+
+
+def test_memory_that_runs_out_in_an_evaluation_is_told_with_the_fix(
+    coconut, tmp_path, monkeypatch, capsys
+):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Decoder, "predict", fail)
+    assert evaluation_of(coconut, tmp_path).main() == run.EXIT_FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("out of memory: ") and "a smaller batch_size_eval" in line
+
+
+def test_weights_of_a_staged_method_without_a_record_need_their_schedule(tmp_path, capsys):
+    experiment = Experiment(tmp_path, no_thoughts=True, num_train=4, num_epochs=1)
+    assert experiment.main() == 0
+    source = experiment.run_dir / "checkpoint_1"
+    (source / "coconut.json").unlink()
+    evaluation = evaluation_of(experiment, tmp_path / "e", load_model_path=source)
+    evaluation.change(coconut=None, no_thoughts=True, resume=1, val_path=experiment.val)
+    words = "these weights record no settings; write epochs_per_stage, max_latent_stage out"
+    assert_refused(capsys, evaluation, words=[words])
+    assert evaluation.main("epochs_per_stage=1", "max_latent_stage=2") == 0
+
+
+def test_a_checkpoint_named_by_model_id_brings_its_settings(coconut, tmp_path, capsys):
+    source = coconut.run_dir / "checkpoint_3"
+    experiment = Experiment(tmp_path, model_id=source, resume=2)
+    assert experiment.main() == 0
+    assert "names no weights" not in capsys.readouterr().out
+    assert experiment.settings()["latent_window_size"] == 2
+    assert_refused(
+        capsys, experiment, "name=other", "latent_window_size=3",
+        words=[f"model_id {source}: latent_window_size was 2 in training"],
+    )  # fmt: skip
 
 
 def test_debug_evaluation_saves_nothing(coconut, tmp_path):

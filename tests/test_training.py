@@ -310,6 +310,19 @@ def test_a_run_stopped_in_an_evaluation_repeats_it_and_goes_on(
     assert_same_run(disturbed, straight)
 
 
+def test_a_run_told_to_stop_when_its_last_epoch_is_over_has_ended(disturbed, monkeypatch, capsys):
+    report = Trainer._report
+
+    def report_and_signal(trainer, epoch, *rest):
+        report(trainer, epoch, *rest)
+        if epoch == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_report", report_and_signal)
+    assert disturbed.main() == 0
+    assert "stopped after" not in capsys.readouterr().err
+
+
 def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, disturbed):
     kills = [
         ("checkpoint:sha256_file", 2, []),  # inside the first state, its tensors written
@@ -415,6 +428,20 @@ def test_going_on_from_cot_as_coconut_or_with_other_records_is_refused(tmp_path,
         assert experiment.main() == 0, "from now on these are the run's records"
 
 
+def test_the_loss_of_an_epoch_is_the_mean_of_its_steps_though_the_file_shrank(
+    disturbed, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", Tracker.log)
+        at_call(3, "tracking:Tracker.log", lambda: signal.raise_signal(signal.SIGTERM))
+        assert disturbed.main() == run.EXIT_INTERRUPTED
+    assert len(disturbed.losses()) == 4
+    disturbed.write("train.json", make_records(8))
+    assert disturbed.main("allow_changed_data=true") == 0
+    mean = sum(disturbed.losses()[:4]) / 4
+    assert f"epoch 0 stage 0: train loss {mean:.4f}," in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("change", ["rewritten", "moved away"])
 def test_data_files_changed_while_a_run_trains_are_not_its_records(
     straight, disturbed, monkeypatch, capsys, change
@@ -442,10 +469,18 @@ def test_data_files_changed_while_a_run_trains_are_not_its_records(
     assert_same_run(disturbed, straight)
 
 
-def test_resume_does_not_move_a_run_that_goes_on(finished, straight, capsys):
-    assert finished.change(resume=2, load_model_path="nowhere").main() == 0
-    assert "resume and load_model_path are overridden by it" in capsys.readouterr().out
+def test_what_a_run_began_with_stays_with_it(finished, straight, capsys):
+    others = {"resume": 2, "load_model_path": "nowhere", "model_id": "gpt2", "new_token_init": "="}
+    assert finished.change(**others).main() == 0
+    shown = capsys.readouterr().out
+    assert "resume and load_model_path are overridden by it" in shown
+    assert f"model_id: gpt2 has no effect, since this run began with {straight.model}" in shown
+    for name in others:
+        assert f"{name}: " in shown and f"since the last start: {name}" not in shown
     assert finished.metrics() == straight.metrics()
+    written, before = (load_config(r.run_dir / "config.yaml") for r in (finished, straight))
+    for name in (*others, "from_scratch"):
+        assert getattr(written, name) == getattr(before, name), name
 
 
 def truncate(path):
