@@ -242,8 +242,7 @@ def canonical_form(num_nodes: int, edges: Sequence[Sequence[int]]) -> bytes:
         if len(rank) == num_colours:
             break
         num_colours = len(rank)
-    coloured = sorted((colours[parent], colours[child]) for parent, child in edges)
-    return hashlib.sha256(repr((num_nodes, coloured)).encode()).digest()
+    return hashlib.sha256(repr(sorted(seen)).encode()).digest()
 
 
 def write_record(rng: random.Random, graph: Graph, problem: Problem, target_first: bool) -> dict:

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from runs import ROOT, Experiment, assert_same_weights, at_call, kill_self
 
 import dataset
@@ -215,6 +216,8 @@ def test_a_full_disk_under_the_console_ends_no_run(tmp_path):
     full = Experiment(tmp_path, name="full", num_epochs=1)
     # Held back, output is flushed when Python ends, which could still spoil the status.
     environment = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    # As many threads as this process has: sums are the same to the last bit for the same number.
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     with open("/dev/full", "w") as console:
         done = subprocess.run(
             [sys.executable, ROOT / "run.py", full.yaml],
