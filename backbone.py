@@ -142,8 +142,7 @@ def load_backbone(config: Config, notify: Callable[[str], None] = print) -> Back
         has_markers = _folder_has_markers(config, settings, model, tokenizer, had_markers)
     if has_markers and config.method != "coconut":
         raise UserError(other_method(config, "holds Coconut weights (trained latent markers)"))
-    is_staged = has_markers or (config.only_eval and config.method == "no_thoughts")
-    if is_staged and settings is None:
+    if has_markers and settings is None:
         require_settings(config)
     if config.method == "coconut" and not has_markers:
         if config.only_eval:
@@ -481,8 +480,8 @@ def _single_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | Non
     """The id of `text` where the tokenizer has it as one token, else None."""
     encoded = tokenizer.encode(text, add_special_tokens=False)
     candidates = [tokenizer.convert_tokens_to_ids(text), *(encoded if len(encoded) == 1 else [])]
-    is_unknown_to = tokenizer.unk_token_id if text != tokenizer.unk_token else None
-    known = [i for i in candidates if i not in (None, is_unknown_to)]
+    unknown_id = tokenizer.unk_token_id if text != tokenizer.unk_token else None
+    known = [i for i in candidates if i not in (None, unknown_id)]
     return known[0] if known else None
 
 

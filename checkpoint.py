@@ -48,7 +48,7 @@ import distributed
 from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha256_file
 
 RESUME_FOLDER = "resume"
-# What a run writes where it stands; all else it replaces.
+# What a run opens or fills where it stands; all else it replaces.
 OPENED_FILES, FILLED_FOLDERS = (".lock", "config.yaml", "metrics.jsonl"), (RESUME_FOLDER, "wandb")
 KEPT_STATES = 2
 # It holds a sum for each file; those of a thousand ranks take well under a hundredth of this.
@@ -169,7 +169,6 @@ def run_lock(run_dir: Path, notify: Callable[[str], None] = print) -> Iterator[N
 @contextmanager
 def _held_lock(run_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """The lock alone, in a file that goes again when nothing else was written."""
-    # Appending empties nothing, should the name lead to another file.
     with open(run_dir / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,28 +191,44 @@ def _held_lock(run_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
                 (run_dir / ".lock").unlink()
 
 
-def make_writable(folder: Path) -> None:
-    """Create `folder` where it is missing.
+def check_writable(folder: Path) -> None:
+    """Look whether `make_writable` would succeed, as far as can be known without writing.
 
-    Raises: UserError when it cannot be written, is a link, or holds a link or a pipe under a name
-        that a run writes to.
+    Raises: UserError when `folder` cannot be written, is a link, or holds a link or a pipe under a
+        name that a run writes to.
     """
     for path in (folder, *(folder / name for name in OPENED_FILES + FILLED_FOLDERS)):
         refuse_link(path)
     for path in (folder / name for name in OPENED_FILES):
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path}: is no regular file, but a run writes to it; move it away")
-    missing = _missing(folder)
+    innermost = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder, os.W_OK) else "no permission or mounted read-only"
+        with suppress(FileNotFoundError):
+            os.stat(folder)
+        reason = None if os.access(innermost, os.W_OK) else "no permission or mounted read-only"
     except OSError as error:
         reason = error.strerror
     if reason:
+        raise _not_writable(folder, reason)
+
+
+def make_writable(folder: Path) -> None:
+    """Create `folder` where it is missing.
+
+    Raises: UserError where `check_writable` does, and when `folder` cannot be made.
+    """
+    check_writable(folder)
+    missing = _missing(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
         _remove_empty(missing)
-        raise UserError(
-            f"save_path: {folder} cannot be written ({reason}); choose another save_path"
-        )
+        raise _not_writable(folder, error.strerror) from None
+
+
+def _not_writable(folder: Path, reason: str) -> UserError:
+    return UserError(f"save_path: {folder} cannot be written ({reason}); choose another save_path")
 
 
 def refuse_link(path: Path) -> None:

@@ -36,7 +36,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError
+from utils import UserError, print_line
 
 # Parameter, gradient and two AdamW moments in fp32.
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -132,6 +132,12 @@ def local_rank() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, which alone writes shared files and speaks to the user."""
     return rank() == 0
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if is_main():
+        print_line(text)
 
 
 def device() -> torch.device:

@@ -92,12 +92,13 @@ def restore_origin(
 ) -> Config:
     """`config` with the first epoch and the source of weights that the run of `state` began with.
 
-    notify: is told of every other value that was written out.
+    notify: is told of every other value that was written out for another model.
     """
     origin = state.progress.get("origin", {}) | {"resume": state.progress["first_epoch"]}
     for name, before in origin.items():
         value = getattr(config, name)
-        if name in config.model_fields_set and value != before:
+        is_told = name in ("resume", "load_model_path")
+        if name in config.model_fields_set and value != before and not is_told:
             notify(f"{name}: {value} has no effect, since this run began with {before}")
     return config.model_copy(update=origin)
 

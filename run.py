@@ -13,7 +13,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,8 +21,6 @@ from config import Config, ConfigError, dump_config, fields_help, load_config
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-DEBUG_TRAIN_RECORDS = 5000
-DEBUG_VAL_RECORDS = 32
 
 
 def parse_arguments(arguments: Sequence[str] | None, speaks: bool = True) -> argparse.Namespace:
@@ -79,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         distributed.initialize()
         speaks = distributed.is_main()
         distributed.require_same(config.model_dump())
+        if not config.only_eval:
+            config.accumulation_steps(distributed.world_size())  # refuses what cannot be divided
         if options.dry_run:
             dry_run(config)
         elif config.only_eval:
@@ -104,7 +103,8 @@ def tell_end(error: BaseException, config: Config, complain: Callable) -> int | 
     from progress import Stopped, TrainingFailed
     from utils import UserError
 
-    continues = "" if config.only_eval else "; the same command continues from the last saved state"
+    saves = not (config.only_eval or config.debug)
+    continues = "; the same command continues from the last saved state" if saves else ""
     if distributed.is_lost_contact(error):
         lost = distributed.lost_ranks(error)
         if lost:
@@ -129,21 +129,17 @@ def tell_end(error: BaseException, config: Config, complain: Callable) -> int | 
             return status
     if isinstance(error, torch.OutOfMemoryError):
         where = " ".join(["out of memory", *getattr(error, "__notes__", [])])
-        complain(
-            f"{where}: a smaller batch_size_training needs less, in evaluation a smaller"
-            f" batch_size_eval or max_new_tokens, with several processes parallel: fsdp{continues}"
-        )
+        # On the rank that it happens to, which need not be the first.
+        with contextlib.suppress(OSError):
+            print(
+                f"rank {distributed.rank()}: {where} ({str(error).splitlines()[0]}); training needs"
+                " less with a smaller batch_size_training or parallel: fsdp, evaluation with a"
+                f" smaller batch_size_eval or max_new_tokens{continues}",
+                file=sys.stderr,
+                flush=True,
+            )
         return EXIT_FAILED
     return None
-
-
-def say(text: str) -> None:
-    """Print on rank 0."""
-    import distributed
-    from utils import print_line
-
-    if distributed.is_main():
-        print_line(text)
 
 
 def require_shared(run_dir: Path) -> None:
@@ -180,89 +176,7 @@ def require_shared(run_dir: Path) -> None:
             (run_dir / name).unlink(missing_ok=True)
 
 
-@dataclass
-class Data:
-    """Tokenizer and tokenised records; `train` is None in evaluation."""
-
-    tokenizer: object
-    train: object | None
-    val: object
-
-
-def load_data(config: Config) -> Data:
-    """Read, check and tokenise the records of a run, the same on every rank; texts first, so that
-    errors come early."""
-    import distributed
-    from backbone import load_tokenizer
-    from dataset import read_records, tokenize_records
-
-    limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS) if config.debug else (None, None)
-
-    def load() -> Data:
-        train_texts = None
-        if not config.only_eval:
-            train_texts = read_records(config.train_path, limits[0], say)
-        val_texts = read_records(config.val_path, limits[1], say)
-        tokenizer = load_tokenizer(config)
-        train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
-        return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
-
-    data = distributed.together(load)
-    files = [records for records in (data.train, data.val) if records]
-    sums = {f"the sha256 of {records.path}": records.sha256[:12] for records in files}
-    distributed.require_same(sums)
-    return data
-
-
-def make_curriculum(config: Config):
-    """The schedule that the configuration describes."""
-    from curriculum import Curriculum
-
-    return Curriculum(
-        method=config.method,
-        c_thought=config.c_thought,
-        epochs_per_stage=config.epochs_per_stage,
-        max_latent_stage=config.max_latent_stage,
-        pad_latent_to_max=config.pad_latent_to_max,
-        enabled=config.curriculum,
-    )
-
-
-def check_fit(config: Config, data: Data, stages: set[int], outline):
-    """Refuse data with tokens that the model lacks, or too long for it.
-
-    stages: those that all records come to; what a training record can draw is looked at as well.
-    """
-    import numpy as np
-
-    from dataset import StagedRecords, check_lengths, check_vocabulary
-
-    for records in filter(None, (data.train, data.val)):
-        check_vocabulary(records, outline.vocab_size)
-    max_positions = outline.max_positions
-    curriculum = make_curriculum(config)
-    for stage in sorted(stages):
-        for records in filter(None, (data.train, data.val)):
-            staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
-            check_lengths(staged, max_positions)
-            if records is data.val:
-                check_lengths(staged, max_positions, config.max_new_tokens)
-    if data.train and config.uniform_prob > 0:
-        # What a record draws lies between 0 and its number of steps.
-        num_steps = data.train.num_steps
-        for stage in range(min(int(num_steps.max()), curriculum.last_stage) + 1):
-            drawn = StagedRecords.of(data.train, curriculum, np.minimum(stage, num_steps))
-            check_lengths(drawn, max_positions)
-
-
-def acting_stages(config: Config) -> set[int]:
-    """The stages of a training run's epochs."""
-    curriculum = make_curriculum(config)
-    first, last = (curriculum.stage(epoch) for epoch in (config.resume, config.num_epochs - 1))
-    return set(range(first, last + 1))
-
-
-def make_model(config: Config, notify=say):
+def make_model(config: Config, notify: Callable[[str], None]):
     """(Coconut module on the CPU, tokenizer), seeded; `share_model` is what is left to do."""
     import torch
 
@@ -283,6 +197,7 @@ def make_model(config: Config, notify=say):
 def share_model(config: Config, model):
     """`model` on this rank's device, wrapped for the ranks; every rank must call."""
     import distributed
+    from distributed import say
 
     num_parameters = sum(p.numel() for p in model.parameters())
     parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
@@ -292,75 +207,13 @@ def share_model(config: Config, model):
     return distributed.parallelize(model, parallel, model.blocks, config.bf16)
 
 
-@dataclass
-class Prepared:
-    """What is known of a run before its model is built; everything in it was checked.
-
-    config: with what a checkpoint or a state has the say in.
-    model_config: the same, but says where the model comes from now.
-    evaluated: (stage, epoch) of the weights of only_eval, else None.
-    """
-
-    config: Config
-    model_config: Config
-    data: Data
-    outline: object
-    evaluated: tuple[int, int] | None
-
-
-def newest_state(config: Config):
-    """The training state that a run goes on from, the same on all ranks; None where it begins."""
-    import checkpoint
-    import distributed
-
-    if config.debug or config.only_eval:
-        return None
-    state = distributed.together(lambda: checkpoint.newest_state(config.run_dir, say))
-    distributed.require_same({f"newest state of {config.run_dir}": state and state.folder.name})
-    return state
-
-
-def prepare(config: Config, state) -> Prepared:
-    """Read and check all but the weights; every rank must call.
-
-    Raises: UserError for what can be known to be wrong before a model loads.
-    """
-    import distributed
-    from backbone import model_outline
-    from progress import check_progress, check_trajectory, restore_origin, trajectory
-    from settings import read_checkpoint_settings, reconcile, weights_path
-
-    evaluated = None
-    if state is None:
-        path = weights_path(config)
-        stored = distributed.together(lambda: read_checkpoint_settings(path))
-        config = model_config = reconcile(config, stored)
-        if config.only_eval:
-            evaluated = evaluated_stage(config, stored)
-        elif config.resume and not config.load_model_path and not stored:
-            say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
-    else:
-        check_progress(state)
-        config = reconcile(config, state.progress["settings"], continuing=True)
-        say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
-        config = restore_origin(config, state, say)
-        source = {"model_id": str(state.folder), "load_model_path": None, "from_scratch": True}
-        model_config = config.model_copy(update=source)
-    data = load_data(model_config)
-    if state is not None:
-        check_trajectory(state, trajectory(config, data.train, data.val), config, say)
-    outline = distributed.together(lambda: model_outline(model_config, data.tokenizer))
-    stages = {evaluated[0]} if evaluated else acting_stages(config)
-    check_fit(config, data, stages, outline)
-    return Prepared(config, model_config, data, outline, evaluated)
-
-
 def train(config: Config) -> None:
     """Train from the beginning, or go on from the newest training state of the run directory."""
     import checkpoint
     import distributed
+    from distributed import say
+    from preparation import newest_state, prepare
 
-    config.accumulation_steps(distributed.world_size())  # refuses what cannot be divided
     with contextlib.ExitStack() as held:
 
         def take_run_dir() -> None:
@@ -376,10 +229,12 @@ def train(config: Config) -> None:
         train_from(prepare(config, state), state)
 
 
-def train_from(prepared: Prepared, state) -> None:
+def train_from(prepared, state) -> None:
     """Build the model and run the training, from `state` where there is one."""
     import checkpoint
     import distributed
+    from distributed import say
+    from preparation import make_curriculum
     from settings import checkpoint_settings
     from tracking import Tracker
     from training import Trainer
@@ -428,6 +283,7 @@ def train_from(prepared: Prepared, state) -> None:
 def tell_strangers(config: Config) -> None:
     """Name what lies in the run directory and is not ours."""
     import checkpoint
+    from distributed import say
 
     strangers = checkpoint.foreign_files(config.run_dir)
     if strangers:
@@ -436,6 +292,7 @@ def tell_strangers(config: Config) -> None:
 
 def write_config(config: Config, folder: Path) -> None:
     """Write the resolved configuration into `folder`; tell what changed in it."""
+    from distributed import say
     from utils import atomic_write_text
 
     path, text = folder / "config.yaml", dump_config(config)
@@ -447,78 +304,69 @@ def write_config(config: Config, folder: Path) -> None:
     atomic_write_text(path, text)
 
 
-def evaluated_stage(config: Config, settings: dict | None) -> tuple[int, int]:
-    """(stage, epoch) of the weights: what their checkpoint records, else what `resume` says."""
-    stage = make_curriculum(config).stage(config.resume)
-    if settings is None:
-        return stage, config.resume
-    if "resume" in config.model_fields_set and stage != settings["stage"]:
-        say(
-            f"resume: {config.resume} implies stage {stage}, but {config.load_model_path} was"
-            f" trained to stage {settings['stage']}, which is used"
-        )
-    return settings["stage"], settings["epoch"]
-
-
 def evaluate_only(config: Config) -> None:
     """Evaluate load_model_path on val_path at the stage it was trained to."""
     import checkpoint
     import distributed
+    from distributed import say
     from evaluation import describe, evaluate, write_predictions
+    from preparation import check_place, evaluation_folder, make_curriculum, prepare
     from tracking import Tracker
 
+    check_place(config)
     prepared = prepare(config, None)
     config, (stage, epoch) = prepared.config, prepared.evaluated
-    model, tokenizer = distributed.together(lambda: make_model(config))
+    model, tokenizer = distributed.together(lambda: make_model(config, say))
     model = share_model(config, model)
-    folder = None
-    if not config.debug:
-        source = Path(config.load_model_path)
-        folder = config.run_dir / f"eval_{Path(config.val_path).stem}_{source.name}"
-        checkpoint.refuse_link(config.run_dir)
-        distributed.together(lambda: distributed.is_main() and checkpoint.make_writable(folder))
-    with checkpoint.writing(folder or config.run_dir, "config.yaml or metrics.jsonl"):
-        tracker = Tracker(
-            folder,
-            config.model_dump(),
-            config.project,
-            f"{config.name}-eval",
-            "disabled" if config.debug else config.wandb,
-            distributed.is_main(),
-        )
-        if folder is not None and distributed.is_main():
-            write_config(config, folder)
-        tracker.truncate(0, epoch)
-    outcome = evaluate(
-        distributed.unwrap(model),
-        tokenizer,
-        prepared.data.val,
-        make_curriculum(config),
-        stage,
-        batch_size=config.batch_size_eval or config.batch_size_training,
-        max_new_tokens=config.max_new_tokens,
-        bf16=config.bf16,
-        num_workers=config.num_workers,
-        progress=tracker.progress,
-    )
-    figures = outcome.figures
-    named = {f"eval/{name}": value for name, value in figures.items()}
-    with checkpoint.writing(folder or config.run_dir, "the evaluation"):
-        tracker.log(named | {"eval/epoch": epoch}, step=0)
-        if outcome.predictions is not None and folder is not None:
-            write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)
-    what = f"{config.load_model_path} on {config.val_path}, stage {stage}"
-    tracker.message(f"{what}\n{describe(figures)}")
+    folder = None if config.debug else evaluation_folder(config)
     if folder is not None:
-        tracker.message(f"predictions and figures are in {folder}")
-    tracker.close()
+        distributed.together(lambda: distributed.is_main() and checkpoint.make_writable(folder))
+    tracker = Tracker(
+        folder,
+        config.model_dump(),
+        config.project,
+        f"{config.name}-eval",
+        "disabled" if config.debug else config.wandb,
+        distributed.is_main(),
+    )
+    with contextlib.closing(tracker):
+        outcome = evaluate(
+            distributed.unwrap(model),
+            tokenizer,
+            prepared.data.val,
+            make_curriculum(config),
+            stage,
+            batch_size=config.batch_size_eval or config.batch_size_training,
+            max_new_tokens=config.max_new_tokens,
+            bf16=config.bf16,
+            num_workers=config.num_workers,
+            progress=tracker.progress,
+        )
+        figures = outcome.figures
+        named = {f"eval/{name}": value for name, value in figures.items()}
+        # All at once, so that what an interruption leaves is of the same weights.
+        with checkpoint.writing(folder or config.run_dir, "the evaluation"):
+            if folder is not None and distributed.is_main():
+                write_config(config.model_copy(update={"resume": epoch}), folder)
+            tracker.truncate(0, epoch)
+            tracker.log(named | {"eval/epoch": epoch}, step=0)
+            if outcome.predictions is not None and folder is not None:
+                write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)
+        what = f"{config.load_model_path} on {config.val_path}, stage {stage}"
+        tracker.message(f"{what}\n{describe(figures)}")
+        if folder is not None:
+            tracker.message(f"predictions and figures are in {folder}")
 
 
 def dry_run(config: Config) -> None:
     """Show the resolved configuration, the schedule and the sizes; train nothing, write nothing."""
     import distributed
+    from distributed import say
+    from preparation import check_place, newest_state, prepare
 
-    prepared = prepare(config, newest_state(config))
+    check_place(config)
+    state = newest_state(config)
+    prepared = prepare(config, state)
     config, data = prepared.config, prepared.data
     say(dump_config(config))
     if prepared.evaluated is not None:
@@ -527,7 +375,7 @@ def dry_run(config: Config) -> None:
         steps = config.accumulation_steps(distributed.world_size())
         effective = config.records_per_step(distributed.world_size())
         per_epoch = -(-len(data.train) // effective)
-        epochs = config.num_epochs - config.resume
+        epochs = max(config.num_epochs - config.resume, 0)
         say(schedule_table(config, data.train))
         say(
             f"examples            {len(data.train)} training, {len(data.val)} validation\n"
@@ -535,6 +383,9 @@ def dry_run(config: Config) -> None:
             f" accumulation x {distributed.world_size()} processes\n"
             f"optimizer steps     {per_epoch} an epoch, {per_epoch * epochs} in all"
         )
+        if state is not None:
+            done = state.progress["position"]
+            say(f"done                {done['epoch']} epochs, {done['optimizer_step']} steps")
     say(f"parameters          {prepared.outline.num_parameters:,}")
     say("dry run: nothing trained or written")
 
@@ -546,6 +397,7 @@ def schedule_table(config: Config, records) -> str:
     import numpy as np
 
     from dataset import StagedRecords
+    from preparation import make_curriculum
 
     curriculum = make_curriculum(config)
     lines = [f"{'epochs':>9}  {'stage':>5}  {'latents':>16}  {'steps kept':>16}"]

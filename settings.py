@@ -18,7 +18,7 @@ from utils import END_LATENT, LATENT, START_LATENT, UserError
 SETTINGS_NAME = "coconut.json"
 WINDOW_FIELDS = ("latent_window_size", "latent_weights", "window_scope")
 # What `resume` needs to name the stage that weights without a record are evaluated at.
-STAGE_FIELDS = ("c_thought", "epochs_per_stage", "max_latent_stage", "resume")
+STAGE_FIELDS = ("epochs_per_stage", "max_latent_stage", "resume")
 THOUGHT_FIELDS = (*WINDOW_FIELDS, "thought", "c_thought")
 
 
@@ -169,10 +169,9 @@ def require_settings(config: Config) -> None:
 
     That is the window of Coconut's, and in evaluation what names the stage.
     """
-    is_coconut = config.method == "coconut"
-    needed = WINDOW_FIELDS if is_coconut else ()
-    if config.only_eval:
-        needed += STAGE_FIELDS if is_coconut else STAGE_FIELDS[1:]
+    needed = STAGE_FIELDS if config.only_eval else ()
+    if config.method == "coconut":
+        needed = (*WINDOW_FIELDS, "c_thought", *needed) if config.only_eval else WINDOW_FIELDS
     missing = [field for field in needed if field not in config.model_fields_set]
     if missing:
         raise UserError(

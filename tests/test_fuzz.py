@@ -30,6 +30,7 @@ import run
 from backbone import build_coconut, load_backbone, load_tokenizer, model_outline
 from config import Config, ConfigError, dump_config, load_config
 from dataset import read_records, tokenize_records
+from preparation import Data, check_fit
 from progress import check_progress
 from settings import read_checkpoint_settings, reconcile
 from utils import UserError
@@ -265,7 +266,7 @@ def check_weights(experiment, *names):
         texts = read_records(reconciled.val_path)
         records = tokenize_records(texts, tokenizer, reconciled.val_path)
         outline = model_outline(reconciled, tokenizer)
-        run.check_fit(reconciled, run.Data(tokenizer, None, records), {0}, outline)
+        check_fit(reconciled, Data(tokenizer, None, records), {0}, outline)
         build_coconut(reconciled, load_backbone(reconciled, lambda text: None))
 
     before = tree(experiment.folder.parent)

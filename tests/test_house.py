@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "checkpoint": {"distributed", "utils"},
     "evaluation": {"coconut", "curriculum", "dataset", "metrics", "distributed", "utils"},
     "progress": {"checkpoint", "config", "dataset", "distributed", "settings", "tracking", "utils"},
-    "training": set(ROOMS) - {"run", "training"},
+    "preparation": set(ROOMS) - {"evaluation", "preparation", "run", "tracking", "training"},
+    "training": set(ROOMS) - {"preparation", "run", "training"},
     "run": set(ROOMS) - {"run"},
 }
 

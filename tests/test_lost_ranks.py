@@ -63,6 +63,25 @@ def test_a_rank_that_is_lost_is_named_by_those_that_wait_for_it(tmp_path, action
     assert ("ValueError: of my own" in ranks.output(1)) is (action is fail)
 
 
+def run_out_of_memory_on_rank_1():
+    def run_out():
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    distributed.REPORT_TIMEOUT_S = 1.0
+    at_call(1, "evaluation:Decoder.predict", run_out)
+
+
+def test_a_rank_other_than_the_first_tells_itself_that_its_memory_ran_out(tmp_path):
+    experiment = Experiment(tmp_path, num_epochs=1)
+    ranks = Ranks(2, tmp_path, [[str(experiment.yaml)]], run_out_of_memory_on_rank_1)
+    assert ranks.wait() == [run.EXIT_FAILED] * 2
+    words = "rank 1: out of memory after optimizer step 3 (epoch 0) (CUDA out of memory. Tried to"
+    (line,) = [line for line in ranks.output(1).splitlines() if "out of memory" in line]
+    assert line.startswith(words) and "a smaller batch_size_eval or max_new_tokens" in line
+    assert "Traceback" not in ranks.output(1)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_three_ranks_that_are_killed_go_on_bit_for_bit(tmp_path, kind):
     """A sum over three ranks, unlike one over two, depends on its order."""

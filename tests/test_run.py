@@ -259,9 +259,21 @@ def test_dry_run_knows_of_a_run_that_would_go_on(coconut, capsys):
     assert coconut.main("--dry-run", "num_epochs=5") == 0
     shown = capsys.readouterr().out
     assert "continuing from " in shown and "dry run: nothing trained or written" in shown
+    assert "done                3 epochs, 10 steps" in shown
     words = ["this run began with seed=0, now it is 7"]
     assert_refused(capsys, coconut, "--dry-run", "seed=7", words=words)
     assert tree(coconut.folder) == before
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_stands_in_the_way_of_a_run_is_refused_dry_or_not(tmp_path, capsys, coconut, dry):
+    words = ["save_path: ", "cannot be written (File name too long)"]
+    (tmp_path / "exps").mkdir()
+    assert_refused(capsys, Experiment(tmp_path), *dry, "name=" + "n" * 300, words=words)
+    shutil.copytree(coconut.folder / "exps", tmp_path / "exps", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "exps" / "run" / "resume")
+    words = ["holds checkpoints of an earlier run but no training state"]
+    assert_refused(capsys, Experiment(tmp_path), *dry, words=words)
 
 
 RANGES = ("1-1", "2-3", "4-5", "6-8")
@@ -306,7 +318,7 @@ def test_an_interrupt_while_loading_ends_cleanly(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(run, "load_config", interrupt)
         assert experiment.main() == run.EXIT_INTERRUPTED
-    monkeypatch.setattr(run, "load_data", interrupt)
+    monkeypatch.setattr("preparation.load_data", interrupt)
     assert experiment.main() == run.EXIT_INTERRUPTED
     assert "interrupted; the same command continues" in capsys.readouterr().err
     assert not experiment.run_dir.exists()
@@ -373,15 +385,40 @@ def test_only_eval_tells_when_resume_implies_another_stage(coconut, tmp_path, ca
     assert "implies" not in capsys.readouterr().out
 
 
-def test_an_evaluation_that_replaces_that_of_other_weights_says_so(coconut, tmp_path, capsys):
+def test_an_evaluation_that_replaces_that_of_other_weights_says_so(
+    coconut, tmp_path, monkeypatch, capsys
+):
     evaluation = evaluation_of(coconut, tmp_path)
     assert evaluation.main() == 0 and evaluation.main() == 0
     assert "changed since the last start" not in capsys.readouterr().out
     copy = tmp_path / "other" / "checkpoint_3"
     shutil.copytree(coconut.run_dir / "checkpoint_3", copy)
+    folder = tmp_path / "exps" / "run" / "eval_val_checkpoint_3"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "predict", interrupt)
+        assert evaluation.change(load_model_path=copy).main() == run.EXIT_INTERRUPTED
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
     assert evaluation.change(load_model_path=copy).main() == 0
     shown = capsys.readouterr().out
     assert "eval_val_checkpoint_3/config.yaml: changed since the last start: load_mo" in shown
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_the_configuration_that_an_evaluation_wrote_repeats_it(coconut, tmp_path, capsys):
+    evaluation = evaluation_of(coconut, tmp_path)
+    assert evaluation.main() == 0
+    folder = tmp_path / "exps" / "run" / "eval_val_checkpoint_3"
+    figures = evaluation.metrics("eval_val_checkpoint_3/metrics.jsonl")
+    capsys.readouterr()
+    assert run.main([str(folder / "config.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "implies" not in shown and "changed" not in shown
+    assert evaluation.metrics("eval_val_checkpoint_3/metrics.jsonl") == figures
 
 
 def test_a_full_disk_ends_an_evaluation_with_one_message(coconut, tmp_path, monkeypatch, capsys):
@@ -393,7 +430,7 @@ def test_a_full_disk_ends_an_evaluation_with_one_message(coconut, tmp_path, monk
     monkeypatch.setattr("utils.atomic_write_text", fail)
     assert evaluation.main() == run.EXIT_FAILED
     (line,) = capsys.readouterr().err.splitlines()
-    assert "config.yaml or metrics.jsonl could not be written (No space left on device)" in line
+    assert "the evaluation could not be written (No space left on device)" in line
 
 
 def test_memory_that_runs_out_in_an_evaluation_is_told_with_the_fix(
@@ -405,7 +442,8 @@ def test_memory_that_runs_out_in_an_evaluation_is_told_with_the_fix(
     monkeypatch.setattr(Decoder, "predict", fail)
     assert evaluation_of(coconut, tmp_path).main() == run.EXIT_FAILED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("out of memory: ") and "a smaller batch_size_eval" in line
+    assert line.startswith("rank 0: out of memory (CUDA out of memory); training needs less with")
+    assert line.endswith("evaluation with a smaller batch_size_eval or max_new_tokens")
 
 
 def test_weights_of_a_staged_method_without_a_record_need_their_schedule(tmp_path, capsys):
@@ -417,6 +455,7 @@ def test_weights_of_a_staged_method_without_a_record_need_their_schedule(tmp_pat
     evaluation.change(coconut=None, no_thoughts=True, resume=1, val_path=experiment.val)
     words = "these weights record no settings; write epochs_per_stage, max_latent_stage out"
     assert_refused(capsys, evaluation, words=[words])
+    assert_refused(capsys, evaluation, "--dry-run", words=[words])
     assert evaluation.main("epochs_per_stage=1", "max_latent_stage=2") == 0
 
 

@@ -1,0 +1,195 @@
+"""What is read and checked of a run before its model is built: settings, data, place and fit.
+
+Every mistake that can be known without the weights ends here, as a UserError on all ranks. What a
+run then does with it stands in run.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+import checkpoint
+import distributed
+from backbone import ModelOutline, load_tokenizer, model_outline
+from config import Config
+from curriculum import Curriculum
+from dataset import (
+    StagedRecords,
+    TokenizedRecords,
+    check_lengths,
+    check_vocabulary,
+    read_records,
+    tokenize_records,
+)
+from distributed import say
+from progress import check_progress, check_trajectory, restore_origin, trajectory
+from settings import read_checkpoint_settings, reconcile, require_settings, weights_path
+
+DEBUG_TRAIN_RECORDS = 5000
+DEBUG_VAL_RECORDS = 32
+
+
+@dataclass
+class Data:
+    """Tokenizer and tokenised records; `train` is None in evaluation."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenizedRecords | None
+    val: TokenizedRecords
+
+
+@dataclass
+class Prepared:
+    """What is known of a run before its model is built; everything in it was checked.
+
+    config: with what a checkpoint or a state has the say in.
+    model_config: the same, but says where the model comes from now.
+    evaluated: (stage, epoch) of the weights of only_eval, else None.
+    """
+
+    config: Config
+    model_config: Config
+    data: Data
+    outline: ModelOutline
+    evaluated: tuple[int, int] | None
+
+
+def prepare(config: Config, state: checkpoint.TrainingState | None) -> Prepared:
+    """Read and check all but the weights; every rank must call.
+
+    Raises: UserError for what can be known to be wrong before a model loads.
+    """
+    evaluated = None
+    if state is None:
+        path = weights_path(config)
+        stored = distributed.together(lambda: read_checkpoint_settings(path))
+        config = model_config = reconcile(config, stored)
+        if config.only_eval:
+            evaluated = evaluated_stage(config, stored)
+        elif config.resume and not config.load_model_path and not stored:
+            say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
+    else:
+        check_progress(state)
+        config = reconcile(config, state.progress["settings"], continuing=True)
+        say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
+        config = restore_origin(config, state, say)
+        source = {"model_id": str(state.folder), "load_model_path": None, "from_scratch": True}
+        model_config = config.model_copy(update=source)
+    data = load_data(model_config)
+    if state is not None:
+        check_trajectory(state, trajectory(config, data.train, data.val), config, say)
+    outline = distributed.together(lambda: model_outline(model_config, data.tokenizer))
+    stages = {evaluated[0]} if evaluated else acting_stages(config)
+    check_fit(config, data, stages, outline)
+    return Prepared(config, model_config, data, outline, evaluated)
+
+
+def newest_state(config: Config) -> checkpoint.TrainingState | None:
+    """The training state that a run goes on from, the same on all ranks; None where it begins."""
+    if config.debug or config.only_eval:
+        return None
+    state = distributed.together(lambda: checkpoint.newest_state(config.run_dir, say))
+    distributed.require_same({f"newest state of {config.run_dir}": state and state.folder.name})
+    return state
+
+
+def load_data(config: Config) -> Data:
+    """Read, check and tokenise the records of a run, the same on every rank; texts first, so that
+    errors come early."""
+    limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS) if config.debug else (None, None)
+
+    def load() -> Data:
+        train_texts = None
+        if not config.only_eval:
+            train_texts = read_records(config.train_path, limits[0], say)
+        val_texts = read_records(config.val_path, limits[1], say)
+        tokenizer = load_tokenizer(config)
+        train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
+        return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
+
+    data = distributed.together(load)
+    files = [records for records in (data.train, data.val) if records]
+    sums = {f"the sha256 of {records.path}": records.sha256[:12] for records in files}
+    distributed.require_same(sums)
+    return data
+
+
+def make_curriculum(config: Config) -> Curriculum:
+    """The schedule that the configuration describes."""
+    return Curriculum(
+        method=config.method,
+        c_thought=config.c_thought,
+        epochs_per_stage=config.epochs_per_stage,
+        max_latent_stage=config.max_latent_stage,
+        pad_latent_to_max=config.pad_latent_to_max,
+        enabled=config.curriculum,
+    )
+
+
+def check_fit(config: Config, data: Data, stages: set[int], outline: ModelOutline) -> None:
+    """Refuse data with tokens that the model lacks, or too long for it.
+
+    stages: those that all records come to; what a training record can draw is looked at as well.
+    """
+    for records in filter(None, (data.train, data.val)):
+        check_vocabulary(records, outline.vocab_size)
+    max_positions = outline.max_positions
+    curriculum = make_curriculum(config)
+    for stage in sorted(stages):
+        for records in filter(None, (data.train, data.val)):
+            staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
+            check_lengths(staged, max_positions)
+            if records is data.val:
+                check_lengths(staged, max_positions, config.max_new_tokens)
+    if data.train and config.uniform_prob > 0:
+        # What a record draws lies between 0 and its number of steps.
+        num_steps = data.train.num_steps
+        for stage in range(min(int(num_steps.max()), curriculum.last_stage) + 1):
+            drawn = StagedRecords.of(data.train, curriculum, np.minimum(stage, num_steps))
+            check_lengths(drawn, max_positions)
+
+
+def acting_stages(config: Config) -> set[int]:
+    """The stages of a training run's epochs."""
+    curriculum = make_curriculum(config)
+    first, last = (curriculum.stage(epoch) for epoch in (config.resume, config.num_epochs - 1))
+    return set(range(first, last + 1))
+
+
+def evaluated_stage(config: Config, settings: dict | None) -> tuple[int, int]:
+    """(stage, epoch) of the weights: what their checkpoint records, else what `resume` says."""
+    stage = make_curriculum(config).stage(config.resume)
+    if settings is None:
+        if config.method == "no_thoughts":
+            require_settings(config)
+        return stage, config.resume
+    if "resume" in config.model_fields_set and stage != settings["stage"]:
+        say(
+            f"resume: {config.resume} implies stage {stage}, but {config.load_model_path} was"
+            f" trained to stage {settings['stage']}, which is used"
+        )
+    return settings["stage"], settings["epoch"]
+
+
+def evaluation_folder(config: Config) -> Path:
+    """Where only_eval writes."""
+    name = f"eval_{Path(config.val_path).stem}_{Path(config.load_model_path).name}"
+    return config.run_dir / name
+
+
+def check_place(config: Config) -> None:
+    """Refuse what lies in the way of the files of a run; every rank must call. Writes nothing."""
+
+    def check() -> None:
+        if config.debug or not distributed.is_main():
+            return
+        if config.only_eval:
+            checkpoint.refuse_link(config.run_dir)
+            checkpoint.check_writable(evaluation_folder(config))
+        else:
+            checkpoint.check_writable(config.run_dir)
+            checkpoint.refuse_obstacles(config.run_dir)
+
+    distributed.together(check)
