@@ -207,6 +207,7 @@ def check_writable(folder: Path) -> None:
         with suppress(FileNotFoundError):
             os.stat(folder)
         reason = None if os.access(innermost, os.W_OK) else "no permission or mounted read-only"
+        reason = reason if os.path.isdir(innermost) else "Not a directory"
     except OSError as error:
         reason = error.strerror
     if reason:

@@ -25,7 +25,13 @@ from dataset import (
 )
 from distributed import say
 from progress import check_progress, check_trajectory, restore_origin, trajectory
-from settings import read_checkpoint_settings, reconcile, require_settings, weights_path
+from settings import (
+    SETTINGS_NAME,
+    read_checkpoint_settings,
+    reconcile,
+    require_settings,
+    weights_path,
+)
 
 DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32
@@ -65,6 +71,7 @@ def prepare(config: Config, state: checkpoint.TrainingState | None) -> Prepared:
     if state is None:
         path = weights_path(config)
         stored = distributed.together(lambda: read_checkpoint_settings(path))
+        distributed.require_same({f"{SETTINGS_NAME} of {path}": stored})
         config = model_config = reconcile(config, stored)
         if config.only_eval:
             evaluated = evaluated_stage(config, stored)

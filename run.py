@@ -129,12 +129,13 @@ def tell_end(error: BaseException, config: Config, complain: Callable) -> int | 
             return status
     if isinstance(error, torch.OutOfMemoryError):
         where = " ".join(["out of memory", *getattr(error, "__notes__", [])])
+        cause = (str(error) or "no more is known").splitlines()[0]
         # On the rank that it happens to, which need not be the first.
         with contextlib.suppress(OSError):
             print(
-                f"rank {distributed.rank()}: {where} ({str(error).splitlines()[0]}); training needs"
-                " less with a smaller batch_size_training or parallel: fsdp, evaluation with a"
-                f" smaller batch_size_eval or max_new_tokens{continues}",
+                f"rank {distributed.rank()}: {where} ({cause}); training needs less with a smaller"
+                " batch_size_training or parallel: fsdp, evaluation with a smaller batch_size_eval"
+                f" or max_new_tokens{continues}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -212,7 +213,6 @@ def train(config: Config) -> None:
     import checkpoint
     import distributed
     from distributed import say
-    from preparation import newest_state, prepare
 
     with contextlib.ExitStack() as held:
 
@@ -225,6 +225,9 @@ def train(config: Config) -> None:
                 checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)
 
         distributed.together(take_run_dir)
+        # It takes seconds to import, and the directory may be refused.
+        from preparation import newest_state, prepare
+
         state = newest_state(config)
         train_from(prepare(config, state), state)
 
@@ -321,14 +324,15 @@ def evaluate_only(config: Config) -> None:
     folder = None if config.debug else evaluation_folder(config)
     if folder is not None:
         distributed.together(lambda: distributed.is_main() and checkpoint.make_writable(folder))
-    tracker = Tracker(
-        folder,
-        config.model_dump(),
-        config.project,
-        f"{config.name}-eval",
-        "disabled" if config.debug else config.wandb,
-        distributed.is_main(),
-    )
+    with checkpoint.writing(folder or config.run_dir, "metrics.jsonl"):
+        tracker = Tracker(
+            folder,
+            config.model_dump(),
+            config.project,
+            f"{config.name}-eval",
+            "disabled" if config.debug else config.wandb,
+            distributed.is_main(),
+        )
     with contextlib.closing(tracker):
         outcome = evaluate(
             distributed.unwrap(model),
@@ -344,14 +348,14 @@ def evaluate_only(config: Config) -> None:
         )
         figures = outcome.figures
         named = {f"eval/{name}": value for name, value in figures.items()}
-        # All at once, so that what an interruption leaves is of the same weights.
+        # Only now, and the largest first: what an interruption leaves is of the same weights.
         with checkpoint.writing(folder or config.run_dir, "the evaluation"):
-            if folder is not None and distributed.is_main():
-                write_config(config.model_copy(update={"resume": epoch}), folder)
-            tracker.truncate(0, epoch)
-            tracker.log(named | {"eval/epoch": epoch}, step=0)
             if outcome.predictions is not None and folder is not None:
                 write_predictions(folder / f"predictions_{epoch}.jsonl", outcome.predictions)
+            tracker.truncate(0, epoch)
+            tracker.log(named | {"eval/epoch": epoch}, step=0)
+            if folder is not None and distributed.is_main():
+                write_config(config.model_copy(update={"resume": epoch}), folder)
         what = f"{config.load_model_path} on {config.val_path}, stage {stage}"
         tracker.message(f"{what}\n{describe(figures)}")
         if folder is not None:
@@ -385,7 +389,7 @@ def dry_run(config: Config) -> None:
         )
         if state is not None:
             done = state.progress["position"]
-            say(f"done                {done['epoch']} epochs, {done['optimizer_step']} steps")
+            say(f"goes on             in epoch {done['epoch']}, step {done['optimizer_step']}")
     say(f"parameters          {prepared.outline.num_parameters:,}")
     say("dry run: nothing trained or written")
 

@@ -27,7 +27,7 @@ from coconut import Coconut
 from config import Config, ConfigError, load_config
 from dataset import Collator, SpecialIds, StagedRecords
 from evaluation import evaluate
-from run import load_data, make_curriculum
+from preparation import load_data, make_curriculum
 from settings import read_checkpoint_settings, token_ids
 from utils import UserError
 

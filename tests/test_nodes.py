@@ -173,6 +173,16 @@ def live_apart(folders):
     run.load_config = load_config_there
 
 
+RECORDED = {
+    "format_version": 1, "method": "coconut", "latent_token_id": 39, "start_latent_id": 37,
+    "end_latent_id": 38, "eos_token_id": 0, "latent_window_size": 1, "latent_weights": [1.0],
+    "window_scope": "sequence", "thought": "continuous", "c_thought": 1, "stage": 0, "epoch": 0,
+    "schedule": {
+        "epochs_per_stage": 1, "max_latent_stage": 0, "pad_latent_to_max": True, "curriculum": True,
+    },
+}  # fmt: skip
+
+
 def test_nodes_that_see_different_files_are_refused_on_every_rank(tmp_path):
     shared, other = tmp_path / "shared", tmp_path / "other"
     experiment = Experiment(shared, num_epochs=1, max_latent_stage=0)
@@ -184,10 +194,13 @@ def test_nodes_that_see_different_files_are_refused_on_every_rank(tmp_path):
     (other / "config.yaml").write_text(experiment.yaml.read_text().replace("0.01", "0.02"))
     shutil.copytree(other, tmp_path / "lacking")
     (tmp_path / "lacking" / "val.json").unlink()
+    shutil.copytree(shared, tmp_path / "recorded")
+    (tmp_path / "recorded" / "model" / "coconut.json").write_text(json.dumps(RECORDED))
     runs = [
         (["config.yaml"], other, "rank 1: lr is 0.02 here, 0.01 on rank 0; every machine needs"),
         ([str(experiment.yaml)], other, "rank 1: the sha256 of train.json is "),
         ([str(experiment.yaml)], tmp_path / "lacking", "rank 1: val.json: cannot be read (No such"),
+        (["config.yaml"], tmp_path / "recorded", "rank 1: coconut.json of model is {'format_v"),
         # The same files, but a run directory that the first node alone can see.
         (
             [str(experiment.yaml), "parallel=fsdp"],

@@ -259,7 +259,7 @@ def test_dry_run_knows_of_a_run_that_would_go_on(coconut, capsys):
     assert coconut.main("--dry-run", "num_epochs=5") == 0
     shown = capsys.readouterr().out
     assert "continuing from " in shown and "dry run: nothing trained or written" in shown
-    assert "done                3 epochs, 10 steps" in shown
+    assert "goes on             in epoch 3, step 10" in shown
     words = ["this run began with seed=0, now it is 7"]
     assert_refused(capsys, coconut, "--dry-run", "seed=7", words=words)
     assert tree(coconut.folder) == before
@@ -267,6 +267,10 @@ def test_dry_run_knows_of_a_run_that_would_go_on(coconut, capsys):
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_what_stands_in_the_way_of_a_run_is_refused_dry_or_not(tmp_path, capsys, coconut, dry):
+    (tmp_path / "file").touch()
+    words = ["file cannot be written (Not a directory)"]
+    keys = {"save_path": tmp_path, "name": "file"}
+    assert_refused(capsys, Experiment(tmp_path, **keys), *dry, words=words)
     words = ["save_path: ", "cannot be written (File name too long)"]
     (tmp_path / "exps").mkdir()
     assert_refused(capsys, Experiment(tmp_path), *dry, "name=" + "n" * 300, words=words)
@@ -421,16 +425,23 @@ def test_the_configuration_that_an_evaluation_wrote_repeats_it(coconut, tmp_path
     assert evaluation.metrics("eval_val_checkpoint_3/metrics.jsonl") == figures
 
 
-def test_a_full_disk_ends_an_evaluation_with_one_message(coconut, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("torn, what", [("", "the evaluation"), ("{", "metrics.jsonl")])
+def test_a_full_disk_ends_an_evaluation_with_one_message(
+    coconut, tmp_path, monkeypatch, capsys, torn, what
+):
     evaluation = evaluation_of(coconut, tmp_path)
+    folder = tmp_path / "exps" / "run" / "eval_val_checkpoint_3"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(torn)
 
     def fail(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.atomic_write_text", fail)
+    for module in ("utils", "tracking", "evaluation"):
+        monkeypatch.setattr(f"{module}.atomic_write_text", fail)
     assert evaluation.main() == run.EXIT_FAILED
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the evaluation could not be written (No space left on device)" in line
+    assert f": {what} could not be written (No space left on device)" in line
 
 
 def test_memory_that_runs_out_in_an_evaluation_is_told_with_the_fix(
