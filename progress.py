@@ -92,7 +92,8 @@ def restore_origin(
 ) -> Config:
     """`config` with the first epoch and the source of weights that the run of `state` began with.
 
-    notify: is told of every other value that was written out for another model.
+    notify: is told of each value written out that so has no effect; of resume and load_model_path
+        `prepare` tells always.
     """
     origin = state.progress.get("origin", {}) | {"resume": state.progress["first_epoch"]}
     for name, before in origin.items():
