@@ -6,6 +6,7 @@ at stake. Those are forked from one server that has imported everything once, be
 torch and transformers takes longer than any of these runs.
 """
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -163,9 +164,15 @@ def assert_refused(capsys, experiment, *arguments, words):
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that nobody listens on, below those that Linux hands out to anybody who asks for one.
+
+    Such a one could be gone again when a later run of the same processes comes to it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def use_float64():
