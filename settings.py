@@ -169,9 +169,9 @@ def require_settings(config: Config) -> None:
 
     That is the window of Coconut's, and in evaluation what names the stage.
     """
-    needed = STAGE_FIELDS if config.only_eval else ()
-    if config.method == "coconut":
-        needed = (*WINDOW_FIELDS, "c_thought", *needed) if config.only_eval else WINDOW_FIELDS
+    needed = (*WINDOW_FIELDS, "c_thought") if config.method == "coconut" else ()
+    if config.only_eval:
+        needed += STAGE_FIELDS
     missing = [field for field in needed if field not in config.model_fields_set]
     if missing:
         raise UserError(
