@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 .PHONY: quickstart test torture clean
 
 quickstart: .venv/installed
-	$(PYTHON) -m analysis.quickstart
+	$(PYTHON) -m scripts.quickstart
 
 # Two workers of one thread each: the models are tiny, and threads would only wait for each other.
 test: .venv/installed

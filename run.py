@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from config import Config, ConfigError, dump_config, fields_help, load_config
+from engine.config import Config, ConfigError, dump_config, fields_help, load_config
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Only now what takes seconds to import: a mistake in the file is told at once.
         from transformers.utils import logging as transformers_logging
 
-        import distributed
+        from engine import distributed
 
         # Bars over loading and saving a file would tear the epochs' lines apart.
         transformers_logging.disable_progress_bar()
@@ -98,9 +98,9 @@ def tell_end(error: BaseException, config: Config, complain: Callable) -> int | 
     """Say why the run ends early: the exit status, or None where only a traceback tells more."""
     import torch
 
-    import distributed
-    from checkpoint import WriteFailed
-    from progress import Stopped, TrainingFailed
+    from engine import distributed
+    from engine.checkpoint import WriteFailed
+    from engine.progress import Stopped, TrainingFailed
     from utils import UserError
 
     saves = not (config.only_eval or config.debug)
@@ -151,8 +151,7 @@ def require_shared(run_dir: Path) -> None:
     import socket
     import uuid
 
-    import checkpoint
-    import distributed
+    from engine import checkpoint, distributed
     from utils import UserError
 
     # checkpoint.recover drops such a name, should this start be killed.
@@ -181,8 +180,8 @@ def make_model(config: Config, notify: Callable[[str], None]):
     """(Coconut module on the CPU, tokenizer), seeded; `share_model` is what is left to do."""
     import torch
 
-    import distributed
-    from backbone import build_coconut, load_backbone
+    from engine import distributed
+    from engine.model import build_coconut, load_backbone
     from utils import seed_everything
 
     if config.bf16 and not distributed.computes_bf16_natively():
@@ -197,8 +196,8 @@ def make_model(config: Config, notify: Callable[[str], None]):
 
 def share_model(config: Config, model):
     """`model` on this rank's device, wrapped for the ranks; every rank must call."""
-    import distributed
-    from distributed import say
+    from engine import distributed
+    from engine.distributed import say
 
     num_parameters = sum(p.numel() for p in model.parameters())
     parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
@@ -210,9 +209,8 @@ def share_model(config: Config, model):
 
 def train(config: Config) -> None:
     """Train from the beginning, or go on from the newest training state of the run directory."""
-    import checkpoint
-    import distributed
-    from distributed import say
+    from engine import checkpoint, distributed
+    from engine.distributed import say
 
     with contextlib.ExitStack() as held:
 
@@ -226,7 +224,7 @@ def train(config: Config) -> None:
 
         distributed.together(take_run_dir)
         # It takes seconds to import, and the directory may be refused.
-        from preparation import newest_state, prepare
+        from engine.setup import newest_state, prepare
 
         state = newest_state(config)
         train_from(prepare(config, state), state)
@@ -234,13 +232,12 @@ def train(config: Config) -> None:
 
 def train_from(prepared, state) -> None:
     """Build the model and run the training, from `state` where there is one."""
-    import checkpoint
-    import distributed
-    from distributed import say
-    from preparation import make_curriculum
-    from settings import checkpoint_settings
-    from tracking import Tracker
-    from training import Trainer
+    from engine import checkpoint, distributed
+    from engine.distributed import say
+    from engine.metadata import checkpoint_settings
+    from engine.setup import make_curriculum
+    from engine.tracking import Tracker
+    from engine.trainer import Trainer
 
     config, data, model_config = prepared.config, prepared.data, prepared.model_config
     notify = say if state is None else lambda text: None
@@ -285,8 +282,8 @@ def train_from(prepared, state) -> None:
 
 def tell_strangers(config: Config) -> None:
     """Name what lies in the run directory and is not ours."""
-    import checkpoint
-    from distributed import say
+    from engine import checkpoint
+    from engine.distributed import say
 
     strangers = checkpoint.foreign_files(config.run_dir)
     if strangers:
@@ -295,7 +292,7 @@ def tell_strangers(config: Config) -> None:
 
 def write_config(config: Config, folder: Path) -> None:
     """Write the resolved configuration into `folder`; tell what changed in it."""
-    from distributed import say
+    from engine.distributed import say
     from utils import atomic_write_text
 
     path, text = folder / "config.yaml", dump_config(config)
@@ -309,12 +306,11 @@ def write_config(config: Config, folder: Path) -> None:
 
 def evaluate_only(config: Config) -> None:
     """Evaluate load_model_path on val_path at the stage it was trained to."""
-    import checkpoint
-    import distributed
-    from distributed import say
-    from evaluation import describe, evaluate, write_predictions
-    from preparation import check_place, evaluation_folder, make_curriculum, prepare
-    from tracking import Tracker
+    from engine import checkpoint, distributed
+    from engine.distributed import say
+    from engine.evaluation import describe, evaluate, write_predictions
+    from engine.setup import check_place, evaluation_folder, make_curriculum, prepare
+    from engine.tracking import Tracker
 
     check_place(config)
     prepared = prepare(config, None)
@@ -364,9 +360,9 @@ def evaluate_only(config: Config) -> None:
 
 def dry_run(config: Config) -> None:
     """Show the resolved configuration, the schedule and the sizes; train nothing, write nothing."""
-    import distributed
-    from distributed import say
-    from preparation import check_place, newest_state, prepare
+    from engine import distributed
+    from engine.distributed import say
+    from engine.setup import check_place, newest_state, prepare
 
     check_place(config)
     state = newest_state(config)
@@ -401,7 +397,7 @@ def schedule_table(config: Config, records) -> str:
     import numpy as np
 
     from dataset import StagedRecords
-    from preparation import make_curriculum
+    from engine.setup import make_curriculum
 
     curriculum = make_curriculum(config)
     lines = [f"{'epochs':>9}  {'stage':>5}  {'latents':>16}  {'steps kept':>16}"]

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import distributed
-from backbone import Backbone, load_backbone
 from coconut import Coconut
-from config import Config, ConfigError, load_config
 from dataset import Collator, SpecialIds, StagedRecords
-from evaluation import evaluate
-from preparation import load_data, make_curriculum
-from settings import read_checkpoint_settings, token_ids
+from engine import distributed
+from engine.config import Config, ConfigError, load_config
+from engine.evaluation import evaluate
+from engine.metadata import read_checkpoint_settings, token_ids
+from engine.model import Backbone, load_backbone
+from engine.setup import load_data, make_curriculum
 from utils import UserError
 
 

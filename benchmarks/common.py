@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import distributed
 from benchmarks import environment
+from engine import distributed
 from utils import MARKERS, atomic_write_text
 
 DEFAULT_FOLDER = Path("exps/benchmarks")

@@ -19,12 +19,12 @@ from benchmarks import prototype
 from benchmarks.common import build_tokenizer, published_precision
 from benchmarks.published import Published
 from coconut import Coconut
-from config import Config
 from curriculum import Curriculum
-from evaluation import autocast
-from progress import Requests
-from settings import token_ids
-from training import Trainer
+from engine.config import Config
+from engine.evaluation import autocast
+from engine.metadata import token_ids
+from engine.progress import Requests
+from engine.trainer import Trainer
 
 CONTENDERS = ("published", "prototype", "ours")
 LEARNING_RATE = 1e-4

@@ -43,7 +43,7 @@ from dataset import (
     read_records,
     tokenize_records,
 )
-from training import Trainer
+from engine.trainer import Trainer
 from utils import MARKERS
 
 # (records in a micro-batch, accumulation steps): the paper's effective batch, and a small one.

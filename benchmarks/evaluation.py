@@ -27,7 +27,7 @@ from benchmarks.common import (
     write_report,
 )
 from benchmarks.contenders import wrap
-from evaluation import autocast
+from engine.evaluation import autocast
 
 
 def measure(options: argparse.Namespace) -> list[dict]:

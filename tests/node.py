@@ -18,7 +18,7 @@ from runs import at_call, kill_self, use_float64
 
 import dataset
 import run
-from training import Trainer
+from engine.trainer import Trainer
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGING = {
@@ -91,10 +91,10 @@ def killed_then_stopped(folder):
 
     if killed.exists():
         stop_agent = partial(os.kill, os.getppid(), signal.SIGTERM)
-        at_call(3, "tracking:Tracker.log", stop_agent)
+        at_call(3, "engine.tracking:Tracker.log", stop_agent)
     elif os.environ["RANK"] == "1":
         # Call 6 is the evaluation after five steps.
-        at_call(8, "tracking:Tracker.log", die)
+        at_call(8, "engine.tracking:Tracker.log", die)
 
 
 if __name__ == "__main__":

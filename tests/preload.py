@@ -3,4 +3,4 @@
 import conftest  # noqa: F401
 
 import run  # noqa: F401
-import training  # noqa: F401
+from engine import trainer  # noqa: F401

@@ -25,8 +25,8 @@ from conftest import MODEL_TOKENS, build_tiny_model, build_word_tokenizer
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-import backbone
 import run
+from engine import model as backbone
 
 ROOT = Path(__file__).parents[1]
 PROCESS_TIMEOUT_S = 120

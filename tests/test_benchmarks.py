@@ -22,7 +22,6 @@ from batches import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-import distributed
 from benchmarks import (
     arithmetic,
     breakdown,
@@ -42,6 +41,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.published import Published
 from curriculum import Curriculum
 from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
+from engine import distributed
 
 ROOT = Path(__file__).parent.parent
 NO_EOS = -1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import fields_help, load_config
+from engine.config import fields_help, load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

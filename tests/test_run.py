@@ -16,8 +16,8 @@ from runs import ROOT, Experiment, assert_refused, assert_same_weights, make_rec
 from safetensors.torch import load_file, save_file
 
 import run
-from config import load_config
-from evaluation import Decoder
+from engine.config import load_config
+from engine.evaluation import Decoder
 from utils import MARKERS
 
 # Mistakes in the configuration
@@ -55,7 +55,7 @@ def test_a_bad_override_is_refused(tmp_path, capsys, override, words):
 def test_a_batch_that_the_ranks_cannot_divide_is_refused_before_loading(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("distributed.world_size", lambda: 3)
+    monkeypatch.setattr("engine.distributed.world_size", lambda: 3)
     experiment = Experiment(tmp_path, effective_batch_size=8)
     words = ["effective_batch_size=8 is not a multiple of batch_size_training=4 x 3 processes"]
     assert_refused(capsys, experiment, words=words)
@@ -322,7 +322,7 @@ def test_an_interrupt_while_loading_ends_cleanly(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(run, "load_config", interrupt)
         assert experiment.main() == run.EXIT_INTERRUPTED
-    monkeypatch.setattr("preparation.load_data", interrupt)
+    monkeypatch.setattr("engine.setup.load_data", interrupt)
     assert experiment.main() == run.EXIT_INTERRUPTED
     assert "interrupted; the same command continues" in capsys.readouterr().err
     assert not experiment.run_dir.exists()

@@ -42,10 +42,9 @@ from runs import (  # noqa: E402
     make_records,
 )
 
-import checkpoint  # noqa: E402
-import distributed  # noqa: E402
 import run  # noqa: E402
-import training  # noqa: E402
+from engine import checkpoint, distributed  # noqa: E402
+from engine import trainer as training  # noqa: E402
 
 KEYS = {
     "dropout": 0.1, "uniform_prob": 0.3, "warmup_steps": 3, "lr_scheduler": "cosine",
@@ -106,7 +105,7 @@ class Bench:
         if step not in self.stopped:
             victim = self.victim()
             log = step + (step - 1) // STEPS_AN_EPOCH  # each epoch before logged its evaluation too
-            hook = functools.partial(at_call, log, "tracking:Tracker.log", kill_self)
+            hook = functools.partial(at_call, log, "engine.tracking:Tracker.log", kill_self)
             ends(start(victim, 1, EVERY_STEP, hook=hook), -signal.SIGKILL)
             assert saved_step(victim) == step - 1
             self.stopped[step] = victim
@@ -250,7 +249,7 @@ def at_file_operation(run_dir, number, report):
 
     sys.addaudithook(audit)
     if report:
-        at_call(1, "tracking:Tracker.close", lambda: Path(report).write_text(str(last[0])))
+        at_call(1, "engine.tracking:Tracker.close", lambda: Path(report).write_text(str(last[0])))
 
 
 def phase_kills(bench):
@@ -554,7 +553,7 @@ def two_processes(bench):
     victim = bench.victim()
     here, go = victim.folder / "here", victim.folder / "go"
     wait = functools.partial(touch_and_wait, here, go)
-    first = start(victim, hook=functools.partial(at_call, 5, "training:Trainer._step", wait))
+    first = start(victim, hook=functools.partial(at_call, 5, "engine.trainer:Trainer._step", wait))
     try:
         wait_until(here.exists, "the first process")
         second = Ranks(1, victim.folder / "exps", [[str(victim.yaml)]])
@@ -598,8 +597,8 @@ def clock_set_back(bench):
     victim = bench.victim()
 
     hook = functools.partial(in_turn, [
-        functools.partial(at_call, 5, "training:Trainer._step", set_clock_back),
-        functools.partial(at_call, 9, "training:Trainer._step", kill_self),
+        functools.partial(at_call, 5, "engine.trainer:Trainer._step", set_clock_back),
+        functools.partial(at_call, 9, "engine.trainer:Trainer._step", kill_self),
     ])  # fmt: skip
     ends(start(victim, 1, EVERY_STEP, hook=hook), -signal.SIGKILL)
     for path in victim.states()[-1].rglob("*"):
@@ -658,7 +657,7 @@ def spoilt_gradient(bench):
 def lose_rank(which, step, action):
     """Rank `which` comes to harm before step `step`; the others wait seconds, not half an hour."""
     distributed.COLLECTIVE_TIMEOUT_S, distributed.REPORT_TIMEOUT_S = 15.0, 2.0
-    at_call(step, "training:Trainer._step", lambda: os.environ["RANK"] == str(which) and action())
+    at_call(step, "engine.trainer:Trainer._step", lambda: os.environ["RANK"] == str(which) and action())
 
 
 def freeze_self():

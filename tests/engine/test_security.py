@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from test_house import SOURCES, parse
 
 import run
-import tracking
 from dataset import tokenize_records
+from engine import tracking
 from utils import sha256_file
 
 
@@ -131,7 +131,7 @@ def test_every_hugging_face_load_declines_code():
         for name, options in calls(source)
         if name.endswith(".from_pretrained")
     ]
-    assert {source for source, _ in loads} >= {"sources.py", "backbone.py"}
+    assert {source for source, _ in loads} >= {"engine/weights.py", "engine/model.py"}
     for source, options in loads:
         assert options.get("trust_remote_code") == "False", source
 
@@ -278,7 +278,7 @@ def state_folder(experiment):
 
 def mend_sums(folder):
     """Let the sums of a training state be those of its files as they are now."""
-    from checkpoint import _sum_of
+    from engine.checkpoint import _sum_of
 
     stored = json.loads((folder / "state.json").read_text())["content"]
     stored["sha256"] = {name: sha256_file(folder / name) for name in stored["sha256"]}

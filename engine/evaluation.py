@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import distributed
-import metrics
 from coconut import Coconut
 from curriculum import Curriculum
 from dataset import (
@@ -28,6 +26,7 @@ from dataset import (
     batch_loader,
     micro_batches,
 )
+from engine import distributed, metrics
 from utils import atomic_write_text
 
 

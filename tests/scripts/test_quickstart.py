@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run
 from analysis import learning_curve, quickstart, thoughts
 from assets import draw_method, make_quickstart_model
-from config import load_config
-from metrics import extract_answer
+from engine.config import load_config
+from engine.metrics import extract_answer
 from preprocessing import arithmetic
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL_FOLDER = ROOT / "assets" / "quickstart-model"
 
 

@@ -21,14 +21,14 @@ from runs import (
     kill_self,
 )
 
-import distributed
 import run
+from engine import distributed
 
 
 def short_of_patience(action=None):
     """Wait seconds, not half an hour; rank 1 runs `action` before its third step."""
     distributed.COLLECTIVE_TIMEOUT_S, distributed.REPORT_TIMEOUT_S = 5.0, 1.0
-    at_call(3, "training:Trainer._step", lambda: os.environ["RANK"] == "1" and action())
+    at_call(3, "engine.trainer:Trainer._step", lambda: os.environ["RANK"] == "1" and action())
 
 
 def hang():
@@ -69,7 +69,7 @@ def run_out_of_memory_on_rank_1():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     distributed.REPORT_TIMEOUT_S = 1.0
-    at_call(1, "evaluation:Decoder.predict", run_out)
+    at_call(1, "engine.evaluation:Decoder.predict", run_out)
 
 
 def test_a_rank_other_than_the_first_tells_itself_that_its_memory_ran_out(tmp_path):
@@ -91,7 +91,7 @@ def test_three_ranks_that_are_killed_go_on_bit_for_bit(tmp_path, kind):
     yaml = str(killed.yaml)
     ranks = Ranks(3, tmp_path, [[yaml, "name=straight"]])
     assert ranks.wait() == [0, 0, 0], ranks.output()
-    hook = functools.partial(at_call, 3, "training:Trainer._step", kill_self)
+    hook = functools.partial(at_call, 3, "engine.trainer:Trainer._step", kill_self)
     ranks = Ranks(3, tmp_path, [[yaml, "save_every_minutes=1e-9"]], hook)
     assert ranks.wait() == [-signal.SIGKILL] * 3, ranks.output()
     assert len(killed.losses()) == 2 < len(straight.losses()) / 2

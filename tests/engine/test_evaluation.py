@@ -15,7 +15,7 @@ from runs import make_records
 
 from curriculum import Curriculum
 from dataset import IGNORE_INDEX, Collator, SpecialIds, StagedRecords, tokenize_records
-from evaluation import Decoder, evaluate, summarize, write_predictions
+from engine.evaluation import Decoder, evaluate, summarize, write_predictions
 from utils import MARKERS
 
 NEW_TOKENS = 6

@@ -23,14 +23,14 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from backbone import build_coconut, load_backbone, load_tokenizer, model_outline
-from config import load_config
-from settings import checkpoint_settings
+from engine.config import load_config
+from engine.metadata import checkpoint_settings
+from engine.model import build_coconut, load_backbone, load_tokenizer, model_outline
 from utils import MARKERS, UserError
 
 MODEL_TOKENS = 37
 WINDOW = {"latent_window_size": 1, "latent_weights": [1.0], "window_scope": "sequence"}
-GPT2_TOKENIZER = Path(__file__).parents[2] / "shared" / "models" / "gpt2-tokenizer"
+GPT2_TOKENIZER = Path(__file__).parents[3] / "shared" / "models" / "gpt2-tokenizer"
 
 
 @pytest.fixture

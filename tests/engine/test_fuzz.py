@@ -25,14 +25,14 @@ from runs import TENSORS as STATE_TENSORS
 from safetensors.torch import load_file, save_file
 from test_security import mend_sums, state_folder
 
-import checkpoint
 import run
-from backbone import build_coconut, load_backbone, load_tokenizer, model_outline
-from config import Config, ConfigError, dump_config, load_config
 from dataset import read_records, tokenize_records
-from preparation import Data, check_fit
-from progress import check_progress
-from settings import read_checkpoint_settings, reconcile
+from engine import checkpoint
+from engine.config import Config, ConfigError, dump_config, load_config
+from engine.metadata import read_checkpoint_settings, reconcile
+from engine.model import build_coconut, load_backbone, load_tokenizer, model_outline
+from engine.progress import check_progress
+from engine.setup import Data, check_fit
 from utils import UserError
 
 FUZZ = int(os.environ.get("FUZZ", "0"))

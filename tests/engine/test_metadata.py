@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from config import load_config
-from settings import SETTINGS_NAME, checkpoint_settings, read_checkpoint_settings, reconcile
+from engine.config import load_config
+from engine.metadata import SETTINGS_NAME, checkpoint_settings, read_checkpoint_settings, reconcile
 from utils import MARKERS, UserError
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from config import LEAST_FIRST_WEIGHT, Config, Count, PositiveCount, Stages, Weight
+from engine.config import LEAST_FIRST_WEIGHT, Config, Count, PositiveCount, Stages, Weight
 from utils import END_LATENT, LATENT, START_LATENT, UserError
 
 SETTINGS_NAME = "coconut.json"

@@ -26,7 +26,14 @@ from pydantic import (
     model_validator,
 )
 
-from strict_yaml import UNREADABLE, YamlError, dump_yaml, read_file, read_overrides, scalar_text
+from engine.config_file import (
+    UNREADABLE,
+    YamlError,
+    dump_yaml,
+    read_file,
+    read_overrides,
+    scalar_text,
+)
 
 METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
 

@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# `python scripts/quickstart.py` looks for modules in scripts/ alone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from analysis.learning_curve import Curve, read_curve, save_learning_curve
 from analysis.thoughts import ThoughtReport, examine
-from config import ConfigError, load_config
 from dataset import read_records
+from engine.config import ConfigError, load_config
 from utils import UserError, atomic_write_text
 
 DEFAULT_OUT = Path("exps/quickstart")

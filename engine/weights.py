@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from settings import shorten
+from engine.metadata import shorten
 from utils import UserError
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from config import Config, ConfigError, dump_config, fields_help, load_config
+from engine.config import Config, ConfigError, dump_config, fields_help, load_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(
     path
     for folder in ("args", "cpu_args")
@@ -450,7 +450,8 @@ def test_every_key_is_explained():
 
 
 def test_importing_config_loads_no_torch():
-    code = "import sys, config; print(any(m in sys.modules for m in ('torch', 'wandb', 'scipy')))"
+    heavy = "('torch', 'wandb', 'scipy')"
+    code = f"import sys, engine.config; print(any(m in sys.modules for m in {heavy}))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

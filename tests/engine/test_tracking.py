@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import Experiment
 
-from tracking import Tracker
+from engine.tracking import Tracker
 
 
 class FakeWandb:
@@ -212,7 +212,7 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, fill_disk, c
 
 
 def test_lines_that_can_no_longer_wait_are_counted(tmp_path, fill_disk, capsys, monkeypatch):
-    monkeypatch.setattr("tracking.MAX_WAITING_LINES", 3)
+    monkeypatch.setattr("engine.tracking.MAX_WAITING_LINES", 3)
     tracker = make(tmp_path)
     fill_disk(0)
     for step in range(1, 6):

@@ -33,17 +33,16 @@ from safetensors.torch import load_file
 from torch.distributed import DistError
 from torch.distributed.checkpoint import CheckpointException
 
-import backbone
-import checkpoint
-import evaluation
 import run
-from config import load_config
 from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
-from evaluation import Decoder
-from preparation import make_curriculum
-from settings import checkpoint_settings
-from tracking import Tracker
-from training import Trainer, TrainingFailed, learning_rate
+from engine import checkpoint, evaluation
+from engine import model as backbone
+from engine.config import load_config
+from engine.evaluation import Decoder
+from engine.metadata import checkpoint_settings
+from engine.setup import make_curriculum
+from engine.tracking import Tracker
+from engine.trainer import Trainer, TrainingFailed, learning_rate
 
 FAMILIES = ("gpt2", "llama")
 EXACT = {"rtol": 1e-6, "atol": 1e-8}
@@ -194,7 +193,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypat
     trainer = make_trainer(tmp_path, base, make_records(7), max_grad_norm=1.0)
     before = copy.deepcopy(base.state_dict())
     infinite = torch.tensor(float("inf"))
-    monkeypatch.setattr("distributed.gradient_norm", lambda model: infinite)
+    monkeypatch.setattr("engine.distributed.gradient_norm", lambda model: infinite)
     words = r"gradient norm inf is not finite at optimizer step 0 \(epoch 0\); the weights were not"
     with pytest.raises(TrainingFailed, match=words):
         trainer.run()
@@ -220,7 +219,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_status_1(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_told_though_the_disk_is_full(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("training.atomic_write_text", lambda *_: fail(FULL))
+    monkeypatch.setattr("engine.trainer.atomic_write_text", lambda *_: fail(FULL))
     assert Experiment(tmp_path, lr=1e30).main() == run.EXIT_FAILED
     message = capsys.readouterr().err
     assert "is not finite at optimizer step 1 (epoch 0); the weights were not" in message
@@ -303,7 +302,7 @@ def test_a_run_stopped_in_an_evaluation_repeats_it_and_goes_on(
     straight, disturbed, monkeypatch, capsys
 ):
     monkeypatch.setattr(Decoder, "predict", Decoder.predict)
-    at_call(1, "evaluation:Decoder.predict", lambda: signal.raise_signal(signal.SIGTERM))
+    at_call(1, "engine.evaluation:Decoder.predict", lambda: signal.raise_signal(signal.SIGTERM))
     assert disturbed.main() == run.EXIT_INTERRUPTED
     assert "stopped after optimizer step 5, state saved" in capsys.readouterr().err
     assert not (disturbed.run_dir / "predictions_0.jsonl").exists()
@@ -326,14 +325,14 @@ def test_a_run_told_to_stop_when_its_last_epoch_is_over_has_ended(disturbed, mon
 
 def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, disturbed):
     kills = [
-        ("checkpoint:sha256_file", 2, []),  # inside the first state, its tensors written
-        ("checkpoint:dcp.save", 1, []),  # inside a state, its tensors not written
-        ("checkpoint:os.rename", 3, []),  # a whole state without its name
-        ("tracking:Tracker.log", 9, []),  # mid-epoch, the step logged but not yet saved
-        ("training:evaluate", 1, []),  # between the end of the epoch's steps and evaluation
-        ("checkpoint:whole_directory", 1, []),  # before the epoch's checkpoint
-        ("checkpoint:update_progress", 1, []),  # everything done but to say so
-        ("tracking:Tracker.log", 3, ["save_every_minutes=None"]),  # back to the epoch's start
+        ("engine.checkpoint:sha256_file", 2, []),  # inside the first state, its tensors written
+        ("engine.checkpoint:dcp.save", 1, []),  # inside a state, its tensors not written
+        ("engine.checkpoint:os.rename", 3, []),  # a whole state without its name
+        ("engine.tracking:Tracker.log", 9, []),  # mid-epoch, the step logged but not yet saved
+        ("engine.trainer:evaluate", 1, []),  # between the end of the epoch's steps and evaluation
+        ("engine.checkpoint:whole_directory", 1, []),  # before the epoch's checkpoint
+        ("engine.checkpoint:update_progress", 1, []),  # everything done but to say so
+        ("engine.tracking:Tracker.log", 3, ["save_every_minutes=None"]),  # back to the epoch's start
     ]
     disturbed.change(save_every_minutes=1e-9)
     for target, number, overrides in kills:
@@ -351,7 +350,7 @@ def fail(error):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_process_group_spares_the_data_workers(straight, disturbed, number):
     hook = functools.partial(
-        at_call, 2, "tracking:Tracker.log", functools.partial(signal_group, number)
+        at_call, 2, "engine.tracking:Tracker.log", functools.partial(signal_group, number)
     )
     process = disturbed.change(num_workers=2).start(hook=hook)
     assert process.wait() == [run.EXIT_INTERRUPTED]
@@ -362,7 +361,7 @@ def test_a_signal_to_the_whole_process_group_spares_the_data_workers(straight, d
 
 
 def test_a_second_signal_ends_the_run_at_once(disturbed, monkeypatch, capsys):
-    monkeypatch.setattr("progress.SAME_SIGNAL_S", -1.0)
+    monkeypatch.setattr("engine.progress.SAME_SIGNAL_S", -1.0)
     log = Tracker.log
 
     def log_and_signal(tracker, metrics, step):
@@ -434,7 +433,7 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_steps_though_the_file_shrank(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "log", Tracker.log)
-        at_call(3, "tracking:Tracker.log", lambda: signal.raise_signal(signal.SIGTERM))
+        at_call(3, "engine.tracking:Tracker.log", lambda: signal.raise_signal(signal.SIGTERM))
         assert disturbed.main() == run.EXIT_INTERRUPTED
     assert len(disturbed.losses()) == 4
     disturbed.write("train.json", make_records(8))
@@ -458,7 +457,7 @@ def test_data_files_changed_while_a_run_trains_are_not_its_records(
 
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "log", Tracker.log)
-        at_call(2, "tracking:Tracker.log", change_and_stop)
+        at_call(2, "engine.tracking:Tracker.log", change_and_stop)
         assert disturbed.main() == run.EXIT_INTERRUPTED
     assert "state saved" in capsys.readouterr().err
     if change == "rewritten":
@@ -637,9 +636,9 @@ def test_a_state_that_is_asked_for_by_signal_is_written_and_the_run_goes_on(
 @pytest.mark.parametrize(
     "where, error, words",
     [
-        ("checkpoint:dcp.save", OSError(28, "full"), "could not be written (full)"),
-        ("checkpoint:save_state", ValueError("bug"), "ValueError: bug"),
-        ("evaluation:Decoder.predict", ValueError("bug"), "ValueError: bug"),
+        ("engine.checkpoint:dcp.save", OSError(28, "full"), "could not be written (full)"),
+        ("engine.checkpoint:save_state", ValueError("bug"), "ValueError: bug"),
+        ("engine.evaluation:Decoder.predict", ValueError("bug"), "ValueError: bug"),
     ],
 )
 def test_a_run_that_fails_takes_its_data_workers_along(disturbed, where, error, words):
@@ -650,7 +649,7 @@ def test_a_run_that_fails_takes_its_data_workers_along(disturbed, where, error, 
 
 
 def test_data_workers_that_outlive_a_killed_run_do_not_hold_its_directory(straight, disturbed):
-    hook = functools.partial(at_call, 2, "tracking:Tracker.log", kill_self)
+    hook = functools.partial(at_call, 2, "engine.tracking:Tracker.log", kill_self)
     disturbed.change(num_workers=2)
     assert disturbed.start(hook=hook).wait() == [-signal.SIGKILL]
     assert disturbed.main() == 0
@@ -688,7 +687,7 @@ def test_the_newest_checkpoints_are_kept_and_those_of_the_future_left(tmp_path):
 
 def test_debug_saves_nothing_and_takes_few_records(tmp_path, monkeypatch, capsys):
     experiment = Experiment(tmp_path, debug=True, num_val=40)
-    monkeypatch.setattr("preparation.DEBUG_TRAIN_RECORDS", 5)
+    monkeypatch.setattr("engine.setup.DEBUG_TRAIN_RECORDS", 5)
     rows = []
     summarize = evaluation.summarize
     monkeypatch.setattr(evaluation, "summarize", lambda r: rows.append(len(r)) or summarize(r))
@@ -696,7 +695,7 @@ def test_debug_saves_nothing_and_takes_few_records(tmp_path, monkeypatch, capsys
     assert rows == [32, 32, 32]
     assert not (tmp_path / "exps").exists()
     monkeypatch.setattr(
-        "distributed.gradient_norm",
+        "engine.distributed.gradient_norm",
         lambda model: signal.raise_signal(signal.SIGTERM) or torch.ones(()),
     )
     assert experiment.main() == run.EXIT_INTERRUPTED

@@ -13,9 +13,6 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-import checkpoint
-import distributed
-from config import Config
 from curriculum import Curriculum
 from dataset import (
     Collator,
@@ -27,8 +24,10 @@ from dataset import (
     effective_batches,
     micro_batches,
 )
-from evaluation import Evaluation, autocast, evaluate, write_predictions
-from progress import (
+from engine import checkpoint, distributed
+from engine.config import Config
+from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
+from engine.progress import (
     ORIGIN_FIELDS,
     Progress,
     Stopped,
@@ -36,7 +35,7 @@ from progress import (
     listen_for_signals,
     trajectory,
 )
-from tracking import Tracker
+from engine.tracking import Tracker
 from utils import UserError, atomic_write_text
 
 ADAM_BETAS = (0.9, 0.999)

@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-import distributed
+from engine import distributed
 from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha256_file
 
 RESUME_FOLDER = "resume"

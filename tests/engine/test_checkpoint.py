@@ -17,9 +17,9 @@ from batches import FAMILIES, lay_out, make_row, wrap
 from runs import TENSORS, assert_same_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import utils
-from checkpoint import (
+from engine import checkpoint
+from engine.checkpoint import (
     TrainingState,
     WriteFailed,
     checkpoints,
@@ -110,10 +110,10 @@ def failing(function, number):
         ("transformers.PreTrainedModel.save_pretrained", 1, "old"),
         ("transformers.PreTrainedTokenizerBase.save_pretrained", 1, "old"),
         ("pathlib.Path.write_text", 1, "old"),
-        ("checkpoint.fsync_file", 2, "old"),
+        ("engine.checkpoint.fsync_file", 2, "old"),
         ("os.rename", 1, "old"),
         ("os.rename", 2, "old"),
-        ("checkpoint.fsync_directory", 2, "new"),
+        ("engine.checkpoint.fsync_directory", 2, "new"),
     ],
 )
 def test_a_crash_while_writing_leaves_the_old_checkpoint_or_the_new(
@@ -346,7 +346,7 @@ def test_each_rank_keeps_the_generator_of_its_own_gpu(monkeypatch):
 def test_a_new_rank_is_told_that_it_has_no_generators(training, tmp_path, monkeypatch):
     model, optimizer, save = training
     save(1)
-    monkeypatch.setattr("distributed.rank", lambda: 1)
+    monkeypatch.setattr("engine.distributed.rank", lambda: 1)
     before = torch.get_rng_state()
     assert not load_state(newest_state(tmp_path), model, optimizer)
     assert torch.equal(torch.get_rng_state(), before)

@@ -15,12 +15,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-import checkpoint
-import distributed
-from config import Config, Count
 from dataset import TokenizedRecords
-from settings import CheckpointSettings, faults
-from tracking import Tracker
+from engine import checkpoint, distributed
+from engine.config import Config, Count
+from engine.metadata import CheckpointSettings, faults
+from engine.tracking import Tracker
 from utils import UserError
 
 # torchrun passes a Ctrl-C on to processes that the terminal has told already.

@@ -20,7 +20,7 @@ from runs import ROOT, Experiment, assert_same_weights, at_call, kill_self
 
 import dataset
 import run
-from tracking import Tracker
+from engine.tracking import Tracker
 
 # What is left of a run
 
@@ -170,7 +170,7 @@ def test_a_run_whose_data_workers_fail_ends_with_the_same_weights(tmp_path, monk
 
 def kill_run_with_stalled_worker():
     worker_fails(2, stall)
-    at_call(1, "tracking:Tracker.log", kill_self)
+    at_call(1, "engine.tracking:Tracker.log", kill_self)
 
 
 def test_a_killed_run_frees_its_directory_though_a_data_worker_lives_on(tmp_path):

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from coconut import Coconut
-from config import Config
-from settings import (
+from engine.config import Config
+from engine.metadata import (
     SETTINGS_NAME,
     check_method,
     checkpoint_settings,
@@ -36,7 +36,7 @@ from settings import (
     token_ids,
     weights_path,
 )
-from sources import (
+from engine.weights import (
     check_folder,
     first_fault,
     read_config,

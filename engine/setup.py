@@ -10,10 +10,6 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-import checkpoint
-import distributed
-from backbone import ModelOutline, load_tokenizer, model_outline
-from config import Config
 from curriculum import Curriculum
 from dataset import (
     StagedRecords,
@@ -23,15 +19,18 @@ from dataset import (
     read_records,
     tokenize_records,
 )
-from distributed import say
-from progress import check_progress, check_trajectory, restore_origin, trajectory
-from settings import (
+from engine import checkpoint, distributed
+from engine.config import Config
+from engine.distributed import say
+from engine.metadata import (
     SETTINGS_NAME,
     read_checkpoint_settings,
     reconcile,
     require_settings,
     weights_path,
 )
+from engine.model import ModelOutline, load_tokenizer, model_outline
+from engine.progress import check_progress, check_trajectory, restore_origin, trajectory
 
 DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32

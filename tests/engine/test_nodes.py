@@ -34,9 +34,9 @@ from runs import (
 from test_house import ROOMS, parse
 from torch.distributed.run import get_args_parser
 
-import backbone
 import run
-from config import load_config
+from engine import model as backbone
+from engine.config import load_config
 
 AGENTS_TIMEOUT_S = 200
 EXACT = {"rtol": 1e-5, "atol": 1e-7}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sources import (
+from engine.weights import (
     check_folder,
     first_fault,
     read_config,

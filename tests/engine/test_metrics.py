@@ -2,7 +2,7 @@
 
 import pytest
 
-from metrics import (
+from engine.metrics import (
     cot_matches,
     cot_text,
     extract_answer,

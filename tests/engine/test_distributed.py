@@ -23,10 +23,9 @@ import torch.distributed.checkpoint as dcp
 from runs import ROOT, Experiment, Ranks, assert_same_weights, at_call, use_float64
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-import backbone
-import checkpoint
-import distributed
 import run
+from engine import checkpoint, distributed
+from engine import model as backbone
 
 KINDS = ("ddp", "fsdp", "fsdp-resharded")
 # Family, batch per process, accumulation and whether all records get equally many latents. Of 17
@@ -308,7 +307,7 @@ def signal_rank_0_in_its_first_evaluation():
         if distributed.is_main():
             signal.raise_signal(signal.SIGTERM)
 
-    at_call(1, "evaluation:Decoder.predict", action)
+    at_call(1, "engine.evaluation:Decoder.predict", action)
 
 
 def test_ranks_stopped_in_an_evaluation_finish_it_together(tmp_path):

@@ -1,0 +1,1 @@
+"""The machinery of any trainer: configuration, data on devices, runs, checkpoints, evaluation."""
