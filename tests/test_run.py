@@ -437,7 +437,7 @@ def test_a_full_disk_ends_an_evaluation_with_one_message(
     def fail(path, text):
         raise OSError(28, "No space left on device")
 
-    for module in ("utils", "tracking", "evaluation"):
+    for module in ("utils", "engine.tracking", "engine.evaluation"):
         monkeypatch.setattr(f"{module}.atomic_write_text", fail)
     assert evaluation.main() == run.EXIT_FAILED
     (line,) = capsys.readouterr().err.splitlines()

@@ -657,7 +657,8 @@ def spoilt_gradient(bench):
 def lose_rank(which, step, action):
     """Rank `which` comes to harm before step `step`; the others wait seconds, not half an hour."""
     distributed.COLLECTIVE_TIMEOUT_S, distributed.REPORT_TIMEOUT_S = 15.0, 2.0
-    at_call(step, "engine.trainer:Trainer._step", lambda: os.environ["RANK"] == str(which) and action())
+    here = os.environ["RANK"] == str(which)
+    at_call(step, "engine.trainer:Trainer._step", lambda: here and action())
 
 
 def freeze_self():

@@ -31,7 +31,7 @@ from runs import (
     make_records,
     use_float64,
 )
-from test_house import ROOMS, parse
+from test_house import MODULES, parse
 from torch.distributed.run import get_args_parser
 
 import run
@@ -226,18 +226,18 @@ def test_nodes_that_see_different_files_are_refused_on_every_rank(tmp_path):
 
 
 def test_devices_are_named_in_distributed_alone():
-    """Where no other room chooses a device, the global rank cannot: local_rank() does."""
+    """Where no other module chooses a device, the global rank cannot: local_rank() does."""
     calls = [
-        (room, ast.unparse(node))
-        for room in ROOMS
-        for node in ast.walk(parse(Path(f"{room}.py")))
+        (module, ast.unparse(node))
+        for module in MODULES
+        for node in ast.walk(parse(Path(module.replace(".", "/") + ".py")))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).split(".")[-1] in ("device", "set_device", "cuda")
     ]
     # Models without weights are built on "meta", which is no device of a machine.
     harmless = ("distributed.device()", "torch.device('meta')")
-    choosers = {room for room, call in calls if call not in harmless}
-    assert choosers == {"distributed"}
+    choosers = {module for module, call in calls if call not in harmless}
+    assert choosers == {"engine.distributed"}
 
 
 # Slurm

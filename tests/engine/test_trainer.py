@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_is_told_though_the_disk_is_full(tmp_path, mon
 
 
 def test_bf16_computes_over_float32_weights_and_optimizer_state(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("distributed.computes_bf16_natively", lambda: False)
+    monkeypatch.setattr("engine.distributed.computes_bf16_natively", lambda: False)
     full = Experiment(tmp_path / "fp32", num_epochs=1)
     half = Experiment(tmp_path / "bf16", num_epochs=1, bf16=True)
     assert (full.main(), half.main()) == (0, 0)
@@ -332,7 +332,7 @@ def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, distu
         ("engine.trainer:evaluate", 1, []),  # between the end of the epoch's steps and evaluation
         ("engine.checkpoint:whole_directory", 1, []),  # before the epoch's checkpoint
         ("engine.checkpoint:update_progress", 1, []),  # everything done but to say so
-        ("engine.tracking:Tracker.log", 3, ["save_every_minutes=None"]),  # back to the epoch's start
+        ("engine.tracking:Tracker.log", 3, ["save_every_minutes=None"]),  # to the epoch's start
     ]
     disturbed.change(save_every_minutes=1e-9)
     for target, number, overrides in kills:

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
-from analysis import learning_curve, quickstart, thoughts
+from analysis import learning_curve, thoughts
 from assets import draw_method, make_quickstart_model
 from engine.config import load_config
 from engine.metrics import extract_answer
 from preprocessing import arithmetic
+from scripts import quickstart
 from utils import UserError
 
 ROOT = Path(__file__).parents[2]
