@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from engine.config import Config, ConfigError, dump_config, fields_help, load_config
+from engine.config import Config, dump_config, fields_help, load_config
+from utils import ConfigError
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -99,9 +100,7 @@ def tell_end(error: BaseException, config: Config, complain: Callable) -> int | 
     import torch
 
     from engine import distributed
-    from engine.checkpoint import WriteFailed
-    from engine.progress import Stopped, TrainingFailed
-    from utils import UserError
+    from utils import ReportedError
 
     saves = not (config.only_eval or config.debug)
     continues = "; the same command continues from the last saved state" if saves else ""
@@ -116,17 +115,9 @@ def tell_end(error: BaseException, config: Config, complain: Callable) -> int | 
     if isinstance(error, KeyboardInterrupt):
         complain("interrupted" + continues)
         return EXIT_INTERRUPTED
-    endings = {
-        UserError: EXIT_USER_ERROR,
-        ConfigError: EXIT_USER_ERROR,
-        TrainingFailed: EXIT_FAILED,
-        WriteFailed: EXIT_FAILED,
-        Stopped: EXIT_INTERRUPTED,
-    }
-    for kind, status in endings.items():
-        if isinstance(error, kind):
-            complain(error)
-            return status
+    if isinstance(error, ReportedError):
+        complain(error)
+        return error.exit_status
     if isinstance(error, torch.OutOfMemoryError):
         where = " ".join(["out of memory", *getattr(error, "__notes__", [])])
         cause = (str(error) or "no more is known").splitlines()[0]
@@ -182,11 +173,10 @@ def make_model(config: Config, notify: Callable[[str], None]):
 
     from engine import distributed
     from engine.model import build_coconut, load_backbone
-    from utils import seed_everything
 
     if config.bf16 and not distributed.computes_bf16_natively():
         notify("bf16: this hardware has no native bf16 and emulates it; bf16: false is faster")
-    seed_everything(config.seed, config.deterministic)
+    distributed.seed_everything(config.seed, config.deterministic)
     backbone = load_backbone(config, notify)
     model = build_coconut(config, backbone)
     # From here on only dropout draws, and it must differ between ranks.

@@ -1,18 +1,16 @@
-"""Small helpers that every room may use: seeding, files that appear whole or not at all, sums.
+"""What every module may use: the errors a user sees, the logger, files that appear whole, sums.
 
-Also the two facts that several modules share: the marker strings of SPEC section 2 and the error
-that run.py turns into one message and exit status 2. Anything that fits a room of its own (ranks,
-logging, checkpoints) does not belong here.
+Imports no torch, so that a mistake in a command or a file is reported within a second.
 """
 
 import contextlib
 import hashlib
+import logging
 import os
-import random
+import sys
 from pathlib import Path
 
-import numpy as np
-import torch
+from tqdm import tqdm
 
 START_LATENT = "<|start-latent|>"
 END_LATENT = "<|end-latent|>"
@@ -20,29 +18,58 @@ LATENT = "<|latent|>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)
 
 
-class UserError(Exception):
-    """A mistake the user can mend; its text names what was got, what was wanted and the fix."""
+class ReportedError(Exception):
+    """Ends the program with its text as the only message, without a traceback.
 
-
-def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and torch (all devices); `deterministic` also forbids random kernels.
-
-    Without `deterministic`, fp32 matrix products on GPUs may take TF32, ten bits of a mantissa in
-    place of 23.
-
-    Raises: nothing here; with `deterministic`, torch later raises RuntimeError where an operation
-    has no deterministic kernel.
+    exit_status: of the process that it ends.
     """
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("highest" if deterministic else "high")
-    if deterministic:
-        # cuBLAS reads this when its first handle is made, so it must precede any CUDA product.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+
+    exit_status = 1
+
+
+class UserError(ReportedError):
+    """A mistake that the user can fix; the text names what was found, what was wanted, the fix."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """Every problem found in a configuration, one a line, each with its fix."""
+
+
+class RunFailed(ReportedError):
+    """The run cannot continue, through no mistake in its configuration; the text says why."""
+
+
+class Stopped(ReportedError):
+    """The user asked the run to stop, and it did so after saving what it had."""
+
+    exit_status = 130
+
+
+log = logging.getLogger("coconut")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes lines above progress bars: errors to standard error, all else to standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A message may quote a file of others, whose control characters a terminal would obey.
+        text = "".join(
+            c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in self.format(record)
+        )
+        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        # A full disk or a reader that is gone must not end a run.
+        with contextlib.suppress(OSError):
+            tqdm.write(text, file=stream)
+            stream.flush()
+
+
+def configure_logging(rank: int = 0) -> None:
+    """Let the logger print on rank 0 and stay silent on all other ranks; may be called again."""
+    if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
+        log.addHandler(_ConsoleHandler())
+    log.setLevel(logging.INFO if rank == 0 else logging.CRITICAL + 1)
 
 
 def print_line(text: object) -> None:

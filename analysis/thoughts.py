@@ -24,12 +24,12 @@ from torch import Tensor
 from coconut import Coconut
 from dataset import Collator, SpecialIds, StagedRecords
 from engine import distributed
-from engine.config import Config, ConfigError, load_config
+from engine.config import Config, load_config
 from engine.evaluation import evaluate
 from engine.metadata import read_checkpoint_settings, token_ids
 from engine.model import Backbone, load_backbone
 from engine.setup import load_data, make_curriculum
-from utils import UserError
+from utils import ConfigError, UserError
 
 
 class ZeroThoughts(Coconut):

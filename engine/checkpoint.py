@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from engine import distributed
-from utils import UserError, atomic_write_text, fsync_directory, fsync_file, sha256_file
+from utils import RunFailed, UserError, atomic_write_text, fsync_directory, fsync_file, sha256_file
 
 RESUME_FOLDER = "resume"
 # What a run opens or fills where it stands; all else it replaces.
@@ -252,15 +252,11 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-class WriteFailed(Exception):
-    """A disk that was full, failed or read-only kept something from being written."""
-
-
 @contextmanager
 def writing(run_dir: Path, what: str) -> Iterator[None]:
     """Turn what such a disk raises inside the block, where `what` is written, into one message.
 
-    Raises: WriteFailed, which tells what is left to go on from.
+    Raises: RunFailed, which tells what is left to go on from.
     """
     try:
         yield
@@ -275,7 +271,7 @@ def writing(run_dir: Path, what: str) -> Iterator[None]:
                 left = f"{state.folder} is intact, and the same command continues from it"
         except UserError as damaged:
             left = str(damaged)
-        raise WriteFailed(
+        raise RunFailed(
             f"{run_dir}: {what} could not be written ({reason}); {left} once there is room"
         ) from error
 

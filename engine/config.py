@@ -34,6 +34,7 @@ from engine.config_file import (
     read_overrides,
     scalar_text,
 )
+from utils import ConfigError
 
 METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
 
@@ -61,10 +62,6 @@ LEAST_FIRST_WEIGHT = 1e-9
 _shown = reprlib.Repr()
 _shown.maxlevel = 2
 _shown.maxstring = _shown.maxlong = _shown.maxother = 80
-
-
-class ConfigError(Exception):
-    """Every problem found in a configuration, one a line, each with its fix."""
 
 
 class Config(BaseModel):

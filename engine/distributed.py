@@ -12,6 +12,7 @@ num_passes).
 """
 
 import os
+import random
 import signal
 import socket
 import threading
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -151,6 +153,27 @@ def computes_bf16_natively() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # oneDNN's own answer counts AVX-512 without bf16 instructions as support.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch (all devices); `deterministic` also forbids random kernels.
+
+    Without `deterministic`, fp32 matrix products on GPUs may take TF32, ten bits of a mantissa in
+    place of 23.
+
+    Raises: nothing here; with `deterministic`, torch later raises RuntimeError where an operation
+    has no deterministic kernel.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    if deterministic:
+        # cuBLAS reads this when its first handle is made, so it must precede any CUDA product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def barrier() -> None:

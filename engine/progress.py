@@ -28,14 +28,6 @@ SAME_SIGNAL_S = 1.0
 ORIGIN_FIELDS = ("model_id", "from_scratch", "new_token_init", "load_model_path")
 
 
-class TrainingFailed(Exception):
-    """The run cannot go on, through no mistake in its configuration; the text says why."""
-
-
-class Stopped(Exception):
-    """The user asked the run to stop, and it did so after saving what it had."""
-
-
 @dataclass
 class Progress:
     """Where a run stands; stored with every training state.

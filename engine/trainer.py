@@ -30,13 +30,11 @@ from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
 from engine.progress import (
     ORIGIN_FIELDS,
     Progress,
-    Stopped,
-    TrainingFailed,
     listen_for_signals,
     trajectory,
 )
 from engine.tracking import Tracker
-from utils import UserError, atomic_write_text
+from utils import RunFailed, Stopped, UserError, atomic_write_text
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -107,7 +105,7 @@ class Trainer:
     def run(self) -> None:
         """Train and evaluate every remaining epoch.
 
-        Raises: TrainingFailed for a loss or gradient that is not finite; Stopped after a signal.
+        Raises: RunFailed for a loss or gradient that is not finite; Stopped after a signal.
         """
         if self.progress.epoch >= self.config.num_epochs:
             self.tracker.message(f"all {self.config.num_epochs} epochs are done: nothing to train")
@@ -277,7 +275,7 @@ class Trainer:
     def _halve_after(self, error: torch.OutOfMemoryError, batches: list[dict]) -> None:
         """Forget this step's gradients and let every micro-batch be computed in two halves.
 
-        Raises: TrainingFailed when they are halved already, and with several ranks: the others
+        Raises: RunFailed when they are halved already, and with several ranks: the others
             may wait for this one's gradients.
         """
         tokens = max(batch["input_ids"].numel() for batch in batches)
@@ -286,7 +284,7 @@ class Trainer:
             " effective_batch_size the gradient stays the same)"
         )
         if self.halves_batches or distributed.world_size() > 1:
-            raise TrainingFailed(
+            raise RunFailed(
                 f"rank {distributed.rank()} is out of memory at optimizer step"
                 f" {self.progress.optimizer_step}; {advice}"
             ) from error
@@ -481,7 +479,7 @@ class Trainer:
                 where = f"the batch is in {path}"
             except OSError as error:
                 where = f"the batch could not be written ({error.strerror or error})"
-        raise TrainingFailed(
+        raise RunFailed(
             f"loss {loss} or gradient norm {norm} is not finite at optimizer step {step}"
             f" (epoch {self.progress.epoch}); the weights were not changed, {where}"
         )

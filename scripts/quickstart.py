@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.learning_curve import Curve, read_curve, save_learning_curve
 from analysis.thoughts import ThoughtReport, examine
 from dataset import read_records
-from engine.config import ConfigError, load_config
-from utils import UserError, atomic_write_text
+from engine.config import load_config
+from utils import ConfigError, UserError, atomic_write_text
 
 DEFAULT_OUT = Path("exps/quickstart")
 RUNS = ("cot", "coconut", "no_cot")

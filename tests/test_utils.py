@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from engine.distributed import seed_everything
 from utils import (
     MARKERS,
     atomic_write_text,
     fsync_file,
     print_line,
-    seed_everything,
     sha256_file,
 )
 

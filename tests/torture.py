@@ -45,6 +45,7 @@ from runs import (  # noqa: E402
 import run  # noqa: E402
 from engine import checkpoint, distributed  # noqa: E402
 from engine import trainer as training  # noqa: E402
+from utils import RunFailed  # noqa: E402
 
 KEYS = {
     "dropout": 0.1, "uniform_prob": 0.3, "warmup_steps": 3, "lr_scheduler": "cosine",
@@ -629,7 +630,7 @@ def spoil_a_gradient(step):
         before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
         try:
             return one_step(trainer, *arguments)
-        except training.TrainingFailed:
+        except RunFailed:
             pairs = zip(before, trainer.model.parameters(), strict=True)
             print("weights unchanged:", all(torch.equal(old, new) for old, new in pairs))
             raise

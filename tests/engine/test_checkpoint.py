@@ -21,7 +21,6 @@ import utils
 from engine import checkpoint
 from engine.checkpoint import (
     TrainingState,
-    WriteFailed,
     checkpoints,
     load_state,
     make_writable,
@@ -34,7 +33,7 @@ from engine.checkpoint import (
     update_progress,
     whole_directory,
 )
-from utils import UserError
+from utils import RunFailed, UserError
 
 SETTINGS = {"stage": 1, "epoch": 4}
 
@@ -127,7 +126,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint_or_the_new(
     with monkeypatch.context() as patch:
         patch.setattr(target, failing(pkgutil.resolve_name(target), number))
         words = r"checkpoint_1 could not be written \(disk full\); nothing was saved before it"
-        with pytest.raises(WriteFailed, match=words):
+        with pytest.raises(RunFailed, match=words):
             save_checkpoint(path, new_model, word_tokenizer, SETTINGS | {"epoch": 5})
     recover(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint_1"]
@@ -298,14 +297,14 @@ def test_strangers_among_the_states_are_pruned_and_what_cannot_go_is_told(
 
 def test_a_state_that_went_missing_cannot_take_a_new_position(tmp_path):
     words = r"the position in .*/7 could not be written \(No such file or directory\); nothing was"
-    with pytest.raises(WriteFailed, match=words):
+    with pytest.raises(RunFailed, match=words):
         update_progress(tmp_path, 7, {})
 
 
 def test_a_failed_write_is_told_where_no_state_is_intact_either(tmp_path):
     (tmp_path / "resume" / "6").mkdir(parents=True)
     words = r"resume/7 could not be written \(No such file.*\); .*: no training state is intact"
-    with pytest.raises(WriteFailed, match=words):
+    with pytest.raises(RunFailed, match=words):
         update_progress(tmp_path, 7, {})
 
 

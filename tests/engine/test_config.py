@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine.config import Config, ConfigError, dump_config, fields_help, load_config
+from engine.config import Config, dump_config, fields_help, load_config
+from utils import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(

@@ -28,12 +28,12 @@ from test_security import mend_sums, state_folder
 import run
 from dataset import read_records, tokenize_records
 from engine import checkpoint
-from engine.config import Config, ConfigError, dump_config, load_config
+from engine.config import Config, dump_config, load_config
 from engine.metadata import read_checkpoint_settings, reconcile
 from engine.model import build_coconut, load_backbone, load_tokenizer, model_outline
 from engine.progress import check_progress
 from engine.setup import Data, check_fit
-from utils import UserError
+from utils import ConfigError, UserError
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
 

@@ -42,7 +42,8 @@ from engine.evaluation import Decoder
 from engine.metadata import checkpoint_settings
 from engine.setup import make_curriculum
 from engine.tracking import Tracker
-from engine.trainer import Trainer, TrainingFailed, learning_rate
+from engine.trainer import Trainer, learning_rate
+from utils import RunFailed
 
 FAMILIES = ("gpt2", "llama")
 EXACT = {"rtol": 1e-6, "atol": 1e-8}
@@ -195,7 +196,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypat
     infinite = torch.tensor(float("inf"))
     monkeypatch.setattr("engine.distributed.gradient_norm", lambda model: infinite)
     words = r"gradient norm inf is not finite at optimizer step 0 \(epoch 0\); the weights were not"
-    with pytest.raises(TrainingFailed, match=words):
+    with pytest.raises(RunFailed, match=words):
         trainer.run()
     assert_same_weights(base.state_dict(), before)
     (saved,) = json.loads((trainer.config.run_dir / "nonfinite_step0_rank0.json").read_text())
