@@ -145,7 +145,7 @@ def require_shared(run_dir: Path) -> None:
     from engine import checkpoint, distributed
     from utils import UserError
 
-    # checkpoint.recover drops such a name, should this start be killed.
+    # run_dir.recover drops such a name, should this start be killed.
     name = distributed.broadcast_from_main(f".shared.{uuid.uuid4().int}.part")
 
     def look() -> None:
@@ -199,7 +199,7 @@ def share_model(config: Config, model):
 
 def train(config: Config) -> None:
     """Train from the beginning, or go on from the newest training state of the run directory."""
-    from engine import checkpoint, distributed
+    from engine import distributed, run_dir
     from engine.distributed import say
 
     with contextlib.ExitStack() as held:
@@ -207,10 +207,10 @@ def train(config: Config) -> None:
         def take_run_dir() -> None:
             # One process holds the directory for all of its run's ranks.
             if distributed.is_main() and not config.debug:
-                held.enter_context(checkpoint.run_lock(config.run_dir, say))
-                checkpoint.recover(config.run_dir)
-                checkpoint.refuse_obstacles(config.run_dir)
-                checkpoint.recover(config.run_dir / checkpoint.RESUME_FOLDER)
+                held.enter_context(run_dir.run_lock(config.run_dir, say))
+                run_dir.recover(config.run_dir)
+                run_dir.refuse_obstacles(config.run_dir)
+                run_dir.recover(config.run_dir / run_dir.RESUME_FOLDER)
 
         distributed.together(take_run_dir)
         # It takes seconds to import, and the directory may be refused.
@@ -272,10 +272,10 @@ def train_from(prepared, state) -> None:
 
 def tell_strangers(config: Config) -> None:
     """Name what lies in the run directory and is not ours."""
-    from engine import checkpoint
+    from engine import run_dir
     from engine.distributed import say
 
-    strangers = checkpoint.foreign_files(config.run_dir)
+    strangers = run_dir.foreign_files(config.run_dir)
     if strangers:
         say(f"{config.run_dir}: left alone, not files of a run: {', '.join(strangers)}")
 
@@ -296,7 +296,7 @@ def write_config(config: Config, folder: Path) -> None:
 
 def evaluate_only(config: Config) -> None:
     """Evaluate load_model_path on val_path at the stage it was trained to."""
-    from engine import checkpoint, distributed
+    from engine import checkpoint, distributed, run_dir
     from engine.distributed import say
     from engine.evaluation import describe, evaluate, write_predictions
     from engine.setup import check_place, evaluation_folder, make_curriculum, prepare
@@ -309,7 +309,7 @@ def evaluate_only(config: Config) -> None:
     model = share_model(config, model)
     folder = None if config.debug else evaluation_folder(config)
     if folder is not None:
-        distributed.together(lambda: distributed.is_main() and checkpoint.make_writable(folder))
+        distributed.together(lambda: distributed.is_main() and run_dir.make_writable(folder))
     with checkpoint.writing(folder or config.run_dir, "metrics.jsonl"):
         tracker = Tracker(
             folder,

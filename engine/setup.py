@@ -19,7 +19,7 @@ from dataset import (
     read_records,
     tokenize_records,
 )
-from engine import checkpoint, distributed
+from engine import checkpoint, distributed, run_dir
 from engine.config import Config
 from engine.distributed import say
 from engine.metadata import (
@@ -192,10 +192,10 @@ def check_place(config: Config) -> None:
         if config.debug or not distributed.is_main():
             return
         if config.only_eval:
-            checkpoint.refuse_link(config.run_dir)
-            checkpoint.check_writable(evaluation_folder(config))
+            run_dir.refuse_link(config.run_dir)
+            run_dir.check_writable(evaluation_folder(config))
         else:
-            checkpoint.check_writable(config.run_dir)
-            checkpoint.refuse_obstacles(config.run_dir)
+            run_dir.check_writable(config.run_dir)
+            run_dir.refuse_obstacles(config.run_dir)
 
     distributed.together(check)

@@ -24,7 +24,7 @@ from dataset import (
     effective_batches,
     micro_batches,
 )
-from engine import checkpoint, distributed
+from engine import checkpoint, distributed, run_dir
 from engine.config import Config
 from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
 from engine.progress import (
@@ -386,7 +386,7 @@ class Trainer:
                     self.settings | {"stage": stage, "epoch": epoch},
                 )
                 if config.keep_checkpoints is not None and distributed.is_main():
-                    checkpoint.prune_checkpoints(
+                    run_dir.prune_checkpoints(
                         config.run_dir,
                         epoch + 1,
                         config.keep_checkpoints,

@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "engine.metadata": {"engine.config", "utils"},
     "engine.weights": {"engine.metadata", "utils"},
     "engine.model": {"engine.config", "coconut", "engine.metadata", "engine.weights", "utils"},
-    "engine.checkpoint": {"engine.distributed", "utils"},
+    "engine.run_dir": {"utils"},
+    "engine.checkpoint": {"engine.distributed", "engine.run_dir", "utils"},
     "engine.evaluation": {
         "coconut", "curriculum", "dataset", "engine.metrics", "engine.distributed", "utils",
     },

@@ -43,7 +43,7 @@ from runs import (  # noqa: E402
 )
 
 import run  # noqa: E402
-from engine import checkpoint, distributed  # noqa: E402
+from engine import checkpoint, distributed, run_dir  # noqa: E402
 from engine import trainer as training  # noqa: E402
 from utils import RunFailed  # noqa: E402
 
@@ -171,7 +171,7 @@ def saved_step(experiment):
     with tempfile.TemporaryDirectory() as copy:
         if states.exists():
             shutil.copytree(states, Path(copy) / "resume")
-        checkpoint.recover(Path(copy) / "resume")
+        run_dir.recover(Path(copy) / "resume")
         state = checkpoint.newest_state(Path(copy), lambda text: None)
         return 0 if state is None else int(state.folder.name)
 

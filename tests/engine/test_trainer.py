@@ -35,7 +35,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 import run
 from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
-from engine import checkpoint, evaluation
+from engine import checkpoint, evaluation, run_dir
 from engine import model as backbone
 from engine.config import load_config
 from engine.evaluation import Decoder
@@ -575,7 +575,7 @@ def test_a_state_passed_over_does_not_count_among_the_two_kept(finished):
 
 def test_a_second_run_on_the_directory_is_refused(finished, capsys):
     before = finished.metrics()
-    with checkpoint.run_lock(finished.run_dir):
+    with run_dir.run_lock(finished.run_dir):
         assert finished.main() == run.EXIT_USER_ERROR
     assert "another training run is using this directory; wait for it" in capsys.readouterr().err
     assert finished.metrics() == before
@@ -596,7 +596,7 @@ FULL_ON_RANK_1 = CheckpointException("write", {1: (FULL, traceback.extract_stack
 def test_a_full_disk_ends_the_run_with_a_message_of_what_is_left(
     straight, disturbed, monkeypatch, capsys, call, error, words
 ):
-    whole_directory, calls = checkpoint.whole_directory, []
+    whole_directory, calls = run_dir.whole_directory, []
 
     @contextmanager
     def filling(target):
