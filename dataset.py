@@ -30,10 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curriculum import Curriculum
-from utils import END_LATENT, LATENT, MARKERS, START_LATENT, UserError, print_line
+from utils import UserError, print_line
 
+START_LATENT = "<|start-latent|>"
+END_LATENT = "<|end-latent|>"
+LATENT = "<|latent|>"
+MARKERS = (START_LATENT, END_LATENT, LATENT)
 IGNORE_INDEX = -100
+METHODS_WITHOUT_STAGES = ("cot", "no_cot")
 # A batch takes milliseconds; the first one also what it takes to start a process.
 STALLED_WORKER_S = 60.0
 
@@ -235,6 +239,48 @@ def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, ...]:
         raise UserError(f"{path}: record {index}: question becomes no tokens; expected at least 1")
     step_lengths = lengths_of(step_ids.flatten())
     return lengths_of(step_ids), question_lengths, lengths_of(answer_ids), step_lengths
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The schedule of one run.
+
+    method: "coconut", "cot", "no_cot" or "no_thoughts".
+    c_thought: latent positions per latent step.
+    enabled: False is the paper's "w/o curriculum": every epoch is the last stage.
+    """
+
+    method: str
+    c_thought: int
+    epochs_per_stage: int
+    max_latent_stage: int
+    pad_latent_to_max: bool
+    enabled: bool = True
+
+    @property
+    def last_stage(self) -> int:
+        """The stage past `max_latent_stage`, in which no reasoning text is left."""
+        return 0 if self.method in METHODS_WITHOUT_STAGES else self.max_latent_stage + 1
+
+    def stage(self, epoch: int) -> int:
+        """The stage that acts in `epoch` (counted from 0)."""
+        if not self.enabled:
+            return self.last_stage
+        return min(epoch // self.epochs_per_stage, self.last_stage)
+
+    def plan(self, stage: int, num_steps: int) -> tuple[int, int]:
+        """(dropped steps, latent positions) of a record of `num_steps` steps at `stage`."""
+        if self.method == "cot":
+            return 0, 0
+        if self.method == "no_cot":
+            return num_steps, 0
+        dropped = num_steps if stage > self.max_latent_stage else min(stage, num_steps)
+        if self.method == "no_thoughts":
+            return dropped, 0
+        latent_steps = min(stage, self.max_latent_stage)
+        if not self.pad_latent_to_max:
+            latent_steps = min(latent_steps, num_steps)
+        return dropped, latent_steps * self.c_thought
 
 
 @dataclass(frozen=True)
@@ -540,47 +586,3 @@ def _end_workers(workers: list[Worker]) -> None:
         process.kill()
         process.join()
         connection.close()
-
-
-def check_vocabulary(tokenized: TokenizedRecords, vocab_size: int) -> None:
-    """Refuse records that the tokenizer gives ids of which the model knows no embedding.
-
-    Raises: UserError naming the first such record and id.
-    """
-    highest = tokenized.table.data.column("highest_id").to_numpy()
-    for index in np.flatnonzero(highest >= vocab_size):
-        raise UserError(
-            f"{tokenized.path}: record {index}: the tokenizer gives the token id {highest[index]},"
-            f" the model has embeddings for 0 to {vocab_size - 1}; use the tokenizer that belongs"
-            " to the model"
-        )
-
-
-def check_lengths(
-    staged: StagedRecords, max_positions: int | None, max_new_tokens: int | None = None
-) -> None:
-    """Refuse records that do not fit the model's positions; nothing is ever cut silently.
-
-    max_new_tokens: when given, the prompt and that many generated tokens must fit instead.
-
-    Raises: UserError naming the first such record, its length and how many there are.
-    """
-    if max_positions is None:
-        return
-    generating = max_new_tokens is not None
-    lengths = staged.prompt_lengths + (max_new_tokens if generating else staged.num_labels)
-    too_long = np.flatnonzero(lengths > max_positions)
-    if not len(too_long):
-        return
-    index = too_long[0]
-    what = (
-        f"its prompt of {staged.prompt_lengths[index]} tokens plus max_new_tokens={max_new_tokens}"
-        if generating
-        else f"its sequence of {lengths[index]} tokens (question"
-        f" {staged.tokenized.question_lengths[index]})"
-    )
-    fix = "lower max_new_tokens or remove the record" if generating else "remove or shorten it"
-    raise UserError(
-        f"{staged.tokenized.path}: record {index}: {what} does not fit the model's"
-        f" {max_positions} positions (records too long: {len(too_long)}); {fix}"
-    )

@@ -12,11 +12,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-START_LATENT = "<|start-latent|>"
-END_LATENT = "<|end-latent|>"
-LATENT = "<|latent|>"
-MARKERS = (START_LATENT, END_LATENT, LATENT)
-
 
 class ReportedError(Exception):
     """Ends the program with its text as the only message, without a traceback.

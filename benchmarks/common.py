@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks import environment
+from dataset import MARKERS
 from engine import distributed
-from utils import MARKERS, atomic_write_text
+from utils import atomic_write_text
 
 DEFAULT_FOLDER = Path("exps/benchmarks")
 NUM_WORDS = 100

@@ -19,7 +19,7 @@ from benchmarks import prototype
 from benchmarks.common import build_tokenizer, published_precision
 from benchmarks.published import Published
 from coconut import Coconut
-from curriculum import Curriculum
+from dataset import Curriculum
 from engine.config import Config
 from engine.evaluation import autocast
 from engine.metadata import token_ids

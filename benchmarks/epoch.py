@@ -32,9 +32,10 @@ from benchmarks.common import (
 )
 from benchmarks.contenders import make_trainer
 from coconut import Coconut
-from curriculum import Curriculum
 from dataset import (
+    MARKERS,
     Collator,
+    Curriculum,
     SpecialIds,
     StagedRecords,
     TokenizedRecords,
@@ -44,7 +45,6 @@ from dataset import (
     tokenize_records,
 )
 from engine.trainer import Trainer
-from utils import MARKERS
 
 # (records in a micro-batch, accumulation steps): the paper's effective batch, and a small one.
 SPLITS = ((32, 4), (8, 4), (128, 1))

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from coconut import Coconut
-from curriculum import Curriculum
 from dataset import (
     Collator,
+    Curriculum,
     SpecialIds,
     StagedRecords,
     TokenizedRecords,

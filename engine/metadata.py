@@ -12,8 +12,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from dataset import END_LATENT, LATENT, START_LATENT
 from engine.config import LEAST_FIRST_WEIGHT, Config, Count, PositiveCount, Stages, Weight
-from utils import END_LATENT, LATENT, START_LATENT, UserError
+from utils import UserError
 
 SETTINGS_NAME = "coconut.json"
 WINDOW_FIELDS = ("latent_window_size", "latent_weights", "window_scope")

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from coconut import Coconut
+from dataset import MARKERS
 from engine.config import Config
 from engine.metadata import (
     SETTINGS_NAME,
@@ -45,7 +46,7 @@ from engine.weights import (
     reading,
     weight_bytes,
 )
-from utils import MARKERS, UserError
+from utils import UserError
 
 __all__ = [
     "Backbone",

@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from curriculum import Curriculum
 from dataset import (
+    Curriculum,
     StagedRecords,
     TokenizedRecords,
-    check_lengths,
-    check_vocabulary,
     read_records,
     tokenize_records,
 )
@@ -31,6 +29,7 @@ from engine.metadata import (
 )
 from engine.model import ModelOutline, load_tokenizer, model_outline
 from engine.progress import check_progress, check_trajectory, restore_origin, trajectory
+from utils import UserError
 
 DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32
@@ -199,3 +198,47 @@ def check_place(config: Config) -> None:
             run_dir.refuse_obstacles(config.run_dir)
 
     distributed.together(check)
+
+
+def check_vocabulary(tokenized: TokenizedRecords, vocab_size: int) -> None:
+    """Refuse records that the tokenizer gives ids of which the model knows no embedding.
+
+    Raises: UserError naming the first such record and id.
+    """
+    highest = tokenized.table.data.column("highest_id").to_numpy()
+    for index in np.flatnonzero(highest >= vocab_size):
+        raise UserError(
+            f"{tokenized.path}: record {index}: the tokenizer gives the token id {highest[index]},"
+            f" the model has embeddings for 0 to {vocab_size - 1}; use the tokenizer that belongs"
+            " to the model"
+        )
+
+
+def check_lengths(
+    staged: StagedRecords, max_positions: int | None, max_new_tokens: int | None = None
+) -> None:
+    """Refuse records that do not fit the model's positions; nothing is ever cut silently.
+
+    max_new_tokens: when given, the prompt and that many generated tokens must fit instead.
+
+    Raises: UserError naming the first such record, its length and how many there are.
+    """
+    if max_positions is None:
+        return
+    generating = max_new_tokens is not None
+    lengths = staged.prompt_lengths + (max_new_tokens if generating else staged.num_labels)
+    too_long = np.flatnonzero(lengths > max_positions)
+    if not len(too_long):
+        return
+    index = too_long[0]
+    what = (
+        f"its prompt of {staged.prompt_lengths[index]} tokens plus max_new_tokens={max_new_tokens}"
+        if generating
+        else f"its sequence of {lengths[index]} tokens (question"
+        f" {staged.tokenized.question_lengths[index]})"
+    )
+    fix = "lower max_new_tokens or remove the record" if generating else "remove or shorten it"
+    raise UserError(
+        f"{staged.tokenized.path}: record {index}: {what} does not fit the model's"
+        f" {max_positions} positions (records too long: {len(too_long)}); {fix}"
+    )

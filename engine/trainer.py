@@ -13,9 +13,9 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from curriculum import Curriculum
 from dataset import (
     Collator,
+    Curriculum,
     SpecialIds,
     StagedRecords,
     TokenizedRecords,

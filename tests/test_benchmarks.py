@@ -39,8 +39,7 @@ from benchmarks import (
 )
 from benchmarks.contenders import CONTENDERS
 from benchmarks.published import Published
-from curriculum import Curriculum
-from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
+from dataset import Collator, Curriculum, SpecialIds, StagedRecords, tokenize_records
 from engine import distributed
 
 ROOT = Path(__file__).parent.parent

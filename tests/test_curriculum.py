@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from curriculum import Curriculum
+from dataset import Curriculum
 
 
 def make(method="coconut", c_thought=1, per_stage=3, last=3, pad=True, enabled=True):

@@ -25,15 +25,17 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 import dataset
-from curriculum import Curriculum
 from dataset import (
+    END_LATENT,
     IGNORE_INDEX,
+    LATENT,
+    MARKERS,
+    START_LATENT,
     Collator,
+    Curriculum,
     SpecialIds,
     StagedRecords,
     batch_loader,
-    check_lengths,
-    check_vocabulary,
     draw_stages,
     effective_batches,
     leading_special_ids,
@@ -41,7 +43,7 @@ from dataset import (
     read_records,
     tokenize_records,
 )
-from utils import END_LATENT, LATENT, MARKERS, START_LATENT, UserError
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -69,6 +71,10 @@ def texts_of(record):
     """A record's parts as SPEC section 2 spells them."""
     steps = [step + "\n" for step in record["steps"]]
     return [record["question"] + "\n", *steps, "### " + record["answer"]]
+
+
+def test_markers_are_the_published_strings():
+    assert MARKERS == ("<|start-latent|>", "<|end-latent|>", "<|latent|>")
 
 
 def test_parts_are_tokenised_by_themselves_with_newlines_marks_and_eos():
@@ -128,21 +134,6 @@ def test_a_tokenizer_that_fails_is_told():
     tokenizer.model_max_length = "long"
     with pytest.raises(UserError, match=r"a\.json: the tokenizer fails on its texts \(TypeError"):
         tokenize_records([GOOD], tokenizer, "a.json")
-
-
-def test_a_token_that_the_model_lacks_is_named_with_its_record():
-    tokenizer = build_word_tokenizer()
-    last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
-    records = [GOOD, GOOD | {"steps": ["1", f"1 {last}"]}]
-    tokenized = tokenize_records(records, tokenizer, "a.json")
-    check_vocabulary(tokenized, len(tokenizer))
-    wanted = (
-        f"a.json: record 1: the tokenizer gives the token id {len(tokenizer) - 1}, the model has"
-        f" embeddings for 0 to {len(tokenizer) - 2}; use the tokenizer that belongs to the model"
-    )
-    with pytest.raises(UserError) as refusal:
-        check_vocabulary(tokenized, len(tokenizer) - 1)
-    assert str(refusal.value) == wanted
 
 
 def dressed(before="", after=""):
@@ -726,41 +717,6 @@ def test_loading_draws_nothing_from_the_main_generator(many, num_workers):
 def test_no_batches_load_as_none(many):
     staged, ids = many
     assert list(batch_loader(Collator(staged, ids), [], 2, False)) == []
-
-
-# Lengths
-
-
-def long_records(marked):
-    """Sequences of 2 + 3 + 5 = 10, 14 and 12 tokens at stage 1: prompt 3 longer than question."""
-    return stage_of(ragged([(4, [1]), (8, [1]), (4, [1, 2])], marked), "coconut", 1, last=1)
-
-
-def test_lengths_that_fit_pass(marked):
-    staged = long_records(marked)
-    assert (staged.prompt_lengths + staged.num_labels).tolist() == [10, 14, 12]
-    check_lengths(staged, 14)
-    check_lengths(staged, 14, max_new_tokens=3)
-    check_lengths(staged, None)
-    check_lengths(staged, None, max_new_tokens=10**6)
-
-
-def test_too_long_sequence_is_named_with_the_count(marked):
-    with pytest.raises(UserError) as caught:
-        check_lengths(long_records(marked), 11)
-    assert str(caught.value) == (
-        "made.json: record 1: its sequence of 14 tokens (question 8) does not fit the model's 11"
-        " positions (records too long: 2); remove or shorten it"
-    )
-
-
-def test_too_long_prompt_is_named_with_the_count(marked):
-    with pytest.raises(UserError) as caught:
-        check_lengths(long_records(marked), 14, max_new_tokens=4)
-    assert str(caught.value) == (
-        "made.json: record 1: its prompt of 11 tokens plus max_new_tokens=4 does not fit the"
-        " model's 14 positions (records too long: 1); lower max_new_tokens or remove the record"
-    )
 
 
 # Real data

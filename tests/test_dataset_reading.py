@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataset import read_records
-from utils import LATENT, MARKERS, UserError, sha256_file
+from dataset import LATENT, MARKERS, read_records
+from utils import UserError, sha256_file
 
 GOOD = {"question": "What ?", "answer": "4", "steps": ["1 + 1 = 2", "2 + 2 = 4"]}
 

@@ -24,22 +24,23 @@ SOURCES = sorted(
 
 MAY_IMPORT = {
     "utils": set(),
-    "curriculum": set(),
     "passes": set(),
     "coconut": {"passes"},
-    "dataset": {"curriculum", "utils"},
+    "dataset": {"utils"},
     "engine.config_file": set(),
     "engine.config": {"engine.config_file", "utils"},
     "engine.metrics": set(),
     "engine.distributed": {"utils"},
     "engine.tracking": {"utils"},
-    "engine.metadata": {"engine.config", "utils"},
+    "engine.metadata": {"dataset", "engine.config", "utils"},
     "engine.weights": {"engine.metadata", "utils"},
-    "engine.model": {"engine.config", "coconut", "engine.metadata", "engine.weights", "utils"},
+    "engine.model": {
+        "engine.config", "coconut", "dataset", "engine.metadata", "engine.weights", "utils",
+    },
     "engine.run_dir": {"utils"},
     "engine.checkpoint": {"engine.distributed", "engine.run_dir", "utils"},
     "engine.evaluation": {
-        "coconut", "curriculum", "dataset", "engine.metrics", "engine.distributed", "utils",
+        "coconut", "dataset", "engine.metrics", "engine.distributed", "utils",
     },
     "engine.progress": {
         "engine.checkpoint", "engine.config", "dataset", "engine.distributed", "engine.metadata",
@@ -160,8 +161,8 @@ def test_coconut_and_passes_need_torch_and_transformers_alone():
     assert foreign - sys.stdlib_module_names == {"passes", "torch", "transformers"}
 
 
-def test_config_curriculum_and_metrics_load_without_torch():
-    light = "curriculum, engine.config, engine.metrics, utils"
+def test_config_and_metrics_load_without_torch():
+    light = "engine.config, engine.metrics, utils"
     code = f"import sys, {light}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 

@@ -16,9 +16,9 @@ from runs import ROOT, Experiment, assert_refused, assert_same_weights, make_rec
 from safetensors.torch import load_file, save_file
 
 import run
+from dataset import MARKERS
 from engine.config import load_config
 from engine.evaluation import Decoder
-from utils import MARKERS
 
 # Mistakes in the configuration
 

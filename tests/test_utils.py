@@ -12,13 +12,7 @@ import pytest
 import torch
 
 from engine.distributed import seed_everything
-from utils import (
-    MARKERS,
-    atomic_write_text,
-    fsync_file,
-    print_line,
-    sha256_file,
-)
+from utils import atomic_write_text, fsync_file, print_line, sha256_file
 
 
 def contents(folder):
@@ -151,10 +145,6 @@ def test_sha256_reads_the_whole_file(tmp_path):
     path = tmp_path / "million"
     path.write_bytes(b"a" * 1_000_000)  # FIPS 180-2, appendix B.3
     assert sha256_file(path) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
-
-
-def test_markers_are_the_published_strings():
-    assert MARKERS == ("<|start-latent|>", "<|end-latent|>", "<|latent|>")
 
 
 # Lines

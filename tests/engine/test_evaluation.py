@@ -13,10 +13,16 @@ from batches import EOS, FAMILIES, WEIGHTS, count_columns, settings_of, wrap
 from oracle import batch_loss, generate_row
 from runs import make_records
 
-from curriculum import Curriculum
-from dataset import IGNORE_INDEX, Collator, SpecialIds, StagedRecords, tokenize_records
+from dataset import (
+    IGNORE_INDEX,
+    MARKERS,
+    Collator,
+    Curriculum,
+    SpecialIds,
+    StagedRecords,
+    tokenize_records,
+)
 from engine.evaluation import Decoder, evaluate, summarize, write_predictions
-from utils import MARKERS
 
 NEW_TOKENS = 6
 

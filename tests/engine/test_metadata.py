@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from dataset import MARKERS
 from engine.config import load_config
 from engine.metadata import SETTINGS_NAME, checkpoint_settings, read_checkpoint_settings, reconcile
-from utils import MARKERS, UserError
+from utils import UserError
 
 
 @pytest.fixture

@@ -23,10 +23,11 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from dataset import MARKERS
 from engine.config import load_config
 from engine.metadata import checkpoint_settings
 from engine.model import build_coconut, load_backbone, load_tokenizer, model_outline
-from utils import MARKERS, UserError
+from utils import UserError
 
 MODEL_TOKENS = 37
 WINDOW = {"latent_window_size": 1, "latent_weights": [1.0], "window_scope": "sequence"}
