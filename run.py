@@ -244,7 +244,7 @@ def train_from(prepared, state) -> None:
             config.name,
             config.wandb if saves else "disabled",
             distributed.is_main(),
-            state.progress["wandb_id"] if state else None,
+            state.trainer["wandb_id"] if state else None,
         )
     settings = checkpoint_settings(config, tokenizer, 0)
     try:
@@ -330,7 +330,7 @@ def evaluate_only(config: Config) -> None:
             max_new_tokens=config.max_new_tokens,
             bf16=config.bf16,
             num_workers=config.num_workers,
-            progress=tracker.progress,
+            progress_bar=tracker.progress_bar,
         )
         figures = outcome.figures
         named = {f"eval/{name}": value for name, value in figures.items()}
@@ -374,7 +374,7 @@ def dry_run(config: Config) -> None:
             f"optimizer steps     {per_epoch} an epoch, {per_epoch * epochs} in all"
         )
         if state is not None:
-            done = state.progress["position"]
+            done = state.trainer["position"]
             say(f"goes on             in epoch {done['epoch']}, step {done['optimizer_step']}")
     say(f"parameters          {prepared.outline.num_parameters:,}")
     say("dry run: nothing trained or written")

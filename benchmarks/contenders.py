@@ -23,7 +23,7 @@ from dataset import Curriculum
 from engine.config import Config
 from engine.evaluation import autocast
 from engine.metadata import token_ids
-from engine.progress import Requests
+from engine.signals import Requests
 from engine.trainer import Trainer
 
 CONTENDERS = ("published", "prototype", "ours")

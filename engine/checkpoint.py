@@ -118,11 +118,11 @@ def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -
 class TrainingState:
     """A training state on disk whose sums are right.
 
-    progress: the JSON values that training.py stored: position, best accuracy and so on.
+    trainer: what Trainer.state_dict gave, as JSON values.
     """
 
     folder: Path
-    progress: dict
+    trainer: dict
 
 
 def save_state(
@@ -131,7 +131,7 @@ def save_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     tokenizer,
-    progress: dict,
+    trainer: dict,
     notify: Callable[[str], None] = print,
 ) -> None:
     """Write `resume/<step>/` and keep the newest two. Every rank must call.
@@ -163,7 +163,7 @@ def save_state(
             # A tokenizer with several chat templates keeps them in a folder.
             files = sorted(path for path in unfinished.rglob("*") if path.is_file())
             sums = {str(path.relative_to(unfinished)): sha256_file(path) for path in files}
-            _write_progress(unfinished, {"progress": progress, "sha256": sums})
+            _write_state_json(unfinished, {"trainer": trainer, "sha256": sums})
     if not distributed.is_main():
         return
     # A later step's state was damaged and passed over, or this run would stand there.
@@ -172,15 +172,15 @@ def save_state(
     prune(stale + past[:-KEPT_STATES], notify)
 
 
-def update_progress(run_dir: Path, step: int, progress: dict) -> None:
-    """Replace the position stored in `resume/<step>/`, leaving its tensors as they are."""
+def update_trainer(run_dir: Path, step: int, trainer: dict) -> None:
+    """Replace what `resume/<step>/` holds of the trainer; its tensors stay as they are."""
     folder = run_dir / RESUME_FOLDER / str(step)
     with writing(run_dir, f"the position in {folder}"):
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))["content"]
-        _write_progress(folder, content | {"progress": progress})
+        _write_state_json(folder, content | {"trainer": trainer})
 
 
-def _write_progress(folder: Path, content: dict) -> None:
+def _write_state_json(folder: Path, content: dict) -> None:
     text = json.dumps({"content": content, "sha256": _sum_of(content)}, indent=2)
     atomic_write_text(folder / "state.json", text)
 
@@ -199,7 +199,7 @@ def newest_state(run_dir: Path, notify=print) -> TrainingState | None:
     folders = state_folders(run_dir)
     for _, folder in reversed(folders):
         try:
-            return TrainingState(folder, _verified_progress(folder))
+            return TrainingState(folder, _verified_trainer(folder))
         except (*UNREADABLE, OSError) as error:
             notify(f"{folder}: damaged, trying the one before ({error})")
     if folders:
@@ -210,7 +210,7 @@ def newest_state(run_dir: Path, notify=print) -> TrainingState | None:
     return None
 
 
-def _verified_progress(folder: Path) -> dict:
+def _verified_trainer(folder: Path) -> dict:
     about = os.stat(folder / "state.json")
     if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_STATE_JSON_BYTES:
         raise ValueError("state.json is no file of ours")
@@ -227,7 +227,7 @@ def _verified_progress(folder: Path) -> dict:
             raise ValueError(f"{name} is missing")
         if sha256_file(folder / name) != expected:
             raise ValueError(f"{name} does not match its sum")
-    return content["progress"]
+    return content["trainer"]
 
 
 def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:

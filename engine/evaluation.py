@@ -59,13 +59,13 @@ def evaluate(
     max_new_tokens: int,
     bf16: bool = False,
     num_workers: int = 0,
-    progress: Callable | None = None,
+    progress_bar: Callable | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Loss and greedy accuracy of `model` on `records` at `stage`. Every rank must call.
 
     batch_size: records at once on each process.
-    progress: made with the number of batches and a description; its `update` is called.
+    progress_bar: made with the number of batches and a description; its `update` is called.
     before_batch: called before each batch; what it raises ends the evaluation.
     """
     staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
@@ -75,7 +75,7 @@ def evaluate(
     ids = SpecialIds.of(tokenizer)
     was_training = model.training
     model.eval()
-    bar = progress(len(batches), f"evaluating stage {stage}") if progress else None
+    bar = progress_bar(len(batches), f"evaluating stage {stage}") if progress_bar else None
     device = distributed.device()
     collator = Collator(staged, ids, aligned="prompts")
     decoder = Decoder(model, tokenizer, staged, max_new_tokens)

@@ -4,12 +4,21 @@ Carries out SPEC section 9's coconut.json: its content, and the rules of what ma
 what. Reading and writing weights is left to backbone.py and checkpoint.py.
 """
 
+import json
 import math
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 from transformers import PreTrainedTokenizerBase
 
 from dataset import END_LATENT, LATENT, START_LATENT
@@ -21,6 +30,8 @@ WINDOW_FIELDS = ("latent_window_size", "latent_weights", "window_scope")
 # What `resume` needs to name the stage that weights without a record are evaluated at.
 STAGE_FIELDS = ("epochs_per_stage", "max_latent_stage", "resume")
 THOUGHT_FIELDS = (*WINDOW_FIELDS, "thought", "c_thought")
+# Where the weights of a run came from; not asked again when it resumes.
+ORIGIN_FIELDS = ("model_id", "from_scratch", "new_token_init", "load_model_path")
 
 
 class Schedule(BaseModel):
@@ -60,6 +71,87 @@ class CheckpointSettings(BaseModel):
         if len(weights) != self.latent_window_size or weights[0] < LEAST_FIRST_WEIGHT:
             raise ValueError(f"{weights} are no weights for {self.latent_window_size} states")
         return self
+
+
+@dataclass
+class Position:
+    """Where a training run stands; the trainer moves it, every training state stores it.
+
+    epoch: the current epoch, from 0; steps_done: optimizer steps done in it.
+    optimizer_step: optimizer steps done in all.
+    loss_sum: sum of the losses of the epoch's steps so far.
+    best_accuracy: highest validation accuracy so far, with its epoch; -1 before the first.
+    """
+
+    epoch: NonNegativeInt
+    steps_done: NonNegativeInt = 0
+    optimizer_step: NonNegativeInt = 0
+    loss_sum: float = 0.0
+    best_accuracy: float = -1.0
+    best_epoch: int = -1
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    def state_dict(self) -> dict:
+        """The fields as JSON values; `Position(**state_dict)` is the same position."""
+        return asdict(self)
+
+    def finish_step(self, loss: float) -> None:
+        """One more optimizer step of the epoch is done."""
+        self.steps_done += 1
+        self.optimizer_step += 1
+        self.loss_sum += loss
+
+    def finish_epoch(self) -> None:
+        """The epoch is trained and evaluated: the next one begins."""
+        self.epoch += 1
+        self.steps_done = 0
+        self.loss_sum = 0.0
+
+
+class StoredTrainer(BaseModel):
+    """What a training state's state.json holds of the trainer."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    position: Position
+    settings: CheckpointSettings
+    trajectory: dict[str, str | int | float]
+    first_epoch: Count
+    origin: dict[Literal[ORIGIN_FIELDS], str | bool | None] = {}
+    # wandb names a folder by it, and allows in it what may stand in an address.
+    wandb_id: Annotated[str, Field(pattern=r"^[^/\\#?%:\x00-\x1f]+$")] | None
+
+
+def check_stored_trainer(folder: Path, content: dict) -> None:
+    """Raise UserError where the intact training state `folder` holds no position of this program's.
+
+    content: what its state.json holds of the trainer.
+    """
+    try:
+        stored = StoredTrainer.model_validate_json(json.dumps(content))
+        problem = None
+    except ValidationError as error:
+        problem = faults(error)
+    if problem is None and str(stored.position.optimizer_step) != folder.name:
+        problem = f"position: optimizer_step: is {stored.position.optimizer_step}"
+    if problem:
+        raise UserError(
+            f"{folder / 'state.json'}: changed by hand or of another version: {problem};"
+            f" remove {folder} to resume from an earlier state"
+        )
+
+
+def trajectory(config: Config, world_size: int, train_sha256: str, val_sha256: str) -> dict:
+    """What must not change between stop and resume, or the position means something else."""
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "effective_batch_size": config.records_per_step(world_size),
+        "train_path_sha256": train_sha256,
+        "val_path_sha256": val_sha256,
+        "uniform_prob": config.uniform_prob,
+    }
 
 
 def checkpoint_settings(

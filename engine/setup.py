@@ -22,13 +22,14 @@ from engine.config import Config
 from engine.distributed import say
 from engine.metadata import (
     SETTINGS_NAME,
+    check_stored_trainer,
     read_checkpoint_settings,
     reconcile,
     require_settings,
+    trajectory,
     weights_path,
 )
 from engine.model import ModelOutline, load_tokenizer, model_outline
-from engine.progress import check_progress, check_trajectory, restore_origin, trajectory
 from utils import UserError
 
 DEBUG_TRAIN_RECORDS = 5000
@@ -76,19 +77,61 @@ def prepare(config: Config, state: checkpoint.TrainingState | None) -> Prepared:
         elif config.resume and not config.load_model_path and not stored:
             say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
     else:
-        check_progress(state)
-        config = reconcile(config, state.progress["settings"], continuing=True)
+        check_stored_trainer(state.folder, state.trainer)
+        config = reconcile(config, state.trainer["settings"], continuing=True)
         say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
-        config = restore_origin(config, state, say)
+        config = restore_origin(config, state)
         source = {"model_id": str(state.folder), "load_model_path": None, "from_scratch": True}
         model_config = config.model_copy(update=source)
     data = load_data(model_config)
     if state is not None:
-        check_trajectory(state, trajectory(config, data.train, data.val), config, say)
+        sums = data.train.sha256, data.val.sha256
+        check_trajectory(state, trajectory(config, distributed.world_size(), *sums), config)
     outline = distributed.together(lambda: model_outline(model_config, data.tokenizer))
     stages = {evaluated[0]} if evaluated else acting_stages(config)
     check_fit(config, data, stages, outline)
     return Prepared(config, model_config, data, outline, evaluated)
+
+
+def restore_origin(config: Config, state: checkpoint.TrainingState) -> Config:
+    """`config` with the first epoch and the source of weights that the run of `state` began with.
+
+    Says so for each value written out that thus has no effect, but for resume and load_model_path,
+    of which `prepare` always says it.
+    """
+    origin = state.trainer.get("origin", {}) | {"resume": state.trainer["first_epoch"]}
+    for name, before in origin.items():
+        value = getattr(config, name)
+        is_said = name in ("resume", "load_model_path")
+        if name in config.model_fields_set and value != before and not is_said:
+            say(f"{name}: {value} has no effect, since this run began with {before}")
+    return config.model_copy(update=origin)
+
+
+def check_trajectory(state: checkpoint.TrainingState, now: dict, config: Config) -> None:
+    """Compare what `trajectory` says `now` with what it said when the run began.
+
+    Raises: UserError when a setting that fixes the order of records has changed, or the records
+        themselves and allow_changed_data is false.
+    """
+    files = {"train_path_sha256": config.train_path, "val_path_sha256": config.val_path}
+    for name, value in now.items():
+        before = state.trainer["trajectory"].get(name)
+        if before == value:
+            continue
+        if name not in files:
+            raise UserError(
+                f"{state.folder}: this run began with {name}={before}, now it is {value}; restore"
+                " it, or choose another name to start a new run"
+            )
+        changed = f"{files[name]}: holds other records than when the run began"
+        if not config.allow_changed_data:
+            raise UserError(
+                f"{changed} (sha256 {value[:12]}, was {str(before)[:12]}); restore them, write"
+                " allow_changed_data: true to continue with these, or choose another name to start"
+                " a new run"
+            )
+        say(f"{changed}; continuing, since allow_changed_data is true")
 
 
 def newest_state(config: Config) -> checkpoint.TrainingState | None:

@@ -90,7 +90,7 @@ class Tracker:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
+    def progress_bar(self, total: int, description: str, initial: int = 0) -> tqdm:
         """A progress bar on standard error, shown on rank 0 and at a terminal only."""
         return tqdm(
             total=total,

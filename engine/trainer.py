@@ -8,7 +8,6 @@ continued. Evaluation, files and consoles are asked of their own rooms.
 import json
 import math
 import time
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -27,12 +26,8 @@ from dataset import (
 from engine import checkpoint, distributed, run_dir
 from engine.config import Config
 from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
-from engine.progress import (
-    ORIGIN_FIELDS,
-    Progress,
-    listen_for_signals,
-    trajectory,
-)
+from engine.metadata import ORIGIN_FIELDS, Position, trajectory
+from engine.signals import listen_for_signals
 from engine.tracking import Tracker
 from utils import RunFailed, Stopped, UserError, atomic_write_text
 
@@ -94,7 +89,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.progress = Progress(epoch=config.resume)
+        self.position = Position(epoch=config.resume)
         self.halves_batches = False
         self.last_saved_s = time.monotonic()
         token = torch.tensor([[self.ids.eos]], device=self.device)
@@ -107,43 +102,41 @@ class Trainer:
 
         Raises: RunFailed for a loss or gradient that is not finite; Stopped after a signal.
         """
-        if self.progress.epoch >= self.config.num_epochs:
+        if self.position.epoch >= self.config.num_epochs:
             self.tracker.message(f"all {self.config.num_epochs} epochs are done: nothing to train")
         try:
             with listen_for_signals(self.tracker) as self.requests:
-                while self.progress.epoch < self.config.num_epochs:
-                    self._run_epoch(self.progress.epoch)
+                while self.position.epoch < self.config.num_epochs:
+                    self._run_epoch(self.position.epoch)
         except Exception as error:
-            done = self.progress
+            done = self.position
             error.add_note(f"after optimizer step {done.optimizer_step} (epoch {done.epoch})")
             raise
 
     def _run_epoch(self, epoch: int) -> None:
         stage = self.curriculum.stage(epoch)
         began = time.perf_counter()
-        if self.progress.steps_done == 0:
+        if self.position.steps_done == 0:
             self._reset_optimizer_if_due(epoch)
-        if self.progress.steps_done < self.steps_per_epoch:
+        if self.position.steps_done < self.steps_per_epoch:
             self._train_epoch(epoch, stage)
             self._save_state()
         trained = time.perf_counter()
         outcome = self._evaluate(stage)
-        improved = outcome.figures["acc"] > self.progress.best_accuracy
+        improved = outcome.figures["acc"] > self.position.best_accuracy
         if improved:
-            self.progress.best_accuracy = outcome.figures["acc"]
-            self.progress.best_epoch = epoch
+            self.position.best_accuracy = outcome.figures["acc"]
+            self.position.best_epoch = epoch
         self._store(epoch, stage, outcome, improved)
-        train_loss = self.progress.loss_sum / self.progress.steps_done
+        train_loss = self.position.loss_sum / self.position.steps_done
         times = f"train {trained - began:.0f} s, evaluation {time.perf_counter() - trained:.0f} s"
         self._report(epoch, stage, train_loss, outcome, times)
-        self.progress.epoch += 1
-        self.progress.steps_done = 0
-        self.progress.loss_sum = 0.0
+        self.position.finish_epoch()
         if not self.config.debug and distributed.is_main():
-            checkpoint.update_progress(
-                self.config.run_dir, self.progress.optimizer_step, self._stored_progress()
+            checkpoint.update_trainer(
+                self.config.run_dir, self.position.optimizer_step, self.state_dict()
             )
-        goes_on = self.progress.epoch < self.config.num_epochs
+        goes_on = self.position.epoch < self.config.num_epochs
         if distributed.sum_over_ranks([float(self.requests.stop > 0)])[0] and goes_on:
             self._stop()
 
@@ -166,7 +159,7 @@ class Trainer:
                     config.tokens_per_micro_batch,
                 ),
             )
-            for indices in batches[self.progress.steps_done :]
+            for indices in batches[self.position.steps_done :]
         ]
         mine = [shares[distributed.rank()] for _, parts in plan for shares in parts]
         # Sharded ranks need a column for every pass that the longest chain of thoughts takes.
@@ -177,12 +170,12 @@ class Trainer:
             config.num_workers,
             self.device.type == "cuda",
         )
-        if self.progress.optimizer_step == 0 and distributed.is_main():
+        if self.position.optimizer_step == 0 and distributed.is_main():
             self._show_examples(Collator(staged, self.ids), batches[0])
         micro = iter(loader)
         lengths = staged.prompt_lengths + staged.num_labels
-        bar = self.tracker.progress(
-            len(batches), f"epoch {epoch} stage {stage}", initial=self.progress.steps_done
+        bar = self.tracker.progress_bar(
+            len(batches), f"epoch {epoch} stage {stage}", initial=self.position.steps_done
         )
         self.model.train()
         for indices, parts in plan:
@@ -217,7 +210,7 @@ class Trainer:
         """
         passes = passes or [None] * len(batches)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.progress.optimizer_step, self.total_steps)
+            group["lr"] = learning_rate(self.config, self.position.optimizer_step, self.total_steps)
         local_loss = None
         while local_loss is None:
             try:
@@ -286,13 +279,13 @@ class Trainer:
         if self.halves_batches or distributed.world_size() > 1:
             raise RunFailed(
                 f"rank {distributed.rank()} is out of memory at optimizer step"
-                f" {self.progress.optimizer_step}; {advice}"
+                f" {self.position.optimizer_step}; {advice}"
             ) from error
         self.halves_batches = True
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         self.tracker.message(
-            f"out of memory at optimizer step {self.progress.optimizer_step}: from here on every"
+            f"out of memory at optimizer step {self.position.optimizer_step}: from here on every"
             f" micro-batch is computed in two halves; to make room for good, {advice}"
         )
 
@@ -300,22 +293,20 @@ class Trainer:
         self, epoch: int, stage: int, loss: float, norm: float, tokens_per_second: float
     ) -> None:
         """Count the step, log it, and save or stop where that was asked for."""
-        self.progress.steps_done += 1
-        self.progress.optimizer_step += 1
-        self.progress.loss_sum += loss
+        self.position.finish_step(loss)
         self.tracker.log(
             {
                 "train/epoch": epoch,
-                "train/step": self.progress.optimizer_step,
+                "train/step": self.position.optimizer_step,
                 "train/loss": loss,
                 "train/stage": stage,
                 "train/lr": self.optimizer.param_groups[0]["lr"],
                 "train/grad_norm": norm,
                 "train/tokens_per_second": tokens_per_second,
             },
-            step=self.progress.optimizer_step,
+            step=self.position.optimizer_step,
         )
-        at_end = self.progress.steps_done == self.steps_per_epoch
+        at_end = self.position.steps_done == self.steps_per_epoch
         if self.stop_asked and not at_end:
             self._save_state()
             self._stop()
@@ -333,7 +324,7 @@ class Trainer:
         if self.config.debug:
             raise Stopped("stopped; debug: true saves nothing")
         raise Stopped(
-            f"stopped after optimizer step {self.progress.optimizer_step}, state saved; the same"
+            f"stopped after optimizer step {self.position.optimizer_step}, state saved; the same"
             " command continues from here"
         )
 
@@ -357,7 +348,7 @@ class Trainer:
             max_new_tokens=self.config.max_new_tokens,
             bf16=self.config.bf16,
             num_workers=self.config.num_workers,
-            progress=self.tracker.progress,
+            progress_bar=self.tracker.progress_bar,
             before_batch=self._stop_evaluation_if_asked,
         )
 
@@ -392,8 +383,8 @@ class Trainer:
                         config.keep_checkpoints,
                         self.tracker.message,
                     )
-        figures |= {"eval/epoch": epoch, "eval/best_acc": self.progress.best_accuracy}
-        self.tracker.log(figures, step=self.progress.optimizer_step)
+        figures |= {"eval/epoch": epoch, "eval/best_acc": self.position.best_accuracy}
+        self.tracker.log(figures, step=self.position.optimizer_step)
 
     def _report(
         self, epoch: int, stage: int, train_loss: float, outcome: Evaluation, times: str
@@ -418,11 +409,16 @@ class Trainer:
         ]
         self.tracker.table("data_table", ["record", "text"], rows)
 
-    def _stored_progress(self) -> dict:
+    def state_dict(self) -> dict:
         return {
-            "position": asdict(self.progress),
+            "position": self.position.state_dict(),
             "settings": self.settings,
-            "trajectory": trajectory(self.config, self.train_records, self.val_records),
+            "trajectory": trajectory(
+                self.config,
+                distributed.world_size(),
+                self.train_records.sha256,
+                self.val_records.sha256,
+            ),
             "first_epoch": self.config.resume,
             "origin": {name: getattr(self.config, name) for name in ORIGIN_FIELDS},
             "wandb_id": self.tracker.wandb_id,
@@ -435,11 +431,11 @@ class Trainer:
             return
         checkpoint.save_state(
             self.config.run_dir,
-            self.progress.optimizer_step,
+            self.position.optimizer_step,
             self.model,
             self.optimizer,
             self.tokenizer,
-            self._stored_progress(),
+            self.state_dict(),
             self.tracker.message,
         )
 
@@ -448,7 +444,7 @@ class Trainer:
 
         Raises: UserError when its tensors are not this run's.
         """
-        self.progress = Progress(**state.progress["position"])
+        self.position = Position(**state.trainer["position"])
         try:
             is_complete = checkpoint.load_state(state, self.model, self.optimizer)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -464,11 +460,11 @@ class Trainer:
                 "more processes than before: new ones start with fresh random generators"
             )
         with checkpoint.writing(self.config.run_dir, "metrics.jsonl"):
-            self.tracker.truncate(self.progress.optimizer_step, self.progress.epoch)
+            self.tracker.truncate(self.position.optimizer_step, self.position.epoch)
 
     def _fail_non_finite(self, batches: list[dict], loss: float, norm: float) -> None:
         """Save this rank's part of the batch for inspection and end the run before the step."""
-        step = self.progress.optimizer_step
+        step = self.position.optimizer_step
         where = "nothing saved (debug: true)"
         if not self.config.debug:
             name = f"nonfinite_step{step}_rank{distributed.rank()}.json"
@@ -481,7 +477,7 @@ class Trainer:
                 where = f"the batch could not be written ({error.strerror or error})"
         raise RunFailed(
             f"loss {loss} or gradient norm {norm} is not finite at optimizer step {step}"
-            f" (epoch {self.progress.epoch}); the weights were not changed, {where}"
+            f" (epoch {self.position.epoch}); the weights were not changed, {where}"
         )
 
 

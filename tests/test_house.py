@@ -42,10 +42,7 @@ MAY_IMPORT = {
     "engine.evaluation": {
         "coconut", "dataset", "engine.metrics", "engine.distributed", "utils",
     },
-    "engine.progress": {
-        "engine.checkpoint", "engine.config", "dataset", "engine.distributed", "engine.metadata",
-        "engine.tracking", "utils",
-    },
+    "engine.signals": {"engine.tracking"},
     "engine.setup": {*MODULES}
     - {"engine.evaluation", "engine.setup", "run", "engine.tracking", "engine.trainer"},
     "engine.trainer": {*MODULES} - {"engine.setup", "run", "engine.trainer"},

@@ -22,7 +22,7 @@ from engine.checkpoint import (
     newest_state,
     save_checkpoint,
     save_state,
-    update_progress,
+    update_trainer,
 )
 from engine.run_dir import prune_checkpoints, recover
 from utils import RunFailed, UserError
@@ -135,9 +135,9 @@ def test_two_states_are_kept_and_the_newest_is_found(training, tmp_path):
     for step in (9, 10, 11):
         save(step)
     assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == ["10", "11"]
-    assert newest_state(tmp_path).progress == {"step": 11}
-    update_progress(tmp_path, 11, {"step": "new"})
-    assert newest_state(tmp_path).progress == {"step": "new"}
+    assert newest_state(tmp_path).trainer == {"step": 11}
+    update_trainer(tmp_path, 11, {"step": "new"})
+    assert newest_state(tmp_path).trainer == {"step": "new"}
 
 
 def test_folders_of_a_tokenizer_belong_to_a_state(tiny_model, word_tokenizer, tmp_path):
@@ -151,7 +151,7 @@ def test_folders_of_a_tokenizer_belong_to_a_state(tiny_model, word_tokenizer, tm
     assert AutoTokenizer.from_pretrained(newest).chat_template == word_tokenizer.chat_template
     notices = []
     (newest / "additional_chat_templates/tools.jinja").write_text("changed")
-    assert newest_state(tmp_path, notices.append).progress == {"step": 1}
+    assert newest_state(tmp_path, notices.append).trainer == {"step": 1}
     assert "additional_chat_templates/tools.jinja does not match its sum" in notices[0]
 
 
@@ -172,21 +172,21 @@ def test_strangers_among_the_states_are_pruned_and_what_cannot_go_is_told(
     monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
     monkeypatch.setattr(save_state, "__defaults__", (notices.append,))
     save(11)
-    assert newest_state(tmp_path).progress == {"step": 11}
+    assert newest_state(tmp_path).trainer == {"step": 11}
     assert notices == [f"{states / '9'}: no longer needed, but cannot be removed (disk full)"]
 
 
 def test_a_state_that_went_missing_cannot_take_a_new_position(tmp_path):
     words = r"the position in .*/7 could not be written \(No such file or directory\); nothing was"
     with pytest.raises(RunFailed, match=words):
-        update_progress(tmp_path, 7, {})
+        update_trainer(tmp_path, 7, {})
 
 
 def test_a_failed_write_is_told_where_no_state_is_intact_either(tmp_path):
     (tmp_path / "resume" / "6").mkdir(parents=True)
     words = r"resume/7 could not be written \(No such file.*\); .*: no training state is intact"
     with pytest.raises(RunFailed, match=words):
-        update_progress(tmp_path, 7, {})
+        update_trainer(tmp_path, 7, {})
 
 
 def test_a_state_brings_back_weights_moments_and_generators_bit_for_bit(
@@ -242,7 +242,7 @@ def test_a_state_whose_description_is_broken_is_passed_over(training, tmp_path, 
     save(2)
     (tmp_path / "resume" / "2" / "state.json").write_text(content, encoding="latin-1")
     notices = []
-    assert newest_state(tmp_path, notices.append).progress == {"step": 1}
+    assert newest_state(tmp_path, notices.append).trainer == {"step": 1}
     assert len(notices) == 1 and "resume/2: damaged, trying the one before" in notices[0]
     (tmp_path / "resume" / "1" / TENSORS).unlink()
     with pytest.raises(UserError, match="resume: no training state is intact; remove the folder"):

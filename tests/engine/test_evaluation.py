@@ -138,7 +138,7 @@ def test_evaluation_leaves_the_mode_of_the_model_and_the_generators_alone(
     model = wrap(tiny_model("gpt2", dropout=0.5))
     shown = []
 
-    def progress(total, description):
+    def progress_bar(total, description):
         bar = SimpleNamespace(update=lambda: shown.append(total), close=lambda: None)
         assert description == "evaluating stage 1"
         return bar
@@ -146,7 +146,7 @@ def test_evaluation_leaves_the_mode_of_the_model_and_the_generators_alone(
     def once():
         return evaluate(
             model, tokenizer, records, curriculum(), 1,
-            batch_size=4, max_new_tokens=NEW_TOKENS, progress=progress,
+            batch_size=4, max_new_tokens=NEW_TOKENS, progress_bar=progress_bar,
         )  # fmt: skip
 
     before = torch.get_rng_state()

@@ -259,7 +259,7 @@ def test_other_ranks_write_and_show_nothing(tmp_path, capsys, use_wandb):
     tracker.table("t", ["a"], [[1]])
     tracker.message("hello")
     tracker.truncate(0)
-    with tracker.progress(3, "epoch") as bar:
+    with tracker.progress_bar(3, "epoch") as bar:
         bar.update(1)
         assert bar.disable
     tracker.close()
@@ -282,7 +282,7 @@ def test_the_bar_shows_at_a_terminal_only_and_starts_where_the_run_does(
     tmp_path, monkeypatch, capsys, terminal
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    with make(tmp_path).progress(10, "epoch 1", initial=4) as bar:
+    with make(tmp_path).progress_bar(10, "epoch 1", initial=4) as bar:
         assert bar.disable is not terminal
         assert bar.n == 4
     out, err = capsys.readouterr()

@@ -332,7 +332,7 @@ def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, distu
         ("engine.tracking:Tracker.log", 9, []),  # mid-epoch, the step logged but not yet saved
         ("engine.trainer:evaluate", 1, []),  # between the end of the epoch's steps and evaluation
         ("engine.checkpoint:whole_directory", 1, []),  # before the epoch's checkpoint
-        ("engine.checkpoint:update_progress", 1, []),  # everything done but to say so
+        ("engine.checkpoint:update_trainer", 1, []),  # everything done but to say so
         ("engine.tracking:Tracker.log", 3, ["save_every_minutes=None"]),  # to the epoch's start
     ]
     disturbed.change(save_every_minutes=1e-9)
@@ -362,7 +362,7 @@ def test_a_signal_to_the_whole_process_group_spares_the_data_workers(straight, d
 
 
 def test_a_second_signal_ends_the_run_at_once(disturbed, monkeypatch, capsys):
-    monkeypatch.setattr("engine.progress.SAME_SIGNAL_S", -1.0)
+    monkeypatch.setattr("engine.signals.SAME_SIGNAL_S", -1.0)
     log = Tracker.log
 
     def log_and_signal(tracker, metrics, step):
@@ -425,7 +425,7 @@ def test_going_on_from_cot_as_coconut_or_with_other_records_is_refused(tmp_path,
         assert experiment.main() == run.EXIT_USER_ERROR
         assert f"{changed} (sha256" in capsys.readouterr().err
         assert experiment.main("allow_changed_data=true") == 0
-        assert f"{changed}; going on, since allow_changed_data is true" in capsys.readouterr().out
+        assert f"{changed}; continuing, since allow_changed_data is true" in capsys.readouterr().out
         assert experiment.main() == 0, "from now on these are the run's records"
 
 
@@ -486,9 +486,9 @@ def test_what_a_run_began_with_stays_with_it(finished, straight, capsys):
 def test_a_state_that_does_not_say_what_the_run_began_with_goes_on(finished, straight):
     """Those of earlier versions."""
     (_, newest) = finished.states()
-    progress = json.loads((newest / "state.json").read_text())["content"]["progress"]
-    assert progress.pop("origin")["model_id"] == str(straight.model)
-    checkpoint.update_progress(finished.run_dir, 15, progress)
+    trainer = json.loads((newest / "state.json").read_text())["content"]["trainer"]
+    assert trainer.pop("origin")["model_id"] == str(straight.model)
+    checkpoint.update_trainer(finished.run_dir, 15, trainer)
     assert finished.change(num_epochs=4).main() == 0
     assert len(finished.losses()) == 20
 

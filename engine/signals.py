@@ -1,0 +1,53 @@
+"""What a user asks of a running training by signals: stop after this step, or save now.
+
+The handlers only note the request; the trainer acts on it where all ranks can act together.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from engine.tracking import Tracker
+
+# torchrun passes a Ctrl-C on to processes that already got it from the terminal.
+SAME_SIGNAL_S = 1.0
+
+
+@dataclass
+class Requests:
+    """What signals asked for since the last step."""
+
+    stop: int = 0
+    save: bool = False
+    stopped_at: float = -math.inf
+
+
+@contextmanager
+def listen_for_signals(tracker: Tracker) -> Iterator[Requests]:
+    """Turn SIGINT and SIGTERM into a stop after the step, SIGUSR1 into a save.
+
+    A second SIGINT or SIGTERM ends the run at once (KeyboardInterrupt).
+    """
+    requests = Requests()
+
+    def on_stop(number: int, _frame: object) -> None:
+        if requests.stop and time.monotonic() - requests.stopped_at > SAME_SIGNAL_S:
+            raise KeyboardInterrupt
+        if not requests.stop:
+            requests.stopped_at = time.monotonic()
+            tracker.message("stopping after this step; once more to stop at once, unsaved")
+        requests.stop = number
+
+    def on_save(_number: int, _frame: object) -> None:
+        requests.save = True
+
+    handlers = {signal.SIGINT: on_stop, signal.SIGTERM: on_stop, signal.SIGUSR1: on_save}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
