@@ -5,9 +5,10 @@ average of the last m hidden states (last layer, after the final norm) of the sa
 
     e_t = sum_{j=1..m} w_j a_{t-j} h_{t-j} / sum_{j=1..m} w_j a_{t-j}
 
-with w nearest first and a the attention mask. m = 1 is the original Coconut. A thought needs the
-states before it, so a batch whose rows hold at most K latents takes K + 1 passes that extend one
-key-value cache; gradients flow back through thoughts and cache.
+with w nearest first and a the attention mask. m = 1 is the original Coconut. The weights are fixed
+or learned, and the average can be rescaled (thought_norm). A thought needs the states before it, so
+a batch whose rows hold at most K latents takes K + 1 passes that extend one key-value cache;
+gradients flow back through thoughts and cache.
 
 With passes.py, which makes them cheap and holds no idea, this file needs torch and transformers
 alone and can be lifted out. It knows nothing of tokenizers, configuration, ranks or logging. To
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +32,23 @@ from transformers.utils import ModelOutput
 
 from passes import (
     PassCache,
-    attention_by_passes,
+    add_starts,
     can_pack,
     is_compiled,
     joined_weight_gradients,
     likeliest,
     prepare,
+    read_packed,
+    read_padded,
+    token_places,
 )
 
 IGNORE_INDEX = -100
 WINDOW_SCOPES = ("sequence", "pass")
-THOUGHTS = ("continuous", "pause")
+THOUGHT_KINDS = ("continuous", "pause", "pause_multipass")
+DEFAULT_WEIGHTS = (0.6, 0.3, 0.1)
+# What learned weights start from in a window of another size than the default's.
+LEARNED_START_RATIO = 0.5
 # Rows that ended leave a batch that is being written when no more than this share goes on.
 LEAVING_SHARE = 0.75
 
@@ -65,7 +73,7 @@ class Layout:
     """What the host has to know of a batch before its passes.
 
     starts: columns after column 0 at which a pass begins, ascending.
-    thought_columns: those of them that hold a thought in some row; none for `thought: pause`.
+    thought_columns: those of them that hold a thought in some row; none for pause embeddings.
     places: of each pass the places of its tokens in its flattened (B, columns), None where it holds
         no padding.
     labelled: (N,) long, the labelled predictions as places in the flattened (B, T - 1); None
@@ -79,19 +87,26 @@ class Layout:
 
 
 class Coconut(nn.Module):
-    """A Hugging Face causal LM whose latent positions read thoughts; adds no parameters.
+    """A Hugging Face causal LM whose latent positions read thoughts.
+
+    Adds no parameters but learned window weights; a subclass may add its own.
 
     base_causallm: model whose `base_model` ends with the final norm (GPT-2, Llama and their kin).
     latent_token_id: the id whose positions become thoughts.
     start_latent_id, end_latent_id: the markers around them, kept for whoever builds prompts.
     eos_token_id: ends and pads generation.
     latent_window_size: m, at least 1.
-    latent_weights: w, nearest state first; longer than m: the first m count.
+    latent_weights: w, nearest state first; longer than m: the first m count. Or "uniform",
+        "exponential:R" (w_j = R^(j-1)), or "learned": the softmax of the parameter `window_logits`
+        (m,), which starts at the logarithm of 0.6, 0.3, 0.1 (exponential:0.5 where m is not 3).
     window_scope: "sequence", the equation above for every thought; "pass": a row's first thought
         only, later ones are h_{t-1} alone, as in the published contextual code.
-    thought: "continuous", or "pause": latents keep their token embedding and one pass suffices.
+    thought: "continuous", or "pause": latents keep their token embedding and one pass suffices;
+        "pause_multipass": the same in as many passes as continuous thoughts take.
+    thought_norm: None, e_t is the thought; "average", h_{t-1} at the norm of e_t, a ratio without
+        gradient: the control for what averaging does to the norm; a number, e_t times that number.
 
-    Raises: ValueError for a window, weights, scope or thought outside these.
+    Raises: ValueError for a window, weights, scope, thought or thought_norm outside these.
     """
 
     def __init__(
@@ -102,27 +117,18 @@ class Coconut(nn.Module):
         end_latent_id: int,
         eos_token_id: int,
         latent_window_size: int = 3,
-        latent_weights: Sequence[float] = (0.6, 0.3, 0.1),
+        latent_weights: Sequence[float] | str = DEFAULT_WEIGHTS,
         window_scope: str = "sequence",
         thought: str = "continuous",
+        thought_norm: float | str | None = None,
     ):
         super().__init__()
-        if latent_window_size < 1:
-            raise ValueError(f"latent_window_size={latent_window_size} must be at least 1")
-        if len(latent_weights) < latent_window_size:
-            raise ValueError(
-                f"latent_weights has {len(latent_weights)} entries, fewer than"
-                f" latent_window_size={latent_window_size}"
-            )
-        weights = list(latent_weights[:latent_window_size])
-        if min(weights) < 0 or not 0 < weights[0] < float("inf") or sum(weights) == float("inf"):
-            raise ValueError(
-                f"latent_weights={weights} must be finite, not negative, and the first above 0"
-            )
+        weights = initial_weights(latent_weights, latent_window_size)
         if window_scope not in WINDOW_SCOPES:
             raise ValueError(f"window_scope={window_scope!r} is none of {WINDOW_SCOPES}")
-        if thought not in THOUGHTS:
-            raise ValueError(f"thought={thought!r} is none of {THOUGHTS}")
+        if thought not in THOUGHT_KINDS:
+            raise ValueError(f"thought={thought!r} is none of {THOUGHT_KINDS}")
+        _check_thought_norm(thought_norm)
         prepare(base_causallm)
         self.base_causallm = base_causallm
         self.latent_token_id = latent_token_id
@@ -132,11 +138,17 @@ class Coconut(nn.Module):
         self.latent_window_size = latent_window_size
         self.window_scope = window_scope
         self.thought_kind = thought
+        self.thought_norm = thought_norm
         # Made in float64 so that a float64 model gets 0.6 itself and not its float32 neighbour.
         exact = torch.tensor(weights, dtype=torch.float64)
         embedding = base_causallm.get_input_embeddings().weight
         # (m,), a buffer so that it follows the model's dtype and device; not part of state_dict.
+        # Learned weights started from it.
         self.register_buffer("latent_weights", exact.to(embedding), persistent=False)
+        self.window_logits = None
+        if latent_weights == "learned":
+            dtype = torch.promote_types(embedding.dtype, torch.float32)
+            self.window_logits = nn.Parameter(exact.log().to(embedding.device, dtype))
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -152,17 +164,50 @@ class Coconut(nn.Module):
         is_first: (B,) bool, whether it is the row's first thought.
         Rows in which this column is no latent get a value that is not used.
         """
-        n = hidden_states.size(1)
-        weights = self.latent_weights[:n].flip(0).to(hidden_states.dtype) * attention_mask
+        weights = self.average_weights(attention_mask, is_first)
+        # Not a matrix product: autocast would round it to bf16, and h_{t-1} alone must stay exact.
+        thought = (weights[:, :, None] * hidden_states).sum(1)
+        if self.thought_norm == "average":
+            thought = _scale_to_norm(hidden_states[:, -1], thought)
+        elif self.thought_norm is not None:
+            thought = thought * self.thought_norm
+        return thought.to(hidden_states.dtype)
+
+    def average_weights(self, attention_mask: Tensor, is_first: Tensor) -> Tensor:
+        """The weights of the states in `thought`'s average: (B, n), each row sums to 1.
+
+        attention_mask, is_first: as `thought` takes them.
+        """
+        weights = self._weights()[: attention_mask.size(1)].flip(0) * attention_mask
         if self.window_scope == "pass":
             nearest = torch.zeros_like(weights)
             nearest[:, -1] = 1
             weights = torch.where(is_first[:, None], weights, nearest)
         # A row whose window is all padding has no latent here; 1 keeps its unused value finite.
         total = weights.sum(1, keepdim=True)
-        weights = weights / torch.where(total > 0, total, torch.ones_like(total))
-        # Not a matrix product: autocast would round it to bf16, and h_{t-1} alone must stay exact.
-        return (weights[:, :, None] * hidden_states).sum(1)
+        return weights / torch.where(total > 0, total, torch.ones_like(total))
+
+    def _weights(self) -> Tensor:
+        """(m,) w, nearest state first, not normalised."""
+        if self.window_logits is None:
+            return self.latent_weights
+        return self.window_logits.softmax(0)
+
+    @property
+    def window_weights(self) -> list[float]:
+        """The m weights of a whole window as they are now, nearest state first; they sum to 1."""
+        weights = self._weights().detach().double()
+        return (weights / weights.sum()).tolist()
+
+    @property
+    def reads_in_passes(self) -> bool:
+        """Whether a pass begins at each latent; else one pass reads all."""
+        return self.thought_kind != "pause"
+
+    def extra_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, the parameters outside the base model: learned weights, a subclass's own."""
+        named = self.named_parameters()
+        return {name: p for name, p in named if not name.startswith("base_causallm.")}
 
     def forward(
         self,
@@ -187,13 +232,16 @@ class Coconut(nn.Module):
         if layout is None:
             layout = self.layout(input_ids, attention_mask, labels)
         with self._joined_gradients():
-            hidden_states, inputs_embeds, _ = self._read(
+            hidden_states, inputs_embeds, _ = self.read(
                 input_ids, attention_mask, position_ids, layout
             )
             if labels is None:
                 logits = self.base_causallm.get_output_embeddings()(hidden_states[:, -1:])
                 return CoconutOutput(logits=logits, inputs_embeds=inputs_embeds)
             loss, logits = self._score(hidden_states, labels, layout)
+        # Without thoughts too, since ranks wait for each other's gradient of every parameter.
+        for parameter in self.extra_parameters().values():
+            loss = loss + 0 * parameter.sum().to(loss)
         return CoconutOutput(loss=loss, logits=logits, inputs_embeds=inputs_embeds)
 
     def _score(
@@ -231,18 +279,16 @@ class Coconut(nn.Module):
             [(is_latent & is_row_start).any(0), is_latent.any(0), is_padding.any(0)]
         ).tolist()
         end = input_ids.size(1)
-        thought_columns = []
-        if self.thought_kind == "continuous":
-            if any(starts_row):
-                raise ValueError(
-                    "a row starts with a latent token: a thought needs a token before it"
-                )
-            thought_columns = [column for column, holds in enumerate(holds_latent) if holds]
-        starts = thought_columns
+        starts = []
+        if self.reads_in_passes:
+            starts = [column for column in range(1, end) if holds_latent[column]]
+        thought_columns = starts if self.thought_kind == "continuous" else []
+        if self.thought_kind == "continuous" and any(starts_row):
+            raise ValueError("a row starts with a latent token: a thought needs a token before it")
         if num_passes is not None:
-            starts = _add_starts(thought_columns, num_passes, end)
+            starts = add_starts(starts, num_passes, end)
         places = [
-            _tokens_among(is_padding[:, begin:stop]) if any(holds_padding[begin:stop]) else None
+            token_places(is_padding[:, begin:stop]) if any(holds_padding[begin:stop]) else None
             for begin, stop in pairwise([0, *starts, end])
         ]
         labelled = None
@@ -273,7 +319,7 @@ class Coconut(nn.Module):
         prompts, prompt_mask = input_ids[:, :width], attention_mask[:, :width]
         self._check_prompts(prompts, prompt_mask, max_new_tokens)
         layout = self.layout(input_ids, attention_mask, labels)
-        hidden_states, _, cache = self._read(input_ids, attention_mask, None, layout)
+        hidden_states, _, cache = self.read(input_ids, attention_mask, layout=layout)
         loss, _ = self._score(hidden_states, labels, layout)
         if not isinstance(cache, PassCache):
             # Of a cache that forgets, as under a sliding window, the answers cannot be cut off.
@@ -300,10 +346,7 @@ class Coconut(nn.Module):
         self._check_prompts(input_ids, attention_mask, max_new_tokens)
         if options:
             return self._generate_by_base(input_ids, attention_mask, max_new_tokens, options)
-        layout = self.layout(input_ids, attention_mask)
-        hidden_states, _, cache = self._read(
-            input_ids, attention_mask, None, layout, keeps_cache=True
-        )
+        hidden_states, _, cache = self.read(input_ids, attention_mask, keeps_cache=True)
         new = self._write(hidden_states[:, -1], attention_mask, cache, max_new_tokens)
         return torch.cat([input_ids, new], 1)
 
@@ -356,9 +399,11 @@ class Coconut(nn.Module):
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
             embeds, places = embed(tokens[:, None]), positions[:, None]
             if is_packed:
-                hidden_states = self._read_packed(embeds, places, cache, None)
+                hidden_states = read_packed(self.base_causallm, embeds, places, cache, None)
             else:
-                hidden_states = self._read_padded(embeds, places, cache, attention_mask)
+                hidden_states = read_padded(
+                    self.base_causallm, embeds, places, cache, attention_mask
+                )
             last_states, positions = hidden_states[:, 0], positions + 1
         return written[:, : column + 1]
 
@@ -375,12 +420,11 @@ class Coconut(nn.Module):
         defaults["synced_gpus"] = False
         options = defaults | options
         has_latents = bool(self._is_latent(input_ids, attention_mask).any())
-        if has_latents and self.thought_kind == "continuous":
+        if has_latents and self.reads_in_passes:
             # The last prompt column stays out of the cache: generate must read at least one token
             # itself, and over a complete cache it would return wrong tokens without an error.
             known_ids, known_mask = input_ids[:, :-1], attention_mask[:, :-1]
-            layout = self.layout(known_ids, known_mask)
-            *_, cache = self._read(known_ids, known_mask, None, layout)
+            *_, cache = self.read(known_ids, known_mask, keeps_cache=True)
             if isinstance(cache, PassCache):
                 cache = cache.as_dynamic(self.base_causallm.config)
             copies = max(options["num_beams"], options["num_return_sequences"])
@@ -410,20 +454,29 @@ class Coconut(nn.Module):
             return nullcontext()
         return joined_weight_gradients(self.base_causallm)
 
-    def _read(
+    def read(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        position_ids: Tensor | None,
-        layout: Layout,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
         keeps_cache: bool = False,
     ) -> tuple[Tensor, Tensor, Cache | None]:
-        """Read all columns, thoughts in place: states and embeddings (B, T, D), and the cache.
+        """Read all columns, thoughts in place: what the model thinks, before any vocabulary.
 
+        input_ids, attention_mask, position_ids, layout: as `forward` takes them.
         keeps_cache: make a cache even where one pass needs none.
+        Returns states after the final norm (B, T, D), the embeddings read (B, T, D), and the cache:
+        a PassCache where passes.py serves the model, else a DynamicCache, or None.
+
+        One pass of the base model over these embeddings gives the same states to rounding, and
+        those of every layer and attention weights where it is asked for them.
+
+        Raises: ValueError as `forward` does.
         """
-        if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        if layout is None:
+            layout = self.layout(input_ids, attention_mask)
+        position_ids = _count_positions(attention_mask, position_ids)
         token_embeds = self.base_causallm.get_input_embeddings()(input_ids)
         is_latent = self._is_latent(input_ids, attention_mask)
         if layout.starts and self.training and self._is_checkpointed:
@@ -446,46 +499,15 @@ class Coconut(nn.Module):
                 embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
             positions = position_ids[:, begin:stop]
             if reads_packed:
-                hidden = self._read_packed(embeds, positions, cache, places)
+                hidden = read_packed(self.base_causallm, embeds, positions, cache, places)
             else:
                 mask = attention_mask[:, :stop] if is_padded else None
-                hidden = self._read_padded(embeds, positions, cache, mask)
+                hidden = read_padded(self.base_causallm, embeds, positions, cache, mask)
             window = torch.cat([window.to(hidden.dtype), hidden], 1)
             window = window[:, -self.latent_window_size :]
             hidden_passes.append(hidden)
             embeds_passes.append(embeds)
         return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache
-
-    def _read_packed(
-        self, embeds: Tensor, position_ids: Tensor, cache: PassCache, places: Tensor | None
-    ) -> Tensor:
-        """States (B, C, D) of the next C columns, whose padding the layers never see."""
-        if places is not None:
-            places = places.to(embeds.device, non_blocking=True)
-        cache.begin(embeds.size(1), places)
-        with attention_by_passes(self.base_causallm):
-            hidden_states = self.base_causallm.base_model(
-                inputs_embeds=cache.pack(embeds),
-                position_ids=cache.pack(position_ids),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-        return cache.unpack(hidden_states)
-
-    def _read_padded(
-        self, embeds: Tensor, position_ids: Tensor, cache: Cache | None, mask: Tensor | None
-    ) -> Tensor:
-        """The same by the model's own attention, for kernels and models that know no other way.
-
-        mask: (B, L), attention_mask up to the last of these columns; None without padding.
-        """
-        return self.base_causallm.base_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
 
     def _is_latent(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) bool; whatever id pads a row, padding is never a latent."""
@@ -507,20 +529,70 @@ class Coconut(nn.Module):
         return torch.cat([first[:, None], embeds[:, 1:]], 1)
 
 
-def _tokens_among(is_padding: Tensor) -> Tensor:
-    """(n,) long, the places of tokens in the flattened (B, columns) of a pass; at least one."""
-    places = (~is_padding).flatten().nonzero().squeeze(1)
-    # A pass of padding alone keeps step with other ranks, and a model wants something to read.
-    return places if len(places) else places.new_zeros(1)
+def initial_weights(latent_weights: Sequence[float] | str, latent_window_size: int) -> list[float]:
+    """The m weights that `latent_weights` says, nearest state first; "learned" ones start so.
 
-
-def _add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
-    """`starts` and the last free columns before `end`, so that `num_passes` passes result."""
-    free = [column for column in range(1, end) if column not in starts]
-    missing = num_passes - 1 - len(starts)
-    if not 0 <= missing <= len(free):
+    Raises: ValueError for a window below 1 and for weights that make no average of it.
+    """
+    m = latent_window_size
+    if m < 1:
+        raise ValueError(f"latent_window_size={m} must be at least 1")
+    weights = latent_weights
+    if latent_weights == "learned":
+        is_default = m == len(DEFAULT_WEIGHTS)
+        weights = DEFAULT_WEIGHTS if is_default else f"exponential:{LEARNED_START_RATIO}"
+    if weights == "uniform":
+        weights = [1.0] * m
+    elif isinstance(weights, str):
+        weights = _exponential_weights(weights, m)
+    if len(weights) < m:
         raise ValueError(
-            f"num_passes={num_passes}: thoughts need {len(starts) + 1} passes, and {end} columns"
-            " allow no more than as many"
+            f"latent_weights has {len(weights)} entries, fewer than latent_window_size={m}"
         )
-    return sorted(starts + free[len(free) - missing :])
+    weights = list(weights[:m])
+    if min(weights) < 0 or not 0 < weights[0] < float("inf") or sum(weights) == float("inf"):
+        raise ValueError(
+            f"latent_weights={weights} must be finite, not negative, and the first above 0"
+        )
+    return weights
+
+
+def _exponential_weights(text: str, m: int) -> list[float]:
+    """R^(j-1) for j = 1..m, of "exponential:R"."""
+    name, _, number = text.partition(":")
+    try:
+        ratio = float(number)
+        if name != "exponential" or not 0 < ratio < float("inf"):
+            raise ValueError
+        return [ratio**j for j in range(m)]
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"latent_weights={text!r} is not a list of numbers, 'uniform', 'learned', or"
+            " 'exponential:R' with R above 0, such as 'exponential:0.5'"
+        ) from None
+
+
+def _check_thought_norm(thought_norm: float | str | None) -> None:
+    if thought_norm is None or thought_norm == "average":
+        return
+    is_number = isinstance(thought_norm, int | float) and not isinstance(thought_norm, bool)
+    if not is_number or not (isfinite(thought_norm) and thought_norm > 0):
+        raise ValueError(f"thought_norm={thought_norm!r} must be None, 'average' or above 0")
+
+
+def _scale_to_norm(vectors: Tensor, like: Tensor) -> Tensor:
+    """`vectors` (B, D) at the norms of `like`; the ratio of the norms has no gradient."""
+    with torch.no_grad():
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        own = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=dtype)
+        wanted = torch.linalg.vector_norm(like, dim=1, keepdim=True, dtype=dtype)
+        # A state at padding is zero and not used, but its gradient must stay finite.
+        ratio = torch.where(own > 0, wanted / own, torch.ones_like(own))
+    return vectors * ratio
+
+
+def _count_positions(attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
+    """`position_ids`, where None (B, T) counted from 0 at a row's first token."""
+    if position_ids is not None:
+        return position_ids
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

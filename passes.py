@@ -88,6 +88,25 @@ def is_compiled(model: PreTrainedModel) -> bool:
 # Tokens without padding
 
 
+def token_places(is_padding: Tensor) -> Tensor:
+    """(n,) long, the places of tokens in the flattened (B, columns) of a pass; at least one."""
+    places = (~is_padding).flatten().nonzero().squeeze(1)
+    # A pass of padding alone keeps step with other ranks, and a model wants something to read.
+    return places if len(places) else places.new_zeros(1)
+
+
+def add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
+    """`starts` and the last free columns before `end`, so that `num_passes` passes result."""
+    free = [column for column in range(1, end) if column not in starts]
+    missing = num_passes - 1 - len(starts)
+    if not 0 <= missing <= len(free):
+        raise ValueError(
+            f"num_passes={num_passes}: thoughts need {len(starts) + 1} passes, and {end} columns"
+            " allow no more than as many"
+        )
+    return sorted(starts + free[len(free) - missing :])
+
+
 class PassCache(Cache):
     """Keys and values of the passes so far, in rows, and the attention over them.
 
@@ -195,6 +214,47 @@ class PassCache(Cache):
         for layer_idx, parts in sorted(self.parts.items()):
             cache.update(*(torch.cat(side, 2) for side in zip(*parts, strict=True)), layer_idx)
         return cache
+
+
+def read_packed(
+    model: PreTrainedModel,
+    embeds: Tensor,
+    position_ids: Tensor,
+    cache: PassCache,
+    places: Tensor | None,
+) -> Tensor:
+    """States (B, C, D) of the next C columns, whose padding the layers never see."""
+    if places is not None:
+        places = places.to(embeds.device, non_blocking=True)
+    cache.begin(embeds.size(1), places)
+    with attention_by_passes(model):
+        hidden_states = model.base_model(
+            inputs_embeds=cache.pack(embeds),
+            position_ids=cache.pack(position_ids),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    return cache.unpack(hidden_states)
+
+
+def read_padded(
+    model: PreTrainedModel,
+    embeds: Tensor,
+    position_ids: Tensor,
+    cache: Cache | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The same by the model's own attention, for kernels and models that know no other way.
+
+    mask: (B, L), attention_mask up to the last of these columns; None without padding.
+    """
+    return model.base_model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
 
 
 def likeliest(head: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -196,8 +196,8 @@ class Trainer:
         """
         if not distributed.is_sharded(self.model):
             return None
-        is_continuous = distributed.unwrap(self.model).thought_kind == "continuous"
-        return 1 + is_continuous * int(staged.num_latents[np.concatenate(shares)].max())
+        reads_in_passes = distributed.unwrap(self.model).reads_in_passes
+        return 1 + reads_in_passes * int(staged.num_latents[np.concatenate(shares)].max())
 
     def _step(
         self, batches: list[dict], num_labels: int, passes: list[int | None] | None = None

@@ -25,17 +25,22 @@ laws = pytest.mark.parametrize(
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def wrap(base, m=3, scope="sequence", weights=WEIGHTS, thought="continuous", eos_token_id=EOS):
-    return Coconut(
+def wrap(
+    base, m=3, scope="sequence", weights=WEIGHTS, thought="continuous", norm=None, eos_token_id=EOS,
+    kind=Coconut,
+):  # fmt: skip
+    return kind(
         base, LATENT, START, END, eos_token_id,
         latent_window_size=m, latent_weights=weights, window_scope=scope, thought=thought,
+        thought_norm=norm,
     )  # fmt: skip
 
 
-def settings_of(m=3, scope="sequence", weights=WEIGHTS, thought="continuous"):
+def settings_of(m=3, scope="sequence", weights=WEIGHTS, thought="continuous", norm=None):
     """The same choices as `wrap`'s, for the oracle."""
     return {
         "latent_token_id": LATENT, "m": m, "weights": weights, "scope": scope, "thought": thought,
+        "norm": norm,
     }  # fmt: skip
 
 

@@ -29,20 +29,31 @@ def run_model(model, embeds, positions=None):
     return output.hidden_states[-1][0], output.logits[0]
 
 
-def contextual_thought(states, m, weights):
-    """SPEC section 6's equation at t = len(states): `weights` nearest first, cut short at 0."""
+def learned_weights(logits):
+    """Softmax over a window (m,), written out."""
+    return [logit.exp() / sum(other.exp() for other in logits) for logit in logits]
+
+
+def contextual_thought(states, m, weights, norm=None):
+    """SPEC section 6's thought at t = len(states): `weights` nearest first, cut short at 0."""
     t = len(states)
     numerator, denominator = 0, 0
     for j in range(1, m + 1):
         if t - j >= 0:
             numerator = numerator + weights[j - 1] * states[t - j]
             denominator = denominator + weights[j - 1]
-    return numerator / denominator
+    average = numerator / denominator
+    if norm is None:
+        return average
+    if norm == "average":
+        ratio = average.pow(2).sum().sqrt() / states[t - 1].pow(2).sum().sqrt()
+        return states[t - 1] * ratio.detach()
+    return average * norm
 
 
 def embed_row(
     model, token_ids, latent_token_id, m, weights, scope="sequence", thought="continuous",
-    positions=None,
+    norm=None, positions=None,
 ):  # fmt: skip
     """Input embeddings of a row without padding, a list of T tensors (D,), thoughts in place.
 
@@ -55,7 +66,7 @@ def embed_row(
         if token == latent_token_id and thought == "continuous":
             states, _ = run_model(model, embeds, positions)
             reach = 1 if scope == "pass" and num_thoughts > 0 else m
-            embeds.append(contextual_thought(states, reach, weights))
+            embeds.append(contextual_thought(states, reach, weights, norm))
             num_thoughts += 1
         else:
             embeds.append(table[token])
