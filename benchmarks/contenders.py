@@ -23,7 +23,6 @@ from dataset import Curriculum
 from engine.config import Config
 from engine.evaluation import autocast
 from engine.metadata import token_ids
-from engine.signals import Requests
 from engine.trainer import Trainer
 
 CONTENDERS = ("published", "prototype", "ours")
@@ -70,7 +69,6 @@ def make_trainer(base: PreTrainedModel, bf16: bool, window: int = 1) -> Trainer:
     )  # fmt: skip
     # It takes a GPU wherever there is one; --device may say otherwise.
     trainer.device = base.device
-    trainer.requests = Requests()
     trainer.model.train()
     return trainer
 
@@ -82,7 +80,7 @@ def train_step(name: str, base: PreTrainedModel, bf16: bool, window: int = 1) ->
     """
     if name == "ours":
         trainer = make_trainer(base, bf16, window)
-        return lambda batch, num_labels: trainer._step([batch], num_labels)[0]
+        return lambda batch, num_labels: trainer.train_step([batch], num_labels, [None])[0]
     ids = token_ids(build_tokenizer(base.config.vocab_size))
     latent, eos = ids["latent_token_id"], ids["eos_token_id"]
     optimizer = torch.optim.AdamW(base.parameters(), lr=LEARNING_RATE, weight_decay=0.01)

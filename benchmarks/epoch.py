@@ -149,7 +149,9 @@ def measure_speed(trainer: Trainer, collator: Collator, epoch: int, repeats: int
             batches = [collator[part] for part in parts]
             num_labels = int(staged.num_labels[indices].sum())
             tokens[split] = int(lengths[indices].sum())
-            work[split] = lambda batches=batches, n=num_labels: trainer._step(batches, n)
+            work[split] = lambda batches=batches, n=num_labels: trainer.train_step(
+                batches, n, [None] * len(batches)
+            )
         for split, (seconds,) in take_turns(work, 1, device).items():
             if number >= warm_ups:
                 rates[split].append(tokens[split] / seconds)

@@ -90,7 +90,6 @@ class Trainer:
             fused=True,
         )
         self.position = Position(epoch=config.resume)
-        self.halves_batches = False
         self.last_saved_s = time.monotonic()
         token = torch.tensor([[self.ids.eos]], device=self.device)
         distributed.arrange_buckets(model, token, torch.ones_like(token))
@@ -148,46 +147,52 @@ class Trainer:
         )
         staged = StagedRecords.of(records, self.curriculum, stages)
         batches = effective_batches(len(records), self.effective_batch_size, config.seed, epoch)
-        plan = [
-            (
-                indices,
-                micro_batches(
-                    indices,
-                    staged,
-                    config.batch_size_training,
-                    distributed.world_size(),
-                    config.tokens_per_micro_batch,
-                ),
-            )
+        steps = [
+            (indices, self._micro_batches(indices, staged))
             for indices in batches[self.position.steps_done :]
         ]
-        mine = [shares[distributed.rank()] for _, parts in plan for shares in parts]
+        mine = [shares[distributed.rank()] for _, micro in steps for shares in micro]
         # Sharded ranks need a column for every pass that the longest chain of thoughts takes.
         min_width = self._num_passes(staged, batches) or 1
-        loader = batch_loader(
-            Collator(staged, self.ids, min_width=min_width),
-            mine,
-            config.num_workers,
-            self.device.type == "cuda",
+        loader = iter(
+            batch_loader(
+                Collator(staged, self.ids, min_width=min_width),
+                mine,
+                config.num_workers,
+                self.device.type == "cuda",
+            )
         )
         if self.position.optimizer_step == 0 and distributed.is_main():
             self._show_examples(Collator(staged, self.ids), batches[0])
-        micro = iter(loader)
-        lengths = staged.prompt_lengths + staged.num_labels
         bar = self.tracker.progress_bar(
             len(batches), f"epoch {epoch} stage {stage}", initial=self.position.steps_done
         )
         self.model.train()
-        for indices, parts in plan:
+        for indices, micro in steps:
             began = time.perf_counter()
             num_labels = int(staged.num_labels[indices].sum())
-            passes = [self._num_passes(staged, shares) for shares in parts]
-            loss, norm = self._step([next(micro) for _ in parts], num_labels, passes)
-            seconds = time.perf_counter() - began
-            self._after_step(epoch, stage, loss, norm, lengths[indices].sum() / seconds)
-            bar.set_postfix_str(f"loss {loss:.4f}, {lengths[indices].sum() / seconds:.0f} tok/s")
+            num_tokens = int(staged.prompt_lengths[indices].sum()) + num_labels
+            num_passes = [self._num_passes(staged, shares) for shares in micro]
+            own = [next(loader) for _ in micro]
+            try:
+                loss, norm = self.train_step(own, num_labels, num_passes)
+            except torch.OutOfMemoryError as error:
+                raise self._out_of_memory(own) from error
+            tokens_per_second = num_tokens / (time.perf_counter() - began)
+            bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:.0f} tok/s")
             bar.update()
+            self._after_step(epoch, stage, loss, norm, tokens_per_second)
         bar.close()
+
+    def _micro_batches(self, indices: np.ndarray, staged: StagedRecords) -> list[list[np.ndarray]]:
+        """The shares of all ranks in each micro-batch of the effective batch `indices`."""
+        return micro_batches(
+            indices,
+            staged,
+            self.config.batch_size_training,
+            distributed.world_size(),
+            self.config.tokens_per_micro_batch,
+        )
 
     def _num_passes(self, staged: StagedRecords, shares: list[np.ndarray]) -> int | None:
         """How many passes all ranks take over a micro-batch; None where each takes its own number.
@@ -199,29 +204,28 @@ class Trainer:
         reads_in_passes = distributed.unwrap(self.model).reads_in_passes
         return 1 + reads_in_passes * int(staged.num_latents[np.concatenate(shares)].max())
 
-    def _step(
-        self, batches: list[dict], num_labels: int, passes: list[int | None] | None = None
+    def train_step(
+        self, batches: list[dict], num_labels: int, num_passes: list[int | None]
     ) -> tuple[float, float]:
         """One optimizer step over this rank's micro-batches: (loss, gradient norm), global.
 
         num_labels: labelled tokens in the effective batch, on all ranks and micro-batches; the
-        gradient is that of their mean cross-entropy, however the batch is split.
-        passes: for each micro-batch, what `_num_passes` gives; by default None for each.
+            gradient is that of their mean cross-entropy, however the batch is split.
+        num_passes: for each micro-batch, what `_num_passes` says.
+
+        Raises: RunFailed before the step where loss or gradient norm is not finite.
         """
-        passes = passes or [None] * len(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.position.optimizer_step, self.total_steps)
-        local_loss = None
-        while local_loss is None:
-            try:
-                local_loss = self._add_gradients(batches, num_labels, passes)
-            except torch.OutOfMemoryError as error:
-                self._halve_after(error, batches)
+        loss = torch.zeros((), device=self.device)  # this rank's share of it
+        for number, (batch, passes) in enumerate(zip(batches, num_passes, strict=True), start=1):
+            with distributed.gradient_sync(self.model, enabled=number == len(batches)):
+                share = self._loss_share(batch, num_labels, passes)
+                # Both DDP and FSDP average over ranks; the sum is wanted.
+                (share * distributed.world_size()).backward()
+            loss += share.detach()
         norm = distributed.gradient_norm(self.model)
-        stop, save = float(self.requests.stop > 0), float(self._save_is_due())
-        total_loss, self.stop_asked, self.save_asked = distributed.sum_over_ranks(
-            [local_loss.item(), stop, save]
-        )
+        (total_loss,) = distributed.sum_over_ranks([loss.item()])
         if not (math.isfinite(total_loss) and math.isfinite(norm.item())):
             self._fail_non_finite(batches, total_loss, norm.item())
         if self.config.max_grad_norm is not None:
@@ -232,62 +236,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total_loss, norm.item()
 
-    def _add_gradients(
-        self, batches: list[dict], num_labels: int, passes: list[int | None]
-    ) -> torch.Tensor:
-        """Backward passes over this rank's micro-batches, as `_step` says: () its share of loss."""
-        local_loss = torch.zeros((), device=self.device)
-        coconut = distributed.unwrap(self.model)
-        parts = [
-            (part, num_passes)
-            for batch, num_passes in zip(batches, passes, strict=True)
-            for part in (_halves(batch) if self.halves_batches else [batch])
-        ]
-        for number, (batch, num_passes) in enumerate(parts):
-            # Before the batch goes to the device: within a step nothing waits for it.
-            layout = coconut.layout(
-                batch["input_ids"], batch["attention_mask"], batch["labels"], num_passes
+    def _loss_share(self, batch: dict, num_labels: int, num_passes: int | None) -> torch.Tensor:
+        """() what a micro-batch adds to the mean loss over the effective batch's `num_labels`."""
+        # On the CPU, so that within a step the host never waits for the device.
+        layout = distributed.unwrap(self.model).layout(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], num_passes
+        )
+        batch = {key: t.to(self.device, non_blocking=True) for key, t in batch.items()}
+        with autocast(self.config.bf16, self.device):
+            output = self.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=batch["labels"],
+                position_ids=batch["position_ids"],
+                layout=layout,
             )
-            batch = {key: t.to(self.device, non_blocking=True) for key, t in batch.items()}
-            is_last = number == len(parts) - 1
-            with distributed.gradient_sync(self.model, enabled=is_last):
-                with autocast(self.config.bf16, self.device):
-                    output = self.model(
-                        input_ids=batch["input_ids"],
-                        attention_mask=batch["attention_mask"],
-                        labels=batch["labels"],
-                        position_ids=batch["position_ids"],
-                        layout=layout,
-                    )
-                loss = output.loss * (len(output.logits) / num_labels)
-                # Both DDP and FSDP average over ranks; the sum is wanted.
-                (loss * distributed.world_size()).backward()
-            local_loss += loss.detach()
-        return local_loss
-
-    def _halve_after(self, error: torch.OutOfMemoryError, batches: list[dict]) -> None:
-        """Forget this step's gradients and let every micro-batch be computed in two halves.
-
-        Raises: RunFailed when they are halved already, and with several ranks: the others
-            may wait for this one's gradients.
-        """
-        tokens = max(batch["input_ids"].numel() for batch in batches)
-        advice = (
-            f"write tokens_per_micro_batch: {tokens // 2} or a smaller batch_size_training (with"
-            " effective_batch_size the gradient stays the same)"
-        )
-        if self.halves_batches or distributed.world_size() > 1:
-            raise RunFailed(
-                f"rank {distributed.rank()} is out of memory at optimizer step"
-                f" {self.position.optimizer_step}; {advice}"
-            ) from error
-        self.halves_batches = True
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        self.tracker.message(
-            f"out of memory at optimizer step {self.position.optimizer_step}: from here on every"
-            f" micro-batch is computed in two halves; to make room for good, {advice}"
-        )
+        return output.loss * (len(output.logits) / num_labels)
 
     def _after_step(
         self, epoch: int, stage: int, loss: float, norm: float, tokens_per_second: float
@@ -306,12 +270,15 @@ class Trainer:
             },
             step=self.position.optimizer_step,
         )
-        at_end = self.position.steps_done == self.steps_per_epoch
-        if self.stop_asked and not at_end:
+        stop, save = distributed.sum_over_ranks(
+            [float(self.requests.stop > 0), float(self._save_is_due())]
+        )
+        if self.position.steps_done == self.steps_per_epoch:
+            return
+        if stop or save:
             self._save_state()
+        if stop:
             self._stop()
-        if self.save_asked and not at_end:
-            self._save_state()
 
     def _save_is_due(self) -> bool:
         """Whether rank 0's clock or a SIGUSR1 asks for a save after this step."""
@@ -462,6 +429,16 @@ class Trainer:
         with checkpoint.writing(self.config.run_dir, "metrics.jsonl"):
             self.tracker.truncate(self.position.optimizer_step, self.position.epoch)
 
+    def _out_of_memory(self, batches: list[dict]) -> RunFailed:
+        """What to say when a step over these micro-batches does not fit the device."""
+        tokens = max(batch["input_ids"].numel() for batch in batches)
+        return RunFailed(
+            f"rank {distributed.rank()} is out of memory at optimizer step"
+            f" {self.position.optimizer_step}; write tokens_per_micro_batch: {tokens // 2} or a"
+            " smaller batch_size_training (with effective_batch_size the gradient stays the same),"
+            " or parallel: fsdp for several GPUs"
+        )
+
     def _fail_non_finite(self, batches: list[dict], loss: float, norm: float) -> None:
         """Save this rank's part of the batch for inspection and end the run before the step."""
         step = self.position.optimizer_step
@@ -479,12 +456,3 @@ class Trainer:
             f"loss {loss} or gradient norm {norm} is not finite at optimizer step {step}"
             f" (epoch {self.position.epoch}); the weights were not changed, {where}"
         )
-
-
-def _halves(batch: dict) -> list[dict]:
-    """A batch as two of half as many rows; a single row stays as it is."""
-    rows = len(batch["input_ids"])
-    if rows < 2:
-        return [batch]
-    cuts = (slice(0, rows // 2), slice(rows // 2, rows))
-    return [{key: tensor[cut] for key, tensor in batch.items()} for cut in cuts]

@@ -395,13 +395,13 @@ def torchrun_restarts(bench):
 
 def slow_steps(seconds):
     """Give the world time to act between two steps."""
-    step = training.Trainer._step
+    step = training.Trainer.train_step
 
     def slowly(*arguments):
         time.sleep(seconds)
         return step(*arguments)
 
-    training.Trainer._step = slowly
+    training.Trainer.train_step = slowly
 
 
 def stop_signal(bench, number):
@@ -554,7 +554,9 @@ def two_processes(bench):
     victim = bench.victim()
     here, go = victim.folder / "here", victim.folder / "go"
     wait = functools.partial(touch_and_wait, here, go)
-    first = start(victim, hook=functools.partial(at_call, 5, "engine.trainer:Trainer._step", wait))
+    first = start(
+        victim, hook=functools.partial(at_call, 5, "engine.trainer:Trainer.train_step", wait)
+    )
     try:
         wait_until(here.exists, "the first process")
         second = Ranks(1, victim.folder / "exps", [[str(victim.yaml)]])
@@ -598,8 +600,8 @@ def clock_set_back(bench):
     victim = bench.victim()
 
     hook = functools.partial(in_turn, [
-        functools.partial(at_call, 5, "engine.trainer:Trainer._step", set_clock_back),
-        functools.partial(at_call, 9, "engine.trainer:Trainer._step", kill_self),
+        functools.partial(at_call, 5, "engine.trainer:Trainer.train_step", set_clock_back),
+        functools.partial(at_call, 9, "engine.trainer:Trainer.train_step", kill_self),
     ])  # fmt: skip
     ends(start(victim, 1, EVERY_STEP, hook=hook), -signal.SIGKILL)
     for path in victim.states()[-1].rglob("*"):
@@ -618,7 +620,11 @@ def in_turn(actions):
 
 def spoil_a_gradient(step):
     """One element of one gradient is NaN at step `step`; tell whether weights change after it."""
-    norm, one_step, calls = distributed.gradient_norm, training.Trainer._step, itertools.count(1)
+    norm, one_step, calls = (
+        distributed.gradient_norm,
+        training.Trainer.train_step,
+        itertools.count(1),
+    )
 
     def spoilt(model):
         if next(calls) == step:
@@ -635,7 +641,7 @@ def spoil_a_gradient(step):
             print("weights unchanged:", all(torch.equal(old, new) for old, new in pairs))
             raise
 
-    distributed.gradient_norm, training.Trainer._step = spoilt, watched
+    distributed.gradient_norm, training.Trainer.train_step = spoilt, watched
 
 
 def spoilt_gradient(bench):
@@ -659,7 +665,7 @@ def lose_rank(which, step, action):
     """Rank `which` comes to harm before step `step`; the others wait seconds, not half an hour."""
     distributed.COLLECTIVE_TIMEOUT_S, distributed.REPORT_TIMEOUT_S = 15.0, 2.0
     here = os.environ["RANK"] == str(which)
-    at_call(step, "engine.trainer:Trainer._step", lambda: here and action())
+    at_call(step, "engine.trainer:Trainer.train_step", lambda: here and action())
 
 
 def freeze_self():

@@ -28,7 +28,7 @@ from engine import distributed
 def short_of_patience(action=None):
     """Wait seconds, not half an hour; rank 1 runs `action` before its third step."""
     distributed.COLLECTIVE_TIMEOUT_S, distributed.REPORT_TIMEOUT_S = 5.0, 1.0
-    at_call(3, "engine.trainer:Trainer._step", lambda: os.environ["RANK"] == "1" and action())
+    at_call(3, "engine.trainer:Trainer.train_step", lambda: os.environ["RANK"] == "1" and action())
 
 
 def hang():
@@ -91,7 +91,7 @@ def test_three_ranks_that_are_killed_go_on_bit_for_bit(tmp_path, kind):
     yaml = str(killed.yaml)
     ranks = Ranks(3, tmp_path, [[yaml, "name=straight"]])
     assert ranks.wait() == [0, 0, 0], ranks.output()
-    hook = functools.partial(at_call, 3, "engine.trainer:Trainer._step", kill_self)
+    hook = functools.partial(at_call, 3, "engine.trainer:Trainer.train_step", kill_self)
     ranks = Ranks(3, tmp_path, [[yaml, "save_every_minutes=1e-9"]], hook)
     assert ranks.wait() == [-signal.SIGKILL] * 3, ranks.output()
     assert len(killed.losses()) == 2 < len(straight.losses()) / 2

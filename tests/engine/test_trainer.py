@@ -79,41 +79,18 @@ def test_the_split_of_an_effective_batch_changes_nothing(tmp_path, float64, fami
             assert split.predictions(epoch) == whole.predictions(epoch)
 
 
-def run_out_of_memory(monkeypatch, times):
-    """Let the first backward passes fail as on a full GPU, after the gradients are there."""
-    backward, left = torch.Tensor.backward, [times]
+def test_out_of_memory_ends_the_run_with_advice(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def failing(tensor, *arguments, **options):
-        backward(tensor, *arguments, **options)
-        if left[0]:
-            left[0] -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch.Tensor, "backward", failing)
-
-
-def test_out_of_memory_halves_the_micro_batches_and_changes_nothing(
-    tmp_path, float64, monkeypatch, capsys
-):
-    whole = Experiment(tmp_path / "whole", num_epochs=1)
-    halved = Experiment(tmp_path / "halved", num_epochs=1)
-    assert whole.main() == 0
-    run_out_of_memory(monkeypatch, times=1)
-    assert halved.main() == 0
-    assert (
-        capsys.readouterr().out.count("step 0: from here on every micro-batch is computed in") == 1
-    )
-    np.testing.assert_allclose(halved.losses(), whole.losses(), rtol=1e-6)
-    assert_same_weights(halved.weights(), whole.weights(), **EXACT)
-
-
-def test_out_of_memory_again_ends_the_run_with_advice(tmp_path, monkeypatch, capsys):
-    run_out_of_memory(monkeypatch, times=2)
-    assert Experiment(tmp_path, num_epochs=1).main() == run.EXIT_FAILED
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    experiment = Experiment(tmp_path, num_epochs=1)
+    assert experiment.main() == run.EXIT_FAILED
     message = capsys.readouterr().err
     assert re.search(
         r"rank 0 is out of memory at optimizer step 0; write tokens_per_mi\w+: \d", message
     )
+    assert not experiment.losses()
 
 
 # One step
@@ -279,7 +256,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(
     straight, disturbed, monkeypatch, capsys
 ):
     log, plan = Tracker.log, {2: signal.SIGTERM, 4: signal.SIGUSR1, 7: signal.SIGINT}
-    plan[9] = signal.SIGTERM  # the step in hand is then the last of its epoch
+    plan[10] = signal.SIGTERM  # the last step of its epoch
 
     def log_and_signal(tracker, metrics, step):
         log(tracker, metrics, step)
@@ -292,7 +269,7 @@ def test_a_run_stopped_by_signals_goes_on_as_if_never_stopped(
         assert disturbed.main() == run.EXIT_INTERRUPTED
         stops += re.findall(r"stopped after optimizer step (\d+)", capsys.readouterr().err)
         assert len(disturbed.states()) <= 2
-    assert stops == ["3", "8", "10"]
+    assert stops == ["2", "7", "10"]
     assert disturbed.main() == 0
     shown = capsys.readouterr().out
     assert "resume/10; resume and load_model_path are overridden by it" in shown
@@ -436,10 +413,10 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_steps_though_the_file_shrank(
         patch.setattr(Tracker, "log", Tracker.log)
         at_call(3, "engine.tracking:Tracker.log", lambda: signal.raise_signal(signal.SIGTERM))
         assert disturbed.main() == run.EXIT_INTERRUPTED
-    assert len(disturbed.losses()) == 4
+    assert len(disturbed.losses()) == 3
     disturbed.write("train.json", make_records(8))
     assert disturbed.main("allow_changed_data=true") == 0
-    mean = sum(disturbed.losses()[:4]) / 4
+    mean = sum(disturbed.losses()[:3]) / 3
     assert f"epoch 0 stage 0: train loss {mean:.4f}," in capsys.readouterr().out
 
 
@@ -630,7 +607,7 @@ def test_a_state_that_is_asked_for_by_signal_is_written_and_the_run_goes_on(
 
     monkeypatch.setattr(Tracker, "log", log_and_signal)
     assert disturbed.main() == 0
-    assert states == ["3"]
+    assert states == ["2"]
     assert_same_run(disturbed, straight)
 
 
