@@ -6,14 +6,13 @@ measured and takes its turns on the clock like any contender.
 
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
+from engine.provenance import processor_name, provenance
+
 # Wide enough that a product runs at the machine's full rate, short enough to take turns.
 MATRIX_SIZES = {"cpu": 2048, "cuda": 8192}
 
@@ -51,25 +50,7 @@ def describe(device: torch.device) -> dict:
     }
 
 
-def processor_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def commit() -> str:
-    """The commit of this tree, "+dirty" behind it where files differ.
-
-    A copy without .git takes the environment variable COMMIT, else "unknown".
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        name = git("rev-parse", "--short", "HEAD")
-        return name + ("+dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+    """The commit of this tree in short, "+dirty" behind it where files differ."""
+    source = provenance()
+    return source["commit"][:9] + "+dirty" * source["changed"]

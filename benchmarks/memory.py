@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment
 from benchmarks.common import (
     build_model,
     check_fits,
@@ -30,6 +29,7 @@ from benchmarks.common import (
 )
 from benchmarks.contenders import add_options, train_step
 from benchmarks.train_step import WARM_UP
+from engine.provenance import ROOT
 
 BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in fp32
 
@@ -81,7 +81,7 @@ def measure_apart(options: argparse.Namespace) -> list[dict]:
         for field in ("records", "question", "latents", "answer", "repeats"):
             command += [f"--{field}", str(getattr(options, field))]
         command += ["--bf16"] if options.bf16 else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=environment.ROOT)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         if done.returncode:
             raise SystemExit(
                 f"{name}: its process ended with status {done.returncode} (-9: killed, as when the"

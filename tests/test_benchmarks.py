@@ -293,14 +293,6 @@ def test_commit_is_the_trees_own():
     )
 
 
-def test_a_copy_without_git_takes_the_commit_it_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.delenv("COMMIT", raising=False)
-    assert environment.commit() == "unknown"
-    monkeypatch.setenv("COMMIT", "abc1234")
-    assert environment.commit() == "abc1234"
-
-
 def refusal(capsys, module, *arguments):
     with pytest.raises(SystemExit) as stopped:
         module.main(list(arguments))

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "engine.config_file": set(),
     "engine.config": {"engine.config_file", "utils"},
     "engine.metrics": set(),
+    "engine.provenance": set(),
     "engine.distributed": {"utils"},
     "engine.tracking": {"utils"},
     "engine.metadata": {"dataset", "engine.config", "utils"},
