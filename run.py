@@ -167,21 +167,21 @@ def require_shared(run_dir: Path) -> None:
             (run_dir / name).unlink(missing_ok=True)
 
 
-def make_model(config: Config, notify: Callable[[str], None]):
-    """(Coconut module on the CPU, tokenizer), seeded; `share_model` is what is left to do."""
+def make_model(config: Config, source):
+    """Coconut module on the CPU, seeded; `share_model` is what is left to do."""
     import torch
 
     from engine import distributed
+    from engine.distributed import say
     from engine.model import build_coconut, load_backbone
 
-    if config.bf16 and not distributed.computes_bf16_natively():
-        notify("bf16: this hardware has no native bf16 and emulates it; bf16: false is faster")
+    if config.bf16 and not source.is_state and not distributed.computes_bf16_natively():
+        say("bf16: this hardware has no native bf16 and emulates it; bf16: false is faster")
     distributed.seed_everything(config.seed, config.deterministic)
-    backbone = load_backbone(config, notify)
-    model = build_coconut(config, backbone)
+    model = build_coconut(config, load_backbone(config, source))
     # From here on only dropout draws, and it must differ between ranks.
     torch.manual_seed(config.seed + distributed.rank())
-    return model, backbone.tokenizer
+    return model
 
 
 def share_model(config: Config, model):
@@ -223,15 +223,13 @@ def train(config: Config) -> None:
 def train_from(prepared, state) -> None:
     """Build the model and run the training, from `state` where there is one."""
     from engine import checkpoint, distributed
-    from engine.distributed import say
-    from engine.metadata import checkpoint_settings
+    from engine.metadata import Metadata
     from engine.setup import make_curriculum
     from engine.tracking import Tracker
     from engine.trainer import Trainer
 
-    config, data, model_config = prepared.config, prepared.data, prepared.model_config
-    notify = say if state is None else lambda text: None
-    model, tokenizer = distributed.together(lambda: make_model(model_config, notify))
+    config, data, source = prepared.config, prepared.data, prepared.source
+    model = distributed.together(lambda: make_model(config, source))
     model = share_model(config, model)
     saves = not config.debug
     if saves and distributed.is_sharded(model):
@@ -246,16 +244,16 @@ def train_from(prepared, state) -> None:
             distributed.is_main(),
             state.trainer["wandb_id"] if state else None,
         )
-    settings = checkpoint_settings(config, tokenizer, 0)
+    metadata = Metadata.of(config, source.tokenizer)
     try:
         trainer = Trainer(
             config,
             model,
-            tokenizer,
+            source.tokenizer,
             data.train,
             data.val,
             make_curriculum(config),
-            settings,
+            metadata,
             tracker,
             state,
         )
@@ -297,7 +295,6 @@ def write_config(config: Config, folder: Path) -> None:
 def evaluate_only(config: Config) -> None:
     """Evaluate load_model_path on val_path at the stage it was trained to."""
     from engine import checkpoint, distributed, run_dir
-    from engine.distributed import say
     from engine.evaluation import describe, evaluate, write_predictions
     from engine.setup import check_place, evaluation_folder, make_curriculum, prepare
     from engine.tracking import Tracker
@@ -305,7 +302,7 @@ def evaluate_only(config: Config) -> None:
     check_place(config)
     prepared = prepare(config, None)
     config, (stage, epoch) = prepared.config, prepared.evaluated
-    model, tokenizer = distributed.together(lambda: make_model(config, say))
+    model = distributed.together(lambda: make_model(config, prepared.source))
     model = share_model(config, model)
     folder = None if config.debug else evaluation_folder(config)
     if folder is not None:
@@ -322,7 +319,7 @@ def evaluate_only(config: Config) -> None:
     with contextlib.closing(tracker):
         outcome = evaluate(
             distributed.unwrap(model),
-            tokenizer,
+            prepared.source.tokenizer,
             prepared.data.val,
             make_curriculum(config),
             stage,

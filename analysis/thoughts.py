@@ -26,9 +26,10 @@ from dataset import Collator, SpecialIds, StagedRecords
 from engine import distributed
 from engine.config import Config, load_config
 from engine.evaluation import evaluate
-from engine.metadata import read_checkpoint_settings, token_ids
+from engine.metadata import Metadata, token_ids
 from engine.model import Backbone, load_backbone
 from engine.setup import load_data, make_curriculum
+from engine.weights import ModelSource
 from utils import ConfigError, UserError
 
 
@@ -73,15 +74,16 @@ def examine(checkpoint: Path, val_path: str | None = None) -> ThoughtReport:
     Raises: UserError for a folder that is no Coconut checkpoint with continuous thoughts;
     ConfigError where the run's config.yaml is missing or spoilt.
     """
-    settings = read_checkpoint_settings(checkpoint)
-    if settings is None or (settings["method"], settings["thought"]) != ("coconut", "continuous"):
+    metadata = Metadata.read(checkpoint)
+    if metadata is None or (metadata.method, metadata.thought) != ("coconut", "continuous"):
         raise UserError(
             f"{checkpoint}: is no Coconut checkpoint with thoughts; name a run's checkpoint_N"
         )
     overrides = ["only_eval=true", "from_scratch=false", f"load_model_path={checkpoint}"]
     overrides += [f"val_path={val_path}"] if val_path else []
     config = load_config(Path(checkpoint).parent / "config.yaml", overrides)
-    backbone, records = load_backbone(config), load_data(config).val
+    source = ModelSource.of(config)
+    backbone, records = load_backbone(config, source), load_data(config, source).val
     curriculum = make_curriculum(config)
     batch_size = config.batch_size_eval or config.batch_size_training
     models = {name: _make_model(kind, config, backbone) for name, kind in CONDITIONS.items()}
@@ -91,21 +93,21 @@ def examine(checkpoint: Path, val_path: str | None = None) -> ThoughtReport:
             backbone.tokenizer,
             records,
             curriculum,
-            settings["stage"],
+            metadata.stage,
             batch_size=batch_size,
             max_new_tokens=config.max_new_tokens,
             bf16=config.bf16,
         ).figures
         for name, model in models.items()
     }
-    stages = np.full(len(records), settings["stage"])
+    stages = np.full(len(records), metadata.stage)
     staged = StagedRecords.of(records, curriculum, stages)
     ids = SpecialIds.of(backbone.tokenizer)
     candidates = differing_ids(records.table["answer_ids"])
     word_ids = read_word_ids(models["own"], staged, ids, candidates, batch_size)
     words = [backbone.tokenizer.convert_ids_to_tokens(ids) for ids in word_ids]
     shares = agreement(word_ids, records.table["step_ids"], config.c_thought)
-    return ThoughtReport(settings["stage"], figures, words, shares)
+    return ThoughtReport(metadata.stage, figures, words, shares)
 
 
 def _make_model(kind: type[Coconut], config: Config, backbone: Backbone) -> Coconut:

@@ -1,12 +1,13 @@
-"""What a checkpoint records about itself, and how that meets the configuration of a run.
+"""What a checkpoint records about itself in coconut.json, and how that meets a run's configuration.
 
-Carries out SPEC section 9's coconut.json: its content, and the rules of what may be loaded into
-what. Reading and writing weights is left to backbone.py and checkpoint.py.
+Holds the schema of the file and the rules of what may be loaded into what (docs/specification.md,
+section 9). Reading weights is left to weights.py, writing to checkpoint.py.
 """
 
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     ValidationError,
     model_validator,
 )
@@ -25,17 +27,18 @@ from dataset import END_LATENT, LATENT, START_LATENT
 from engine.config import LEAST_FIRST_WEIGHT, Config, Count, PositiveCount, Stages, Weight
 from utils import UserError
 
-SETTINGS_NAME = "coconut.json"
+METADATA_FILE = "coconut.json"
+# What makes a thought, by the names that configuration, coconut.json and Coconut share.
 WINDOW_FIELDS = ("latent_window_size", "latent_weights", "window_scope")
-# What `resume` needs to name the stage that weights without a record are evaluated at.
+THOUGHT_FIELDS = (*WINDOW_FIELDS, "thought", "thought_norm")
+# What `resume` needs to name the stage that weights without metadata are evaluated at.
 STAGE_FIELDS = ("epochs_per_stage", "max_latent_stage", "resume")
-THOUGHT_FIELDS = (*WINDOW_FIELDS, "thought", "c_thought")
 # Where the weights of a run came from; not asked again when it resumes.
 ORIGIN_FIELDS = ("model_id", "from_scratch", "new_token_init", "load_model_path")
 
 
 class Schedule(BaseModel):
-    """The curriculum a checkpoint was trained under (SPEC section 3)."""
+    """The curriculum of a checkpoint's training (docs/specification.md, section 3)."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -45,32 +48,90 @@ class Schedule(BaseModel):
     curriculum: bool
 
 
-class CheckpointSettings(BaseModel):
-    """The content of a checkpoint's coconut.json (SPEC section 9)."""
+class Metadata(BaseModel):
+    """The content of a checkpoint's coconut.json (docs/specification.md, section 9).
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    stage, epoch: those last trained, from 0.
+    latent_weights: as long as the window; "learned": they are parameters in coconut.safetensors.
+    learned_weights: the values of learned weights at the time of saving, for readers.
+    coconut_class: "module:Class" of a subclass of Coconut, None for Coconut itself.
+    Version 1 had no learned_weights, thought_norm and coconut_class; it is read as version 2.
+    """
 
-    format_version: Literal[1]
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    format_version: Literal[1, 2] = 2
     method: Literal["coconut", "cot", "no_cot", "no_thoughts"]
     latent_token_id: NonNegativeInt
     start_latent_id: NonNegativeInt
     end_latent_id: NonNegativeInt
     eos_token_id: NonNegativeInt
     latent_window_size: PositiveCount
-    latent_weights: list[Weight]
+    latent_weights: list[Weight] | Literal["learned"]
+    learned_weights: list[Weight] | None = None
     window_scope: Literal["sequence", "pass"]
-    thought: Literal["continuous", "pause"]
+    thought: Literal["continuous", "pause", "pause_multipass"]
+    thought_norm: Literal["average"] | PositiveFloat | None = None
+    coconut_class: str | None = None
     c_thought: Count
     stage: Count
     epoch: Count
     schedule: Schedule
 
     @model_validator(mode="after")
-    def _weights_fit_window(self) -> "CheckpointSettings":
-        weights = self.latent_weights
-        if len(weights) != self.latent_window_size or weights[0] < LEAST_FIRST_WEIGHT:
-            raise ValueError(f"{weights} are no weights for {self.latent_window_size} states")
+    def _weights_fit_window(self) -> "Metadata":
+        for weights in (self.latent_weights, self.learned_weights):
+            if isinstance(weights, list) and (
+                len(weights) != self.latent_window_size or weights[0] < LEAST_FIRST_WEIGHT
+            ):
+                raise ValueError(f"{weights} are not weights of {self.latent_window_size} states")
         return self
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        coconut_class: type | None = None,
+    ) -> "Metadata":
+        """What a run's checkpoints record, before its first epoch."""
+        names = ("method", "latent_window_size", "window_scope", "thought", "c_thought")
+        return cls(
+            latent_weights=_window_weights(config),
+            thought_norm=getattr(config, "thought_norm", None),
+            coconut_class=class_name(coconut_class),
+            stage=0,
+            epoch=0,
+            schedule=Schedule(**{name: getattr(config, name) for name in Schedule.model_fields}),
+            **{name: getattr(config, name) for name in names},
+            **token_ids(tokenizer),
+        )
+
+    def at(self, stage: int, epoch: int, learned_weights: list[float] | None = None) -> "Metadata":
+        """The same after `epoch` (from 0) at `stage`, with the present values of the weights."""
+        update = {"stage": stage, "epoch": epoch, "learned_weights": learned_weights}
+        return self.model_copy(update=update)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Metadata | None":
+        """That of checkpoint directory `folder`; None where it has no coconut.json.
+
+        Raises: UserError when the file is broken or of an unknown format.
+        """
+        file = Path(folder, METADATA_FILE)
+        if not os.path.isfile(file):
+            return None
+        try:
+            return cls.model_validate_json(file.read_bytes()).model_copy(
+                update={"format_version": 2}
+            )
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        except ValidationError as error:
+            raise UserError(
+                f"{file}: broken or of another version: {describe_faults(error)}; restore the file"
+                " or name another checkpoint"
+            ) from error
 
 
 @dataclass
@@ -115,7 +176,7 @@ class StoredTrainer(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     position: Position
-    settings: CheckpointSettings
+    metadata: Metadata
     trajectory: dict[str, str | int | float]
     first_epoch: Count
     origin: dict[Literal[ORIGIN_FIELDS], str | bool | None] = {}
@@ -132,7 +193,7 @@ def check_stored_trainer(folder: Path, content: dict) -> None:
         stored = StoredTrainer.model_validate_json(json.dumps(content))
         problem = None
     except ValidationError as error:
-        problem = faults(error)
+        problem = describe_faults(error)
     if problem is None and str(stored.position.optimizer_step) != folder.name:
         problem = f"position: optimizer_step: is {stored.position.optimizer_step}"
     if problem:
@@ -154,22 +215,6 @@ def trajectory(config: Config, world_size: int, train_sha256: str, val_sha256: s
     }
 
 
-def checkpoint_settings(
-    config: Config, tokenizer: PreTrainedTokenizerBase, stage: int, epoch: int = 0
-) -> dict:
-    """What coconut.json records about weights last trained in `epoch` (from 0), at `stage`."""
-    fields = ("method", "latent_window_size", "window_scope", "thought", "c_thought")
-    return CheckpointSettings(
-        format_version=1,
-        stage=stage,
-        epoch=epoch,
-        latent_weights=list(config.latent_weights[: config.latent_window_size]),
-        schedule=Schedule(**{field: getattr(config, field) for field in Schedule.model_fields}),
-        **{field: getattr(config, field) for field in fields},
-        **token_ids(tokenizer),
-    ).model_dump()
-
-
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The ids that Coconut needs, by their names in its signature and in coconut.json."""
     return {
@@ -180,87 +225,97 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     }
 
 
-def read_checkpoint_settings(path: str | Path | None) -> dict | None:
-    """The coconut.json of checkpoint directory `path`; None where there is no such file.
+def class_name(coconut_class: type | None) -> str | None:
+    """The `module:Class` that coconut.json records it; None for Coconut itself.
 
-    Raises: UserError when it is broken or of an unknown format.
+    A class of the script that Python was started with is recorded under the script's own name, by
+    which other programs import it.
     """
-    file = Path(path, SETTINGS_NAME) if path else None
-    if file is None or not os.path.isfile(file):
+    if coconut_class is None or coconut_class.__module__ == "coconut":
         return None
-    try:
-        return CheckpointSettings.model_validate_json(file.read_bytes()).model_dump()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValidationError as error:
+    module = coconut_class.__module__
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if module == "__main__" and script:
+        module = Path(script).stem
+    return f"{module}:{coconut_class.__qualname__}"
+
+
+def require_class(metadata: Metadata | None, coconut_class: type | None, name: str) -> None:
+    """Raise UserError unless the class (or one above it) is the one that the metadata names.
+
+    name: what the message calls the weights.
+    """
+    wanted = metadata and metadata.coconut_class
+    given = [class_name(each) for each in (coconut_class.__mro__ if coconut_class else ())]
+    if wanted and wanted not in given:
         raise UserError(
-            f"{file}: broken or of another version: {faults(error)}; restore the file or name"
-            " another checkpoint"
-        ) from error
+            f"{name}: was trained with coconut_class {wanted}, this run has"
+            f" {given[0] if given and given[0] else 'Coconut itself'}; write coconut_class:"
+            f" {wanted} or, from Python, pass the class"
+        )
 
 
-def reconcile(config: Config, settings: dict | None, continuing: bool = False) -> Config:
-    """The configuration with a checkpoint's stored settings in place of its defaults.
+def config_with_metadata(
+    config: Config, metadata: Metadata | None, name: str, resumes: bool = False
+) -> Config:
+    """The configuration with what a checkpoint records in place of its defaults.
 
-    Acts in evaluation and where training goes on with the same method (`resume` above 0, or
-    `continuing` a run); else the configuration comes back as it is. Only settings that act under
-    the method count, of latent_weights the first m up to a common factor.
+    That holds in evaluation and where training of the same method continues (`resume` above 0, or
+    `resumes`: this very run continues); else the configuration comes back as it is. Only what acts
+    under the method counts, of latent_weights the first m up to a common factor.
+
+    name: what messages call the weights.
 
     Raises: UserError showing every explicit value that differs, and for weights of another method.
     """
-    source = f"{config.run_dir}, which goes on" if continuing else source_name(config)
-    check_method(config, settings, source)
-    goes_on = config.only_eval or config.resume > 0 or continuing
-    if settings is None or settings["method"] != config.method or not goes_on:
+    check_method(config, metadata, name)
+    continues = config.only_eval or config.resume > 0 or resumes
+    if metadata is None or metadata.method != config.method or not continues:
         return config
     update, differences = {}, []
-    for field, stored in _acting_settings(settings).items():
-        own = getattr(config, field)
-        if own == stored or (field == "latent_weights" and _same_weights(own, stored)):
+    for field, stored in _acting_fields(metadata).items():
+        own = getattr(config, field, None)
+        if own == stored or (field == "latent_weights" and _same_weights(config, stored)):
             continue
         if field in config.model_fields_set:
             differences.append(
-                f"{source}: {field} was {stored} in training, the configuration says"
+                f"{name}: {field} was {stored} in training, the configuration says"
                 f" {list(own) if isinstance(own, tuple) else own}; write {field}: {stored} or leave"
                 " the key out"
             )
-        else:
-            update[field] = type(own)(stored)
+        elif field in Config.model_fields:
+            update[field] = tuple(stored) if isinstance(stored, list) else stored
     if differences:
         raise UserError("\n".join(differences))
-    reconciled = config.model_copy(update=update)
-    # A stored value stands in for a default, so it must not look as if the user had written it.
-    reconciled.__pydantic_fields_set__.intersection_update(config.model_fields_set)
-    return reconciled
+    return with_defaults(config, update)
 
 
-def check_method(config: Config, settings: dict | None, source: str | None = None) -> None:
-    """Raise UserError where weights with these settings may not be loaded into this run.
+def with_defaults(config: Config, update: dict) -> Config:
+    """`config` with `update` as if it were the defaults: not as if the user had written it."""
+    updated = config.model_copy(update=update)
+    updated.__pydantic_fields_set__.intersection_update(config.model_fields_set)
+    return updated
 
-    source: what the message calls the weights, by default the key and value that name them.
-    """
-    stored = settings and settings["method"]
+
+def check_method(config: Config, metadata: Metadata | None, name: str) -> None:
+    """Raise UserError where weights with this metadata may not be loaded into this run."""
+    stored = metadata and metadata.method
     if stored not in (None, config.method) and (stored == "coconut" or config.only_eval):
-        raise UserError(other_method(config, f"was trained as {stored}", source))
+        raise UserError(other_method(config, f"was trained as {stored}", name))
 
 
-def other_method(config: Config, what: str, source: str | None = None) -> str:
+def other_method(config: Config, what: str, name: str) -> str:
     """The message for weights of another method than the run's; `what` completes "it ...\""""
     return (
-        f"{source or source_name(config)}: {what}, but this run is {config.method}; name weights"
-        " of that method, change the method, or give a new run another name"
+        f"{name}: {what}, but this run is {config.method}; name weights of that method, change the"
+        " method, or give a new run another name"
     )
 
 
-def weights_path(config: Config) -> str | None:
-    """Where the weights come from, a folder, a file or a name; None where they are random."""
-    return None if config.from_scratch else config.load_model_path or config.model_id
+def require_metadata(config: Config, name: str) -> None:
+    """Raise UserError unless what these weights do not record is written out.
 
-
-def require_settings(config: Config) -> None:
-    """Raise UserError unless what the weights do not record is written out.
-
-    That is the window of Coconut's, and in evaluation what names the stage.
+    That is Coconut's window, and in evaluation what names the stage.
     """
     needed = (*WINDOW_FIELDS, "c_thought") if config.method == "coconut" else ()
     if config.only_eval:
@@ -268,40 +323,46 @@ def require_settings(config: Config) -> None:
     missing = [field for field in needed if field not in config.model_fields_set]
     if missing:
         raise UserError(
-            f"{source_name(config)}: these weights record no settings; write"
-            f" {', '.join(missing)} out in the YAML as in their training"
+            f"{name}: these weights have no {METADATA_FILE}; write {', '.join(missing)} out in the"
+            " YAML as in their training"
         )
 
 
-def source_name(config: Config) -> str:
-    """The key and value that name where the weights come from, to open a message with."""
-    field = "load_model_path" if config.load_model_path else "model_id"
-    return f"{field} {getattr(config, field)}"
-
-
-def faults(error: ValidationError) -> str:
+def describe_faults(error: ValidationError) -> str:
     """What pydantic found, each fault with the path to its field."""
     texts = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
     return shorten([text if len(text) < 300 else f"{text[:150]}...{text[-150:]}" for text in texts])
 
 
-def shorten(names: list[str], most: int = 4) -> str:
+def shorten(names: list[str], limit: int = 4) -> str:
     """The first names of a list in words, and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
 
 
-def _acting_settings(settings: dict) -> dict:
-    """The stored settings, by configuration field, that change what the stored method does."""
-    if settings["method"] in ("cot", "no_cot"):
+def _acting_fields(metadata: Metadata) -> dict:
+    """The recorded values, by configuration key, that change what the recorded method does."""
+    if metadata.method in ("cot", "no_cot"):
         return {}
-    if settings["method"] == "no_thoughts":
-        return settings["schedule"]
-    return {field: settings[field] for field in THOUGHT_FIELDS} | settings["schedule"]
+    schedule = metadata.schedule.model_dump()
+    if metadata.method == "no_thoughts":
+        return schedule
+    names = (*THOUGHT_FIELDS, "c_thought")
+    return {name: getattr(metadata, name) for name in names} | schedule
 
 
-def _same_weights(own: tuple[float, ...], stored: list[float]) -> bool:
+def _window_weights(config: Config) -> list[float] | str:
+    """The configured latent_weights as coconut.json records them."""
+    if isinstance(config.latent_weights, str):
+        return config.latent_weights
+    return list(config.latent_weights[: config.latent_window_size])
+
+
+def _same_weights(config: Config, stored: list[float] | str) -> bool:
     """Whether both make the same thoughts: the average divides by the sum of the weights."""
+    own = config.latent_weights
+    if isinstance(own, str) or isinstance(stored, str):
+        return own == stored
     own = own[: len(stored)]
     if len(own) < len(stored):
         return False

@@ -1,7 +1,7 @@
-"""What is read and checked of a run before its model is built: settings, data, place and fit.
+"""All that is read and checked of a run before its weights load: metadata, data, folder and fit.
 
 Every mistake that can be known without the weights ends here, as a UserError on all ranks. What a
-run then does with it stands in run.py.
+run then does is jobs.py's.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from coconut import Coconut
 from dataset import (
     Curriculum,
     StagedRecords,
@@ -21,15 +22,16 @@ from engine import checkpoint, distributed, run_dir
 from engine.config import Config
 from engine.distributed import say
 from engine.metadata import (
-    SETTINGS_NAME,
+    METADATA_FILE,
+    Metadata,
     check_stored_trainer,
-    read_checkpoint_settings,
-    reconcile,
-    require_settings,
+    config_with_metadata,
+    require_class,
+    require_metadata,
     trajectory,
-    weights_path,
 )
-from engine.model import ModelOutline, load_tokenizer, model_outline
+from engine.model import ModelOutline, model_outline
+from engine.weights import ModelSource
 from utils import UserError
 
 DEBUG_TRAIN_RECORDS = 5000
@@ -49,48 +51,58 @@ class Data:
 class Prepared:
     """What is known of a run before its model is built; everything in it was checked.
 
-    config: with what a checkpoint or a state has the say in.
-    model_config: the same, but says where the model comes from now.
+    config: with what a checkpoint or a training state records in place of defaults.
+    source: where the model comes from; its config.json, coconut.json and tokenizer were read.
     evaluated: (stage, epoch) of the weights of only_eval, else None.
     """
 
     config: Config
-    model_config: Config
+    source: ModelSource
     data: Data
     outline: ModelOutline
     evaluated: tuple[int, int] | None
 
 
-def prepare(config: Config, state: checkpoint.TrainingState | None) -> Prepared:
+def prepare(
+    config: Config,
+    state: checkpoint.TrainingState | None,
+    coconut_class: type[Coconut] | None = None,
+) -> Prepared:
     """Read and check all but the weights; every rank must call.
+
+    state: what the run continues from, None where it begins.
+    coconut_class: a subclass of Coconut to train or evaluate.
 
     Raises: UserError for what can be known to be wrong before a model loads.
     """
     evaluated = None
     if state is None:
-        path = weights_path(config)
-        stored = distributed.together(lambda: read_checkpoint_settings(path))
-        distributed.require_same({f"{SETTINGS_NAME} of {path}": stored})
-        config = model_config = reconcile(config, stored)
+        source = ModelSource.of(config)
+        metadata = distributed.together(lambda: source.metadata)
+        distributed.require_same({f"{METADATA_FILE} of {source.location}": metadata})
+        require_class(metadata, coconut_class, source.name)
+        config = config_with_metadata(config, metadata, source.name)
         if config.only_eval:
-            evaluated = evaluated_stage(config, stored)
-        elif config.resume and not config.load_model_path and not stored:
+            evaluated = evaluated_stage(config, metadata, source.name)
+        elif config.resume and not config.load_model_path and not metadata:
             say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
     else:
         check_stored_trainer(state.folder, state.trainer)
-        config = reconcile(config, state.trainer["settings"], continuing=True)
+        source = ModelSource.of_state(state.folder)
+        metadata = Metadata(**state.trainer["metadata"])
+        name = f"{config.run_dir}, which continues"
+        require_class(metadata, coconut_class, name)
+        config = config_with_metadata(config, metadata, name, resumes=True)
         say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
         config = restore_origin(config, state)
-        source = {"model_id": str(state.folder), "load_model_path": None, "from_scratch": True}
-        model_config = config.model_copy(update=source)
-    data = load_data(model_config)
+    data = load_data(config, source)
     if state is not None:
         sums = data.train.sha256, data.val.sha256
         check_trajectory(state, trajectory(config, distributed.world_size(), *sums), config)
-    outline = distributed.together(lambda: model_outline(model_config, data.tokenizer))
+    outline = distributed.together(lambda: model_outline(config, source))
     stages = {evaluated[0]} if evaluated else acting_stages(config)
     check_fit(config, data, stages, outline)
-    return Prepared(config, model_config, data, outline, evaluated)
+    return Prepared(config, source, data, outline, evaluated)
 
 
 def restore_origin(config: Config, state: checkpoint.TrainingState) -> Config:
@@ -135,7 +147,7 @@ def check_trajectory(state: checkpoint.TrainingState, now: dict, config: Config)
 
 
 def newest_state(config: Config) -> checkpoint.TrainingState | None:
-    """The training state that a run goes on from, the same on all ranks; None where it begins."""
+    """The training state that a run continues from, the same on all ranks; None where it begins."""
     if config.debug or config.only_eval:
         return None
     state = distributed.together(lambda: checkpoint.newest_state(config.run_dir, say))
@@ -143,7 +155,7 @@ def newest_state(config: Config) -> checkpoint.TrainingState | None:
     return state
 
 
-def load_data(config: Config) -> Data:
+def load_data(config: Config, source: ModelSource) -> Data:
     """Read, check and tokenise the records of a run, the same on every rank; texts first, so that
     errors come early."""
     limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS) if config.debug else (None, None)
@@ -153,7 +165,7 @@ def load_data(config: Config) -> Data:
         if not config.only_eval:
             train_texts = read_records(config.train_path, limits[0], say)
         val_texts = read_records(config.val_path, limits[1], say)
-        tokenizer = load_tokenizer(config)
+        tokenizer = source.tokenizer
         train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
         return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
 
@@ -206,19 +218,22 @@ def acting_stages(config: Config) -> set[int]:
     return set(range(first, last + 1))
 
 
-def evaluated_stage(config: Config, settings: dict | None) -> tuple[int, int]:
-    """(stage, epoch) of the weights: what their checkpoint records, else what `resume` says."""
+def evaluated_stage(config: Config, metadata: Metadata | None, name: str) -> tuple[int, int]:
+    """(stage, epoch) of the weights: what their checkpoint records, else what `resume` says.
+
+    name: what messages call the weights.
+    """
     stage = make_curriculum(config).stage(config.resume)
-    if settings is None:
+    if metadata is None:
         if config.method == "no_thoughts":
-            require_settings(config)
+            require_metadata(config, name)
         return stage, config.resume
-    if "resume" in config.model_fields_set and stage != settings["stage"]:
+    if "resume" in config.model_fields_set and stage != metadata.stage:
         say(
             f"resume: {config.resume} implies stage {stage}, but {config.load_model_path} was"
-            f" trained to stage {settings['stage']}, which is used"
+            f" trained to stage {metadata.stage}, which is used"
         )
-    return settings["stage"], settings["epoch"]
+    return metadata.stage, metadata.epoch
 
 
 def evaluation_folder(config: Config) -> Path:

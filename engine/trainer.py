@@ -26,7 +26,7 @@ from dataset import (
 from engine import checkpoint, distributed, run_dir
 from engine.config import Config
 from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
-from engine.metadata import ORIGIN_FIELDS, Position, trajectory
+from engine.metadata import ORIGIN_FIELDS, Metadata, Position, trajectory
 from engine.signals import listen_for_signals
 from engine.tracking import Tracker
 from utils import RunFailed, Stopped, UserError, atomic_write_text
@@ -52,7 +52,7 @@ class Trainer:
     """One training run on this rank.
 
     model: the Coconut module on its device, wrapped by distributed.parallelize.
-    settings: what coconut.json of a checkpoint holds, but for the stage.
+    metadata: what coconut.json of a checkpoint holds, but for stage and epoch.
     state: a training state to go on from, or None.
     """
 
@@ -64,7 +64,7 @@ class Trainer:
         train_records: TokenizedRecords,
         val_records: TokenizedRecords,
         curriculum: Curriculum,
-        settings: dict,
+        metadata: Metadata,
         tracker: Tracker,
         state: checkpoint.TrainingState | None = None,
     ):
@@ -74,7 +74,7 @@ class Trainer:
         self.train_records = train_records
         self.val_records = val_records
         self.curriculum = curriculum
-        self.settings = settings
+        self.metadata = metadata
         self.tracker = tracker
         self.device = distributed.device()
         self.effective_batch_size = config.records_per_step(distributed.world_size())
@@ -341,7 +341,7 @@ class Trainer:
                     config.run_dir / f"checkpoint_{epoch + 1}",
                     self.model,
                     self.tokenizer,
-                    self.settings | {"stage": stage, "epoch": epoch},
+                    self.metadata.at(stage, epoch).model_dump(),
                 )
                 if config.keep_checkpoints is not None and distributed.is_main():
                     run_dir.prune_checkpoints(
@@ -379,7 +379,7 @@ class Trainer:
     def state_dict(self) -> dict:
         return {
             "position": self.position.state_dict(),
-            "settings": self.settings,
+            "metadata": self.metadata.model_dump(),
             "trajectory": trajectory(
                 self.config,
                 distributed.world_size(),

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "engine.distributed": {"utils"},
     "engine.tracking": {"utils"},
     "engine.metadata": {"dataset", "engine.config", "utils"},
-    "engine.weights": {"engine.metadata", "utils"},
+    "engine.weights": {"dataset", "engine.config", "engine.metadata", "utils"},
     "engine.model": {
         "engine.config", "coconut", "dataset", "engine.metadata", "engine.weights", "utils",
     },

@@ -457,14 +457,14 @@ def test_memory_that_runs_out_in_an_evaluation_is_told_with_the_fix(
     assert line.endswith("evaluation with a smaller batch_size_eval or max_new_tokens")
 
 
-def test_weights_of_a_staged_method_without_a_record_need_their_schedule(tmp_path, capsys):
+def test_weights_of_a_staged_method_without_metadata_need_their_schedule(tmp_path, capsys):
     experiment = Experiment(tmp_path, no_thoughts=True, num_train=4, num_epochs=1)
     assert experiment.main() == 0
     source = experiment.run_dir / "checkpoint_1"
     (source / "coconut.json").unlink()
     evaluation = evaluation_of(experiment, tmp_path / "e", load_model_path=source)
     evaluation.change(coconut=None, no_thoughts=True, resume=1, val_path=experiment.val)
-    words = "these weights record no settings; write epochs_per_stage, max_latent_stage out"
+    words = "these weights have no coconut.json; write epochs_per_stage, max_latent_stage out"
     assert_refused(capsys, evaluation, words=[words])
     assert_refused(capsys, evaluation, "--dry-run", words=[words])
     assert evaluation.main("epochs_per_stage=1", "max_latent_stage=2") == 0

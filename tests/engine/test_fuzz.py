@@ -29,9 +29,10 @@ import run
 from dataset import read_records, tokenize_records
 from engine import checkpoint
 from engine.config import Config, dump_config, load_config
-from engine.metadata import check_stored_trainer, read_checkpoint_settings, reconcile
-from engine.model import build_coconut, load_backbone, load_tokenizer, model_outline
+from engine.metadata import Metadata, check_stored_trainer, config_with_metadata
+from engine.model import build_coconut, load_backbone, model_outline
 from engine.setup import Data, check_fit
+from engine.weights import ModelSource
 from utils import ConfigError, UserError
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
@@ -259,14 +260,13 @@ def check_weights(experiment, *names):
     config = load_config(experiment.yaml)
 
     def read():
-        settings = read_checkpoint_settings(config.load_model_path)
-        reconciled = reconcile(config, settings)
-        tokenizer = load_tokenizer(reconciled)
-        texts = read_records(reconciled.val_path)
-        records = tokenize_records(texts, tokenizer, reconciled.val_path)
-        outline = model_outline(reconciled, tokenizer)
-        check_fit(reconciled, Data(tokenizer, None, records), {0}, outline)
-        build_coconut(reconciled, load_backbone(reconciled, lambda text: None))
+        source = ModelSource.of(config)
+        settled = config_with_metadata(config, source.metadata, source.name)
+        texts = read_records(settled.val_path)
+        records = tokenize_records(texts, source.tokenizer, settled.val_path)
+        outline = model_outline(settled, source)
+        check_fit(settled, Data(source.tokenizer, None, records), {0}, outline)
+        build_coconut(settled, load_backbone(settled, source))
 
     before = tree(experiment.folder.parent)
     outcome = outcome_of(read, *names, "load_model_path", config.val_path)
@@ -276,7 +276,7 @@ def check_weights(experiment, *names):
 
 @fuzz(120)
 @given(st.data())
-def test_mangled_settings_load_or_name_file_and_field(evaluation, data):
+def test_mangled_metadata_loads_or_name_file_and_field(evaluation, data):
     file = evaluation.keys["load_model_path"] / "coconut.json"
     good = file.read_bytes()
     value, path = data.draw(mangled_json(json.loads(good)))
@@ -284,24 +284,26 @@ def test_mangled_settings_load_or_name_file_and_field(evaluation, data):
     config = load_config(evaluation.yaml)
     try:
         names = [field for field in path if isinstance(field, str)]
-        settings, refusal = outcome_of(lambda: read_checkpoint_settings(file.parent), file)
+        metadata, refusal = outcome_of(lambda: Metadata.read(file.parent), file)
         if refusal:
-            told = [*names, "are no weights", "Invalid JSON"]
+            told = [*names, "are not weights", "Invalid JSON"]
             assert any(words in refusal for words in told)
         else:
-            outcome_of(lambda: reconcile(config, settings), "load_model_path")
+            outcome_of(
+                lambda: config_with_metadata(config, metadata, "load_model_path"), "load_model_path"
+            )
     finally:
         file.write_bytes(good)
 
 
 @fuzz(120)
 @given(st.data())
-def test_settings_of_mangled_bytes_load_or_name_the_file(evaluation, data):
+def test_metadata_of_mangled_bytes_loads_or_names_the_file(evaluation, data):
     file = evaluation.keys["load_model_path"] / "coconut.json"
     good = file.read_bytes()
     file.write_bytes(data.draw(mangled_bytes(good)))
     try:
-        outcome_of(lambda: read_checkpoint_settings(file.parent), file)
+        outcome_of(lambda: Metadata.read(file.parent), file)
     finally:
         file.write_bytes(good)
 
@@ -489,7 +491,8 @@ def read_state(experiment):
     state = checkpoint.newest_state(config.run_dir, lambda text: None)
     if state is not None:
         check_stored_trainer(state.folder, state.trainer)
-        reconcile(config, state.trainer["settings"], continuing=True)
+        metadata = Metadata(**state.trainer["metadata"])
+        config_with_metadata(config, metadata, "the run", resumes=True)
 
 
 @fuzz(80)
@@ -519,8 +522,8 @@ def test_a_mangled_position_is_taken_or_refused_by_name(again, data, mended):
         (("position", "optimizer_step"), 7, "position: optimizer_step: is 7"),
         (("position", "loss_sum"), math.nan, "position: loss_sum: Input should be a finite number"),
         (("position", "mood"), 1, "position: mood: Unexpected keyword argument"),
-        (("settings", "stage"), "1", "settings: stage: Input should be a valid integer"),
-        (("settings", "c_thought"), 10**30, "settings: c_thought: Input should be less than"),
+        (("metadata", "stage"), "1", "metadata: stage: Input should be a valid integer"),
+        (("metadata", "c_thought"), 10**30, "metadata: c_thought: Input should be less than"),
         (("wandb_id",), 3, "wandb_id: Input should be a valid string"),
         (("wandb_id",), "../../x", "wandb_id: String should match pattern"),
     ],

@@ -131,7 +131,7 @@ def test_every_hugging_face_load_declines_code():
         for name, options in calls(source)
         if name.endswith(".from_pretrained")
     ]
-    assert {source for source, _ in loads} >= {"engine/weights.py", "engine/model.py"}
+    assert {source for source, _ in loads} >= {"engine/weights.py"}
     for source, options in loads:
         assert options.get("trust_remote_code") == "False", source
 

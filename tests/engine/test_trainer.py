@@ -39,10 +39,11 @@ from engine import checkpoint, evaluation, run_dir
 from engine import model as backbone
 from engine.config import load_config
 from engine.evaluation import Decoder
-from engine.metadata import checkpoint_settings
+from engine.metadata import Metadata
 from engine.setup import make_curriculum
 from engine.tracking import Tracker
 from engine.trainer import Trainer, learning_rate
+from engine.weights import ModelSource
 from utils import RunFailed
 
 FAMILIES = ("gpt2", "llama")
@@ -99,13 +100,14 @@ def test_out_of_memory_ends_the_run_with_advice(tmp_path, monkeypatch, capsys):
 def make_trainer(folder, base, records, **keys):
     """A Trainer of `base` on `records`, which also serve for validation."""
     config = load_config(str(Experiment(folder, **keys).yaml))
-    tokenizer = backbone.load_tokenizer(config)
+    source = ModelSource.of(config)
+    tokenizer = source.tokenizer
     tokenized = tokenize_records(records, tokenizer, config.train_path)
-    coconut = backbone.build_coconut(config, backbone.Backbone(base, tokenizer, None, False))
-    settings = checkpoint_settings(config, tokenizer, 0)
+    coconut = backbone.build_coconut(config, backbone.Backbone(base, tokenizer, source, False))
+    metadata = Metadata.of(config, tokenizer)
     tracker = Tracker(config.run_dir, {}, "tests", "run", "disabled", True)
     curriculum = make_curriculum(config)
-    return Trainer(config, coconut, tokenizer, tokenized, tokenized, curriculum, settings, tracker)
+    return Trainer(config, coconut, tokenizer, tokenized, tokenized, curriculum, metadata, tracker)
 
 
 def logged(trainer, name):
