@@ -176,8 +176,6 @@ def _wrap(
                 " state by lm_head alone; choose a GPT-2 or Llama kind of model"
             )
     window = {field: getattr(settled, field, None) for field in THOUGHT_FIELDS}
-    if window["thought_norm"] is None:
-        del window["thought_norm"]
     return (coconut_class or Coconut)(model, **ids, **window)
 
 
@@ -192,11 +190,7 @@ def _load_extra_tensors(coconut: Coconut, source: ModelSource, is_required: bool
     if not source.has_weights or source.metadata is None:
         return
     file = Path(source.location, EXTRA_TENSORS_FILE)
-    wanted = {
-        name: parameter
-        for name, parameter in coconut.named_parameters()
-        if not name.startswith("base_causallm.")
-    }
+    wanted = coconut.extra_parameters()
     metadata = source.metadata
     was_plain = metadata.coconut_class is None and metadata.latent_weights != "learned"
     if not file.is_file() and (not wanted or (was_plain and not is_required)):
