@@ -27,7 +27,6 @@ from benchmarks import (
     breakdown,
     common,
     contenders,
-    environment,
     epoch,
     evaluation,
     generate,
@@ -279,18 +278,6 @@ SIZES = breakdown.Sizes(vocab=512, inner=128, records=3)
 )
 def test_operations_are_put_into_kinds(name, shapes, kind):
     assert breakdown.kind_of(name, shapes, SIZES) == kind
-
-
-# The environment
-
-
-def test_commit_is_the_trees_own():
-    assert (
-        environment.commit().removesuffix("+dirty")
-        == subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-    )
 
 
 def refusal(capsys, module, *arguments):
