@@ -145,8 +145,10 @@ class ModelSource:
     def _tokenizer(self) -> tuple[PreTrainedTokenizerBase, bool]:
         paths = (os.path.join(self.location, name) for name in TOKENIZER_FILES)
         is_own = self.location == self.model_id or any(map(os.path.isfile, paths))
-        name = (self.key, self.location) if is_own else ("model_id", self._model_id)
-        tokenizer = read_tokenizer(*name)
+        key, name = (self.key, self.location) if is_own else ("model_id", self._model_id)
+        # Given the architecture of its folder, transformers need not read it again.
+        has_architecture = name == (self._model_id if self.is_file else self.location)
+        tokenizer = read_tokenizer(key, name, self._architecture if has_architecture else None)
         had_markers = is_own and tokenizer.get_vocab().keys() >= set(MARKERS)
         tokenizer.padding_side = "right"
         tokenizer.pad_token = tokenizer.eos_token
@@ -344,13 +346,19 @@ def read_config(key: str, location: str, **options) -> PretrainedConfig:
     return architecture
 
 
-def read_tokenizer(key: str, location: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(
+    key: str, location: str, architecture: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name.
+
+    architecture: that of the same place, where it is known already.
 
     Raises: UserError when it cannot be had or read, brings code of its own, or has no EOS.
     """
     with reading(key, location, "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, config=architecture, trust_remote_code=False
+        )
         if tokenizer.init_kwargs.get("auto_map"):
             raise UserError(_code_is_refused(key, location))
     if tokenizer.eos_token_id is None:

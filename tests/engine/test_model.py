@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import UNK
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,10 +24,11 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from coconut import Coconut
 from dataset import MARKERS
 from engine.config import load_config
 from engine.metadata import Metadata
-from engine.model import build_coconut, model_outline
+from engine.model import build_coconut, load_coconut, model_outline
 from engine.model import load_backbone as load_backbone_from
 from engine.weights import ModelSource
 from utils import UserError, log
@@ -581,6 +582,134 @@ def test_token_ids_unlike_the_tokenizers_are_refused(configure, trained):
     loaded = load_quietly(config)
     with pytest.raises(UserError, match=r"coconut\.json has latent_token_id 12, the tokenizer 39"):
         build_coconut(config, loaded)
+
+
+# Checkpoints by themselves, and what of Coconut lies outside the base model
+
+
+class Gated(Coconut):
+    """A subclass with a parameter of its own."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.gate = torch.nn.Parameter(torch.ones(2))
+
+
+def save_coconut(folder, config, coconut, source):
+    """A checkpoint directory of ours with the parameters outside the base model."""
+    coconut.base_causallm.save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
+    metadata = Metadata.of(config, source.tokenizer, type(coconut)).at(1, 0)
+    (folder / "coconut.json").write_text(metadata.model_dump_json())
+    extra = {name: p.detach().clone() for name, p in coconut.extra_parameters().items()}
+    if extra:
+        save_file(extra, folder / "coconut.safetensors")
+    return folder
+
+
+@pytest.fixture
+def gated(configure, tiny_folder, tmp_path):
+    """(configuration, Gated with trained values, its checkpoint)."""
+    config = configure(tiny_folder(), latent_window_size=2, latent_weights=[0.7, 0.3])
+    source = ModelSource.of(config)
+    coconut = build_coconut(config, load_backbone(config), Gated)
+    with torch.no_grad():
+        coconut.gate.copy_(torch.tensor([3.0, 4.0]))
+    return config, coconut, save_coconut(tmp_path / "checkpoint_2", config, coconut, source)
+
+
+@torch.no_grad()
+def logits_of(coconut):
+    input_ids = torch.tensor([[3, 37, 39, 39, 38, 4]])
+    return coconut.eval()(input_ids, torch.ones_like(input_ids)).logits
+
+
+def test_a_checkpoint_loads_without_its_run(configure, trained):
+    keys = {"latent_window_size": 2, "latent_weights": [0.7, 0.3], "window_scope": "pass"}
+    backbone, folder, checkpoint = trained(**keys)
+    coconut, tokenizer, metadata = load_coconut(checkpoint)
+    assert not coconut.training and len(tokenizer) == 40
+    assert (metadata.method, metadata.stage, metadata.latent_weights) == ("coconut", 1, [0.7, 0.3])
+    assert torch.equal(
+        logits_of(coconut), logits_of(build_coconut(configure(folder, **keys), backbone))
+    )
+
+
+def test_only_checkpoints_of_ours_load_without_a_run(tiny_folder, tmp_path):
+    for folder in (tiny_folder(), tmp_path / "nothing"):
+        with pytest.raises(UserError, match=r"has no coconut\.json; name a checkpoint_N folder"):
+            load_coconut(folder)
+
+
+def test_the_parameters_of_a_subclass_come_back(gated, configure):
+    config, coconut, checkpoint = gated
+    loaded, _, metadata = load_coconut(str(checkpoint), Gated)
+    assert type(loaded) is Gated and metadata.coconut_class == "test_model:Gated"
+    assert loaded.gate.tolist() == [3, 4]
+    for keys in ({"only_eval": True}, {"resume": 1}, {}):
+        again = configure(config.model_id, load_model_path=checkpoint, **keys)
+        assert build_coconut(again, load_quietly(again), Gated).gate.tolist() == [3, 4]
+        with pytest.raises(UserError, match="was trained with coconut_class test_model:Gated"):
+            build_coconut(again, load_quietly(again))
+
+
+def test_a_class_is_never_imported_because_a_checkpoint_names_it(gated, tmp_path, monkeypatch):
+    _, _, checkpoint = gated
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    file = checkpoint / "coconut.json"
+    file.write_text(file.read_text().replace("test_model:Gated", "trap:Gated"))
+    for coconut_class in (None, Gated):
+        with pytest.raises(
+            UserError, match="write coconut_class: trap:Gated or, from Python, pass"
+        ):
+            load_coconut(checkpoint, coconut_class)
+
+
+def test_learned_weights_come_back(configure, tiny_folder, tmp_path):
+    config = configure(tiny_folder()).model_copy(update={"latent_weights": "learned"})
+    coconut = build_coconut(config, load_backbone(config))
+    with torch.no_grad():
+        coconut.window_logits.copy_(torch.tensor([3.0, 2.0, 1.0]))
+    checkpoint = save_coconut(tmp_path / "checkpoint_2", config, coconut, ModelSource.of(config))
+    loaded, _, metadata = load_coconut(checkpoint)
+    assert metadata.latent_weights == "learned"
+    assert loaded.window_logits.tolist() == [3, 2, 1]
+    assert torch.equal(logits_of(loaded), logits_of(coconut))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"gate": None}, "gate is missing"),
+        ({"other": torch.ones(1)}, "other is surplus"),
+        ({"gate": torch.ones(3)}, r"gate has shape \[3\], wanted \[2\]"),
+    ],
+)
+def test_tensors_outside_the_base_model_that_do_not_fit_are_named(gated, change, words):
+    _, _, checkpoint = gated
+    file = checkpoint / "coconut.safetensors"
+    tensors = load_file(file) | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    with pytest.raises(UserError, match=rf"coconut\.safetensors does not fit the model: {words}"):
+        load_coconut(checkpoint, Gated)
+
+
+def test_new_parameters_may_start_from_a_checkpoint_without_them(gated, configure, trained):
+    config, _, _ = gated
+    _, _, plain = trained()
+    fresh = configure(config.model_id, load_model_path=plain)
+    assert build_coconut(fresh, load_quietly(fresh), Gated).gate.tolist() == [1, 1]
+    for load in (
+        lambda: load_coconut(plain, Gated),
+        lambda: build_coconut(
+            config := configure(fresh.model_id, load_model_path=plain, only_eval=True),
+            load_quietly(config), Gated,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="does not fit the model: gate is missing"):
+            load()
 
 
 # Models
