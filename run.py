@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.config import Config, dump_config, fields_help, load_config
-from utils import ConfigError
+from utils import ConfigError, configure_logging
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     try:
         distributed.initialize()
+        configure_logging(distributed.rank())
         speaks = distributed.is_main()
         distributed.require_same(config.model_dump())
         if not config.only_eval:
@@ -295,6 +296,7 @@ def write_config(config: Config, folder: Path) -> None:
 def evaluate_only(config: Config) -> None:
     """Evaluate load_model_path on val_path at the stage it was trained to."""
     from engine import checkpoint, distributed, run_dir
+    from engine.console import progress_bar
     from engine.evaluation import describe, evaluate, write_predictions
     from engine.setup import check_place, evaluation_folder, make_curriculum, prepare
     from engine.tracking import Tracker
@@ -327,7 +329,7 @@ def evaluate_only(config: Config) -> None:
             max_new_tokens=config.max_new_tokens,
             bf16=config.bf16,
             num_workers=config.num_workers,
-            progress_bar=tracker.progress_bar,
+            progress_bar=progress_bar,
         )
         figures = outcome.figures
         named = {f"eval/{name}": value for name, value in figures.items()}

@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     ValidationError,
@@ -140,16 +141,24 @@ class Position:
 
     epoch: the current epoch, from 0; steps_done: optimizer steps done in it.
     optimizer_step: optimizer steps done in all.
-    loss_sum: sum of the losses of the epoch's steps so far.
-    best_accuracy: highest validation accuracy so far, with its epoch; -1 before the first.
+    loss_sum, seconds: of the epoch's steps so far, the sum of their losses and what they took.
+    best_accuracy, best_epoch: the highest validation accuracy so far; -1 before the first.
+    stage: that of the last evaluation; stage_best_accuracy, stage_best_epoch: the highest in it.
+    train_seconds, eval_seconds: of all steps and all evaluations after epochs, in all starts.
     """
 
     epoch: NonNegativeInt
     steps_done: NonNegativeInt = 0
     optimizer_step: NonNegativeInt = 0
     loss_sum: float = 0.0
+    seconds: NonNegativeFloat = 0.0
     best_accuracy: float = -1.0
     best_epoch: int = -1
+    stage: int = -1
+    stage_best_accuracy: float = -1.0
+    stage_best_epoch: int = -1
+    train_seconds: NonNegativeFloat = 0.0
+    eval_seconds: NonNegativeFloat = 0.0
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -157,17 +166,30 @@ class Position:
         """The fields as JSON values; `Position(**state_dict)` is the same position."""
         return asdict(self)
 
-    def finish_step(self, loss: float) -> None:
+    def finish_step(self, loss: float, seconds: float) -> None:
         """One more optimizer step of the epoch is done."""
         self.steps_done += 1
         self.optimizer_step += 1
         self.loss_sum += loss
+        self.seconds += seconds
+        self.train_seconds += seconds
 
-    def finish_epoch(self) -> None:
-        """The epoch is trained and evaluated: the next one begins."""
+    def finish_evaluation(self, stage: int, accuracy: float, seconds: float) -> bool:
+        """The epoch is evaluated at `stage`; whether its accuracy is the best so far."""
+        self.eval_seconds += seconds
+        if stage != self.stage or accuracy > self.stage_best_accuracy:
+            self.stage_best_accuracy, self.stage_best_epoch = accuracy, self.epoch
+        self.stage = stage
+        is_best = accuracy > self.best_accuracy
+        if is_best:
+            self.best_accuracy, self.best_epoch = accuracy, self.epoch
+        return is_best
+
+    def start_epoch(self) -> None:
+        """The epoch is trained, evaluated and stored: the next one begins."""
         self.epoch += 1
         self.steps_done = 0
-        self.loss_sum = 0.0
+        self.loss_sum = self.seconds = 0.0
 
 
 class StoredTrainer(BaseModel):

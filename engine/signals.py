@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from engine.tracking import Tracker
+from utils import log
 
 # torchrun passes a Ctrl-C on to processes that already got it from the terminal.
 SAME_SIGNAL_S = 1.0
@@ -26,7 +26,7 @@ class Requests:
 
 
 @contextmanager
-def listen_for_signals(tracker: Tracker) -> Iterator[Requests]:
+def listen_for_signals() -> Iterator[Requests]:
     """Turn SIGINT and SIGTERM into a stop after the step, SIGUSR1 into a save.
 
     A second SIGINT or SIGTERM ends the run at once (KeyboardInterrupt).
@@ -38,7 +38,7 @@ def listen_for_signals(tracker: Tracker) -> Iterator[Requests]:
             raise KeyboardInterrupt
         if not requests.stop:
             requests.stopped_at = time.monotonic()
-            tracker.message("stopping after this step; once more to stop at once, unsaved")
+            log.info("stopping after this step; once more to stop at once, unsaved")
         requests.stop = number
 
     def on_save(_number: int, _frame: object) -> None:

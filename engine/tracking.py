@@ -90,18 +90,6 @@ class Tracker:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def progress_bar(self, total: int, description: str, initial: int = 0) -> tqdm:
-        """A progress bar on standard error, shown on rank 0 and at a terminal only."""
-        return tqdm(
-            total=total,
-            desc=description,
-            initial=initial,
-            disable=not (self.is_main and sys.stderr.isatty()),
-            file=sys.stderr,
-            dynamic_ncols=True,
-            leave=False,
-        )
-
     def truncate(self, step: int, epoch: int | None = None) -> None:
         """Drops the lines of metrics.jsonl past optimizer step `step`, when a run resumes there.
 

@@ -8,6 +8,7 @@ continued. Evaluation, files and consoles are asked of their own rooms.
 import json
 import math
 import time
+from datetime import UTC, datetime
 
 import numpy as np
 import torch
@@ -25,11 +26,12 @@ from dataset import (
 )
 from engine import checkpoint, distributed, run_dir
 from engine.config import Config
+from engine.console import closing_lines, epoch_line, opening_lines, progress_bar
 from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
 from engine.metadata import ORIGIN_FIELDS, Metadata, Position, trajectory
 from engine.signals import listen_for_signals
 from engine.tracking import Tracker
-from utils import RunFailed, Stopped, UserError, atomic_write_text
+from utils import RunFailed, Stopped, UserError, atomic_write_text, log
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -97,40 +99,53 @@ class Trainer:
             self._continue_from(state)
 
     def run(self) -> None:
-        """Train and evaluate every remaining epoch.
+        """Train and evaluate every remaining epoch, and say what is done.
 
         Raises: RunFailed for a loss or gradient that is not finite; Stopped after a signal.
         """
         if self.position.epoch >= self.config.num_epochs:
-            self.tracker.message(f"all {self.config.num_epochs} epochs are done: nothing to train")
+            log.info(f"all {self.config.num_epochs} epochs are done: nothing to train")
+        else:
+            self._log_opening()
         try:
-            with listen_for_signals(self.tracker) as self.requests:
+            with listen_for_signals() as self.requests:
                 while self.position.epoch < self.config.num_epochs:
                     self._run_epoch(self.position.epoch)
         except Exception as error:
             done = self.position
             error.add_note(f"after optimizer step {done.optimizer_step} (epoch {done.epoch})")
             raise
+        for line in closing_lines(self.config, self.curriculum, self.position):
+            log.info(line)
+
+    def _log_opening(self) -> None:
+        lines = opening_lines(
+            self.config,
+            self.curriculum,
+            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            num_train=len(self.train_records),
+            num_val=len(self.val_records),
+            device=self.device,
+            world_size=distributed.world_size(),
+        )
+        for line in lines:
+            log.info(line)
 
     def _run_epoch(self, epoch: int) -> None:
         stage = self.curriculum.stage(epoch)
-        began = time.perf_counter()
         if self.position.steps_done == 0:
             self._reset_optimizer_if_due(epoch)
         if self.position.steps_done < self.steps_per_epoch:
             self._train_epoch(epoch, stage)
             self._save_state()
-        trained = time.perf_counter()
+        began = time.perf_counter()
         outcome = self._evaluate(stage)
-        improved = outcome.figures["acc"] > self.position.best_accuracy
-        if improved:
-            self.position.best_accuracy = outcome.figures["acc"]
-            self.position.best_epoch = epoch
-        self._store(epoch, stage, outcome, improved)
+        seconds = time.perf_counter() - began
+        is_best = self.position.finish_evaluation(stage, outcome.figures["acc"], seconds)
+        self._store(epoch, stage, outcome, is_best, seconds)
         train_loss = self.position.loss_sum / self.position.steps_done
-        times = f"train {trained - began:.0f} s, evaluation {time.perf_counter() - trained:.0f} s"
-        self._report(epoch, stage, train_loss, outcome, times)
-        self.position.finish_epoch()
+        log.info(epoch_line(epoch, train_loss, outcome.figures, self.position.seconds, seconds))
+        self.position.start_epoch()
         if not self.config.debug and distributed.is_main():
             checkpoint.update_trainer(
                 self.config.run_dir, self.position.optimizer_step, self.state_dict()
@@ -164,7 +179,7 @@ class Trainer:
         )
         if self.position.optimizer_step == 0 and distributed.is_main():
             self._show_examples(Collator(staged, self.ids), batches[0])
-        bar = self.tracker.progress_bar(
+        bar = progress_bar(
             len(batches), f"epoch {epoch} stage {stage}", initial=self.position.steps_done
         )
         self.model.train()
@@ -178,10 +193,11 @@ class Trainer:
                 loss, norm = self.train_step(own, num_labels, num_passes)
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory(own) from error
-            tokens_per_second = num_tokens / (time.perf_counter() - began)
-            bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:.0f} tok/s")
+            seconds = time.perf_counter() - began
+            self.position.finish_step(loss, seconds)
+            bar.set_postfix_str(f"loss {loss:.4f}, {num_tokens / seconds:.0f} tok/s")
             bar.update()
-            self._after_step(epoch, stage, loss, norm, tokens_per_second)
+            self._after_step(epoch, stage, loss, norm, num_tokens / seconds)
         bar.close()
 
     def _micro_batches(self, indices: np.ndarray, staged: StagedRecords) -> list[list[np.ndarray]]:
@@ -256,8 +272,7 @@ class Trainer:
     def _after_step(
         self, epoch: int, stage: int, loss: float, norm: float, tokens_per_second: float
     ) -> None:
-        """Count the step, log it, and save or stop where that was asked for."""
-        self.position.finish_step(loss)
+        """Log the step, and save or stop where that was asked for."""
         self.tracker.log(
             {
                 "train/epoch": epoch,
@@ -315,7 +330,7 @@ class Trainer:
             max_new_tokens=self.config.max_new_tokens,
             bf16=self.config.bf16,
             num_workers=self.config.num_workers,
-            progress_bar=self.tracker.progress_bar,
+            progress_bar=progress_bar,
             before_batch=self._stop_evaluation_if_asked,
         )
 
@@ -327,8 +342,13 @@ class Trainer:
         if self.requests.stop and distributed.world_size() == 1:
             self._stop()
 
-    def _store(self, epoch: int, stage: int, outcome: Evaluation, improved: bool) -> None:
-        """Predictions, checkpoint and figures of a finished epoch."""
+    def _store(
+        self, epoch: int, stage: int, outcome: Evaluation, is_best: bool, seconds: float
+    ) -> None:
+        """Predictions, checkpoint and figures of a finished epoch.
+
+        seconds: what its evaluation took.
+        """
         config = self.config
         figures = {f"eval/{name}": value for name, value in outcome.figures.items()}
         if not config.debug:
@@ -336,7 +356,7 @@ class Trainer:
                 path = config.run_dir / f"predictions_{epoch}.jsonl"
                 with checkpoint.writing(config.run_dir, path.name):
                     write_predictions(path, outcome.predictions)
-            if improved or not config.save_only_improve:
+            if is_best or not config.save_only_improve:
                 checkpoint.save_checkpoint(
                     config.run_dir / f"checkpoint_{epoch + 1}",
                     self.model,
@@ -348,25 +368,16 @@ class Trainer:
                         config.run_dir,
                         epoch + 1,
                         config.keep_checkpoints,
-                        self.tracker.message,
+                        log.info,
                     )
-        figures |= {"eval/epoch": epoch, "eval/best_acc": self.position.best_accuracy}
+        figures |= {
+            "eval/epoch": epoch,
+            "eval/best_acc": self.position.best_accuracy,
+            "eval/seconds": seconds,
+            "train/seconds": self.position.seconds,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         self.tracker.log(figures, step=self.position.optimizer_step)
-
-    def _report(
-        self, epoch: int, stage: int, train_loss: float, outcome: Evaluation, times: str
-    ) -> None:
-        """The line of an epoch that stays on the console."""
-        f = outcome.figures
-        cot = "" if f["cot_em"] is None else f", CoT match {100 * f['cot_em']:.1f} %"
-        unfinished = f["num_hit_max_new_tokens"]
-        cut = f", {unfinished} cut at max_new_tokens" if unfinished else ""
-        self.tracker.message(
-            f"epoch {epoch} stage {stage}: train loss {train_loss:.4f}, val loss {f['loss']:.4f},"
-            f" accuracy {100 * f['acc']:.1f} %"
-            f" [{100 * f['acc_low']:.1f}, {100 * f['acc_high']:.1f}]{cot},"
-            f" tokens {f['mean_tokens']:.1f} + {f['mean_thoughts']:.1f} thoughts{cut} ({times})"
-        )
 
     def _show_examples(self, collator: Collator, indices: np.ndarray) -> None:
         """The first examples as the model sees them, for wandb's table."""
@@ -403,7 +414,7 @@ class Trainer:
             self.optimizer,
             self.tokenizer,
             self.state_dict(),
-            self.tracker.message,
+            log.info,
         )
 
     def _continue_from(self, state: checkpoint.TrainingState) -> None:
@@ -420,12 +431,10 @@ class Trainer:
                 raise
             raise UserError(
                 f"{state.folder}: its tensors or generators are not this run's ({error!r}); remove"
-                " it to go on from an earlier state"
+                " it to resume from an earlier state"
             ) from error
         if not is_complete:
-            self.tracker.message(
-                "more processes than before: new ones start with fresh random generators"
-            )
+            log.info("more processes than before: new ones start with fresh random generators")
         with checkpoint.writing(self.config.run_dir, "metrics.jsonl"):
             self.tracker.truncate(self.position.optimizer_step, self.position.epoch)
 

@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "engine.evaluation": {
         "coconut", "dataset", "engine.metrics", "engine.distributed", "utils",
     },
-    "engine.signals": {"engine.tracking"},
+    "engine.signals": {"utils"},
+    "engine.console": {"coconut", "dataset", "engine.config", "engine.metadata", "utils"},
     "engine.setup": {*MODULES}
     - {"engine.evaluation", "engine.setup", "run", "engine.tracking", "engine.trainer"},
     "engine.trainer": {*MODULES} - {"engine.setup", "run", "engine.trainer"},

@@ -306,7 +306,7 @@ def test_run_py_is_a_command_that_ends_with_the_status(tmp_path):
 
     done = command(str(experiment.yaml), "save_path=out")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("epoch 0 stage 0: train loss ")
+    assert "\nepoch 0 stage 0: train loss " in done.stdout
     assert (tmp_path / "out" / "run" / "checkpoint_1" / "coconut.json").exists()
     refused = command(str(experiment.yaml), "lr=fast")
     assert (refused.returncode, refused.stdout) == (2, "")

@@ -259,9 +259,6 @@ def test_other_ranks_write_and_show_nothing(tmp_path, capsys, use_wandb):
     tracker.table("t", ["a"], [[1]])
     tracker.message("hello")
     tracker.truncate(0)
-    with tracker.progress_bar(3, "epoch") as bar:
-        bar.update(1)
-        assert bar.disable
     tracker.close()
     assert not (tmp_path / "run").exists()
     assert not fake.inits
@@ -275,19 +272,6 @@ def test_without_a_run_directory_nothing_is_saved_but_messages_are_shown(capsys,
     tracker.message("hello")
     assert capsys.readouterr().out == "hello\n"
     assert not fake.inits
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_bar_shows_at_a_terminal_only_and_starts_where_the_run_does(
-    tmp_path, monkeypatch, capsys, terminal
-):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    with make(tmp_path).progress_bar(10, "epoch 1", initial=4) as bar:
-        assert bar.disable is not terminal
-        assert bar.n == 4
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert ("epoch 1" in err) is terminal
 
 
 def test_disabled_never_imports_wandb(tmp_path, monkeypatch):

@@ -291,14 +291,14 @@ def test_a_run_stopped_in_an_evaluation_repeats_it_and_goes_on(
 
 
 def test_a_run_told_to_stop_when_its_last_epoch_is_over_has_ended(disturbed, monkeypatch, capsys):
-    report = Trainer._report
+    store = Trainer._store
 
-    def report_and_signal(trainer, epoch, *rest):
-        report(trainer, epoch, *rest)
+    def store_and_signal(trainer, epoch, *rest):
+        store(trainer, epoch, *rest)
         if epoch == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_report", report_and_signal)
+    monkeypatch.setattr(Trainer, "_store", store_and_signal)
     assert disturbed.main() == 0
     assert "stopped after" not in capsys.readouterr().err
 

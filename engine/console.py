@@ -1,0 +1,181 @@
+"""What a run says: the opening block, how far a pass has come, an epoch's line, the closing block.
+
+Text and its rhythm alone; the numbers are the trainer's and the evaluation's. Lines go through the
+logger, so rank 0 alone prints them.
+"""
+
+import logging
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from coconut import initial_weights
+from dataset import Curriculum
+from engine.config import Config
+from engine.metadata import Position
+from utils import log
+
+# Without a terminal a pass over many batches says this often how far it has come.
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def progress_bar(total: int, description: str, initial: int = 0) -> "tqdm | ProgressLines":
+    """A bar over `total` batches on standard error at a terminal, else a line every so often."""
+    if not sys.stderr.isatty():
+        return ProgressLines(total, description, initial)
+    return tqdm(
+        total=total,
+        desc=description,
+        initial=initial,
+        disable=not log.isEnabledFor(logging.INFO),
+        file=sys.stderr,
+        dynamic_ncols=True,
+        leave=False,
+    )
+
+
+class ProgressLines:
+    """What tqdm's bar says, as log lines at least SECONDS_BETWEEN_LINES apart."""
+
+    def __init__(self, total: int, description: str, initial: int = 0) -> None:
+        self.total, self.description, self.postfix = total, description, ""
+        self.initial = self.done = initial
+        self.began_s = self.said_s = time.monotonic()
+
+    def set_postfix_str(self, text: str) -> None:
+        self.postfix = f", {text}"
+
+    def update(self) -> None:
+        self.done += 1
+        now_s = time.monotonic()
+        if now_s - self.said_s < SECONDS_BETWEEN_LINES:
+            return
+        self.said_s = now_s
+        left_s = (now_s - self.began_s) / (self.done - self.initial) * (self.total - self.done)
+        log.info(
+            f"{self.description}: {self.done:,} of {self.total:,}{self.postfix},"
+            f" {duration(left_s)} left"
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def opening_lines(
+    config: Config,
+    curriculum: Curriculum,
+    *,
+    num_parameters: int,
+    num_train: int,
+    num_val: int,
+    device: torch.device,
+    world_size: int,
+) -> list[str]:
+    """What a training run is about to do, a fact a line.
+
+    num_train, num_val: records. world_size: processes.
+    """
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    weights = config.load_model_path or ("random" if config.from_scratch else "its own")
+    accumulation = config.accumulation_steps(world_size)
+    effective = config.records_per_step(world_size)
+    steps_per_epoch = -(-num_train // effective)
+    num_epochs = max(config.num_epochs - config.resume, 0)
+    facts = {
+        "run": config.run_dir if not config.debug else f"{config.name}, a trial that saves nothing",
+        "device": f"{processes} on {on}, {threads}{' each' if world_size > 1 else ''}",
+        "model": f"{config.model_id}, {num_parameters:,} parameters; weights: {weights}",
+        "method": config.method,
+        "thought": describe_thought(config),
+        "schedule": describe_schedule(config, curriculum),
+        "records": f"{num_train:,} training, {num_val:,} validation",
+        "effective batch": f"{effective} = {config.batch_size_training} records x {accumulation}"
+        f" accumulation x {processes}",
+        "optimizer steps": f"{steps_per_epoch:,} an epoch, {steps_per_epoch * num_epochs:,} in all",
+    }
+    return [f"{name:<20}{fact}" for name, fact in facts.items() if fact is not None]
+
+
+def describe_thought(config: Config) -> str | None:
+    """What is fed back at a latent position, in words; None for a method without thoughts."""
+    if config.method != "coconut":
+        return None
+    if config.thought == "pause":
+        return "pause: the latent token's learned embedding, read in one pass"
+    m = config.latent_window_size
+    if m == 1:
+        return "the last hidden state alone, as in the original Coconut"
+    weights = initial_weights(config.latent_weights, m)
+    shares = ", ".join(f"{weight / sum(weights):.3g}" for weight in weights)
+    text = f"average of the last {m} states ({shares}); latent_window_size: 1 is the original"
+    if config.window_scope == "pass":
+        text += "; window_scope: pass gives it to a row's first thought alone"
+    return text
+
+
+def describe_schedule(config: Config, curriculum: Curriculum) -> str:
+    """Epochs and the stages that they come to."""
+    last = config.num_epochs - 1
+    epochs = f"epochs {config.resume} to {last}"
+    stages = sorted({curriculum.stage(epoch) for epoch in (config.resume, last)})
+    if config.method in ("cot", "no_cot"):
+        return epochs
+    acting = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]} to {stages[1]}"
+    return (
+        f"{epochs}, {acting} of 0 to {curriculum.last_stage}, epochs_per_stage"
+        f" {config.epochs_per_stage}"
+    )
+
+
+def epoch_line(
+    epoch: int, train_loss: float, figures: dict, train_seconds: float, eval_seconds: float
+) -> str:
+    """What an epoch came to. figures: those of its evaluation."""
+    f = figures
+    cot = "" if f["cot_em"] is None else f", CoT match {100 * f['cot_em']:.1f} %"
+    unfinished = f["num_hit_max_new_tokens"]
+    cut = f", {unfinished} cut at max_new_tokens" if unfinished else ""
+    return (
+        f"epoch {epoch} stage {f['stage']}: train loss {train_loss:.4f}, val loss {f['loss']:.4f},"
+        f" accuracy {100 * f['acc']:.1f} %"
+        f" [{100 * f['acc_low']:.1f}, {100 * f['acc_high']:.1f}]{cot},"
+        f" tokens {f['mean_tokens']:.1f} + {f['mean_thoughts']:.1f} thoughts{cut}"
+        f" (train {train_seconds:.0f} s, evaluation {eval_seconds:.0f} s)"
+    )
+
+
+def closing_lines(config: Config, curriculum: Curriculum, position: Position) -> list[str]:
+    """What a finished run came to, and where it lies."""
+    num_epochs = position.epoch - config.resume
+    trained, evaluated = duration(position.train_seconds), duration(position.eval_seconds)
+    facts = {
+        "finished": f"{num_epochs:,} epochs, {position.optimizer_step:,} optimizer steps; training"
+        f" {trained}, evaluation {evaluated}",
+        "best of any stage": _best(config, curriculum, position.best_epoch, position.best_accuracy),
+        "best of last stage": _best(
+            config, curriculum, position.stage_best_epoch, position.stage_best_accuracy
+        ),
+    }
+    if not config.debug:
+        facts["files"] = f"{config.run_dir}: config.yaml, metrics.jsonl, predictions, checkpoints"
+    return [f"{name:<20}{fact}" for name, fact in facts.items()]
+
+
+def _best(config: Config, curriculum: Curriculum, epoch: int, accuracy: float) -> str:
+    """An epoch with the best accuracy, and its checkpoint if that was kept."""
+    name = f"checkpoint_{epoch + 1}"
+    kept = name if (config.run_dir / name).is_dir() else "its checkpoint was not kept"
+    return (
+        f"epoch {epoch} (stage {curriculum.stage(epoch)}), accuracy {100 * accuracy:.1f} %, {kept}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

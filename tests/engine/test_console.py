@@ -1,0 +1,138 @@
+"""What a run says: how far it has come, at a terminal and without one, and its two blocks."""
+
+import logging
+import re
+import sys
+import time
+
+import pytest
+import torch
+from runs import Experiment
+
+from engine import console
+from engine.config import load_config
+from engine.console import (
+    closing_lines,
+    describe_thought,
+    duration,
+    opening_lines,
+    progress_bar,
+)
+from engine.metadata import Position
+from engine.setup import make_curriculum
+from utils import configure_logging, log
+
+
+@pytest.fixture(autouse=True)
+def speaking():
+    """This process prints, as rank 0 does."""
+    configure_logging(0)
+    yield
+    log.setLevel(logging.NOTSET)
+
+
+def test_at_a_terminal_a_bar_starts_where_the_run_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = progress_bar(10, "epoch 1", initial=4)
+    assert (bar.n, bar.disable) == (4, False)
+    bar.close()
+    configure_logging(1)
+    assert progress_bar(10, "epoch 2").disable, "rank 0 alone draws"
+    out, err = capsys.readouterr()
+    assert out == "" and "epoch 1" in err and "epoch 2" not in err
+
+
+def test_without_a_terminal_a_line_comes_every_so_often_with_the_time_left(monkeypatch, capsys):
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    bar = progress_bar(1004, "epoch 1 stage 0", initial=4)
+    for _ in range(70):
+        now_s += 1.0
+        bar.set_postfix_str(f"loss {now_s:.0f}")
+        bar.update()
+    bar.close()
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "epoch 1 stage 0: 34 of 1,004, loss 1030, 16 min left",
+        "epoch 1 stage 0: 64 of 1,004, loss 1060, 16 min left",
+    ]
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({}, "average of the last 3 states (0.6, 0.3, 0.1); latent_window_size: 1 is the original"),
+        ({"latent_window_size": 2}, "average of the last 2 states (0.667, 0.333);"),
+        ({"latent_window_size": 1}, "the last hidden state alone, as in the original Coconut"),
+        ({"window_scope": "pass"}, "window_scope: pass gives it to a row's first thought alone"),
+        ({"thought": "pause"}, "pause: the latent token's learned embedding, read in one pass"),
+    ],
+)
+def test_a_run_says_what_a_thought_is(tmp_path, keys, words):
+    config = load_config(str(Experiment(tmp_path, **keys).yaml))
+    assert words in describe_thought(config)
+    assert describe_thought(load_config(str(Experiment(tmp_path, cot=True).yaml))) is None
+
+
+def test_the_opening_block_names_everything_that_decides_the_run(tmp_path):
+    experiment = Experiment(tmp_path, resume=1, load_model_path="cot/checkpoint_3")
+    config = load_config(str(experiment.yaml))
+    lines = opening_lines(
+        config, make_curriculum(config), num_parameters=1_234_567, num_train=18, num_val=7,
+        device=torch.device("cpu"), world_size=2,
+    )  # fmt: skip
+    assert [line for line in lines if not line.startswith("thought")] == [
+        f"run                 {experiment.run_dir}",
+        "device              2 processes on the CPU, 1 thread each",
+        f"model               {experiment.model}, 1,234,567 parameters; weights: cot/checkpoint_3",
+        "method              coconut",
+        "schedule            epochs 1 to 2, stages 1 to 2 of 0 to 3, epochs_per_stage 1",
+        "records             18 training, 7 validation",
+        "effective batch     8 = 4 records x 1 accumulation x 2 processes",
+        "optimizer steps     3 an epoch, 6 in all",
+    ]
+
+
+def test_the_closing_block_names_the_best_epochs_and_their_checkpoints(tmp_path):
+    experiment = Experiment(tmp_path, num_epochs=4)
+    (experiment.run_dir / "checkpoint_2").mkdir(parents=True)
+    config = load_config(str(experiment.yaml))
+    position = Position(epoch=0)
+    for epoch, accuracy in enumerate([0.5, 0.75, 0.25, 0.125]):
+        position.finish_step(1.0, 30.0)
+        assert position.finish_evaluation(epoch, accuracy, 2.0) is (epoch < 2)
+        position.start_epoch()
+    assert closing_lines(config, make_curriculum(config), position) == [
+        "finished            4 epochs, 4 optimizer steps; training 2 min, evaluation 8 s",
+        "best of any stage   epoch 1 (stage 1), accuracy 75.0 %, checkpoint_2",
+        "best of last stage  epoch 3 (stage 3), accuracy 12.5 %, its checkpoint was not kept",
+        f"files               {experiment.run_dir}: config.yaml, metrics.jsonl, predictions,"
+        " checkpoints",
+    ]
+
+
+def test_the_best_of_a_stage_is_the_first_of_its_best_epochs():
+    position = Position(epoch=0)
+    for stage, accuracy in [(0, 0.9), (1, 0.2), (1, 0.4), (1, 0.4)]:
+        position.finish_evaluation(stage, accuracy, 0.0)
+        position.start_epoch()
+    assert (position.best_epoch, position.stage_best_epoch) == (0, 2)
+
+
+def test_durations_are_read_at_a_glance():
+    assert [duration(s) for s in (0.4, 99, 100, 5999, 6000)] == [
+        "0 s", "99 s", "2 min", "100 min", "1.7 h",
+    ]  # fmt: skip
+
+
+def test_a_run_opens_reports_and_closes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    experiment = Experiment(tmp_path, num_epochs=1)
+    assert experiment.main() == 0
+    shown = capsys.readouterr().out
+    order = (
+        r"^run  .*^thought  .*^optimizer steps  .*^epoch 0 stage 0: 1 of 5, loss .* tok/s, .* left$"
+        r".*^evaluating stage 0: 1 of 2, .*^epoch 0 stage 0: train loss .*^finished  .*^files  "
+    )
+    assert re.search(order, shown, re.DOTALL | re.MULTILINE), shown
