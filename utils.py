@@ -12,6 +12,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
 
 class ReportedError(Exception):
     """Ends the program with its text as the only message, without a traceback.
@@ -19,13 +23,13 @@ class ReportedError(Exception):
     exit_status: of the process that it ends.
     """
 
-    exit_status = 1
+    exit_status = EXIT_FAILED
 
 
 class UserError(ReportedError):
     """A mistake that the user can fix; the text names what was found, what was wanted, the fix."""
 
-    exit_status = 2
+    exit_status = EXIT_USER_ERROR
 
 
 class ConfigError(UserError):
@@ -39,7 +43,7 @@ class RunFailed(ReportedError):
 class Stopped(ReportedError):
     """The user asked the run to stop, and it did so after saving what it had."""
 
-    exit_status = 130
+    exit_status = EXIT_INTERRUPTED
 
 
 log = logging.getLogger("coconut")

@@ -55,6 +55,24 @@ START_POLL_S = 0.02
 _Answer = TypeVar("_Answer")
 
 
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Within, the process group that torchrun's environment asks for, if it asks for one.
+
+    Joined here and left again, but where the process is in a group already.
+
+    Raises: UserError for more processes than GPUs on this machine.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    initialize()
+    try:
+        yield
+    finally:
+        shut_down()
+
+
 def initialize() -> None:
     """Join the process group that torchrun describes in the environment, if there is one.
 
@@ -217,7 +235,7 @@ def broadcast_from_main(value: object) -> object:
     return box[0]
 
 
-def together(work: Callable[[], _Answer]) -> _Answer:
+def run_on_all_ranks(work: Callable[[], _Answer]) -> _Answer:
     """What `work()` returns; every rank must call.
 
     A file may be missing on one machine alone, whose refusal must stop the others, or they would
@@ -252,7 +270,7 @@ def require_same(facts: dict[str, object]) -> None:
                     " same command and the same files, or a file system that they share"
                 )
 
-    together(compare)
+    run_on_all_ranks(compare)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def prepare(
     evaluated = None
     if state is None:
         source = ModelSource.of(config)
-        metadata = distributed.together(lambda: source.metadata)
+        metadata = distributed.run_on_all_ranks(lambda: source.metadata)
         distributed.require_same({f"{METADATA_FILE} of {source.location}": metadata})
         require_class(metadata, coconut_class, source.name)
         config = config_with_metadata(config, metadata, source.name)
@@ -99,7 +99,7 @@ def prepare(
     if state is not None:
         sums = data.train.sha256, data.val.sha256
         check_trajectory(state, trajectory(config, distributed.world_size(), *sums), config)
-    outline = distributed.together(lambda: model_outline(config, source))
+    outline = distributed.run_on_all_ranks(lambda: model_outline(config, source))
     stages = {evaluated[0]} if evaluated else acting_stages(config)
     check_fit(config, data, stages, outline)
     return Prepared(config, source, data, outline, evaluated)
@@ -150,7 +150,7 @@ def newest_state(config: Config) -> checkpoint.TrainingState | None:
     """The training state that a run continues from, the same on all ranks; None where it begins."""
     if config.debug or config.only_eval:
         return None
-    state = distributed.together(lambda: checkpoint.newest_state(config.run_dir, say))
+    state = distributed.run_on_all_ranks(lambda: checkpoint.newest_state(config.run_dir, say))
     distributed.require_same({f"newest state of {config.run_dir}": state and state.folder.name})
     return state
 
@@ -169,7 +169,7 @@ def load_data(config: Config, source: ModelSource) -> Data:
         train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
         return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
 
-    data = distributed.together(load)
+    data = distributed.run_on_all_ranks(load)
     files = [records for records in (data.train, data.val) if records]
     sums = {f"the sha256 of {records.path}": records.sha256[:12] for records in files}
     distributed.require_same(sums)
@@ -255,7 +255,7 @@ def check_place(config: Config) -> None:
             run_dir.check_writable(config.run_dir)
             run_dir.refuse_obstacles(config.run_dir)
 
-    distributed.together(check)
+    distributed.run_on_all_ranks(check)
 
 
 def check_vocabulary(tokenized: TokenizedRecords, vocab_size: int) -> None:

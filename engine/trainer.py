@@ -92,6 +92,7 @@ class Trainer:
             fused=True,
         )
         self.position = Position(epoch=config.resume)
+        self.figures = {}  # of the last evaluation
         self.last_saved_s = time.monotonic()
         token = torch.tensor([[self.ids.eos]], device=self.device)
         distributed.arrange_buckets(model, token, torch.ones_like(token))
@@ -140,6 +141,7 @@ class Trainer:
             self._save_state()
         began = time.perf_counter()
         outcome = self._evaluate(stage)
+        self.figures = outcome.figures
         seconds = time.perf_counter() - began
         is_best = self.position.finish_evaluation(stage, outcome.figures["acc"], seconds)
         self._store(epoch, stage, outcome, is_best, seconds)

@@ -259,7 +259,7 @@ def test_dry_run_knows_of_a_run_that_would_go_on(coconut, capsys):
     assert coconut.main("--dry-run", "num_epochs=5") == 0
     shown = capsys.readouterr().out
     assert "continuing from " in shown and "dry run: nothing trained or written" in shown
-    assert "goes on             in epoch 3, step 10" in shown
+    assert "resumes             in epoch 3, step 10" in shown
     words = ["this run began with seed=0, now it is 7"]
     assert_refused(capsys, coconut, "--dry-run", "seed=7", words=words)
     assert tree(coconut.folder) == before

@@ -234,7 +234,7 @@ def test_one_of_several_processes_ends_without_finalizing_python(world_size):
         "kept = Kept()\n"
         "atexit.register(print, 'at exit')\n"
         "print('written')\n"
-        "run.leave(3)\n"
+        "run.exit_process(3)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 import run
 from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
-from engine import checkpoint, evaluation, run_dir
+from engine import checkpoint, evaluation, jobs, run_dir
 from engine import model as backbone
 from engine.config import load_config
 from engine.evaluation import Decoder
@@ -529,7 +529,9 @@ def test_a_failure_while_restoring_that_is_not_the_states_is_told_as_itself(
 ):
     told = []
     monkeypatch.setattr(checkpoint, "load_state", lambda *_: fail(error))
-    monkeypatch.setattr(run, "tell_end", lambda error, *_: told.append(error) or run.EXIT_FAILED)
+    monkeypatch.setattr(
+        jobs, "report_failure", lambda error, _: told.append(error) or run.EXIT_FAILED
+    )
     assert finished.change(num_epochs=4).main() == run.EXIT_FAILED
     assert told == [error]
 

@@ -1,0 +1,413 @@
+"""What run.py and scripts ask for, each one call: train, evaluate, dry_run.
+
+Takes the run directory, has setup.py check all that can be checked, builds the model, shares it
+among the ranks and hands it to trainer.py or evaluation.py. Under torchrun every rank calls. A job
+that ends early raises; `exit_status_of` turns that into one message and an exit status.
+"""
+
+import contextlib
+import importlib
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from coconut import Coconut
+from dataset import StagedRecords, TokenizedRecords
+from engine import checkpoint, distributed, evaluation, run_dir
+from engine.config import Config, dump_config
+from engine.console import progress_bar
+from engine.metadata import Metadata
+from engine.model import build_coconut, load_backbone
+from engine.setup import (
+    Prepared,
+    check_place,
+    evaluation_folder,
+    make_curriculum,
+    newest_state,
+    prepare,
+)
+from engine.tracking import Tracker
+from engine.trainer import Trainer
+from engine.weights import ModelSource
+from utils import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ReportedError,
+    UserError,
+    atomic_write_text,
+    configure_logging,
+    log,
+)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run came to, the same on every rank.
+
+    folder: the run directory; None with debug: true, which saves nothing.
+    figures: of the last evaluation, by their names under "eval/"; empty where nothing was left to
+        train.
+    best_accuracy, best_epoch: highest validation accuracy in 0..1 and its epoch (from 0), -1 and
+        -1 before the first evaluation.
+    """
+
+    folder: Path | None
+    figures: dict[str, float | int | None]
+    best_accuracy: float
+    best_epoch: int
+
+
+def train(config: Config, coconut_class: type[Coconut] | None = None) -> TrainingResult:
+    """Train from the beginning, or continue from the newest training state of the run directory.
+
+    coconut_class: a subclass of Coconut; by default the one that config.coconut_class names.
+
+    Raises: UserError for what the user can fix, RunFailed, Stopped after a signal.
+    """
+    assert not config.only_eval, "evaluate(config) is for only_eval: true"
+    with _all_ranks(config), _held_run_dir(config):
+        coconut_class = coconut_class or find_coconut_class(config)
+        state = newest_state(config)
+        return _train_from(prepare(config, state, coconut_class), state, coconut_class)
+
+
+def evaluate(
+    config: Config, coconut_class: type[Coconut] | None = None
+) -> dict[str, float | int | None]:
+    """Evaluate load_model_path on val_path at the stage it was trained to: its figures.
+
+    coconut_class: as `train` takes it.
+    Returns the figures by their names under "eval/", the same on every rank.
+
+    Raises: UserError for what the user can fix, RunFailed.
+    """
+    assert config.only_eval, "train(config) is for only_eval: false"
+    with _all_ranks(config):
+        coconut_class = coconut_class or find_coconut_class(config)
+        check_place(config)
+        return _evaluate(prepare(config, None, coconut_class), coconut_class)
+
+
+def dry_run(config: Config) -> None:
+    """Show the resolved configuration, the schedule and the sizes; train nothing, write nothing.
+
+    Raises: UserError for what `train` or `evaluate` would refuse before the weights load.
+    """
+    with _all_ranks(config):
+        check_place(config)
+        state = newest_state(config)
+        prepared = prepare(config, state, find_coconut_class(config))
+        log.info(dump_config(prepared.config))
+        if prepared.evaluated is not None:
+            log.info(f"stage               {prepared.evaluated[0]}")
+        else:
+            _log_schedule(prepared, state)
+        log.info(f"parameters          {prepared.outline.num_parameters:,}")
+        log.info("dry run: nothing trained or written")
+
+
+def exit_status_of(job: Callable[[Config], object], config: Config) -> int:
+    """Run `job(config)`; where it ends early, report why and return the exit status of that."""
+    with contextlib.ExitStack() as group:
+        try:
+            group.enter_context(distributed.process_group())
+            job(config)
+        except BaseException as error:
+            status = report_failure(error, config)
+            if status is None:
+                raise
+            return status
+    return 0
+
+
+def report_failure(error: BaseException, config: Config) -> int | None:
+    """Print why the run ends early: the exit status, or None where a traceback should tell."""
+    saves = not (config.only_eval or config.debug)
+    continues = "; the same command continues from the last saved state" if saves else ""
+    notes = getattr(error, "__notes__", [])
+    if distributed.is_lost_contact(error):
+        lost = distributed.lost_ranks(error)
+        if lost:
+            _print_on_this_rank(f"{' '.join(['lost contact', *notes])}: {lost}{continues}")
+        return EXIT_FAILED
+    distributed.leave_word(error)
+    if isinstance(error, KeyboardInterrupt):
+        log.error("interrupted" + continues)
+        return EXIT_INTERRUPTED
+    if isinstance(error, ReportedError):
+        log.error(error)
+        return error.exit_status
+    if isinstance(error, torch.OutOfMemoryError):
+        cause = (str(error) or "no more is known").splitlines()[0]
+        _print_on_this_rank(
+            f"rank {distributed.rank()}: {' '.join(['out of memory', *notes])} ({cause}); training"
+            " needs less with a smaller batch_size_training or parallel: fsdp, evaluation with a"
+            f" smaller batch_size_eval or max_new_tokens{continues}"
+        )
+        return EXIT_FAILED
+    return None
+
+
+def _print_on_this_rank(text: str) -> None:
+    configure_logging(0)
+    log.error(text)
+
+
+def find_coconut_class(config: Config) -> type[Coconut] | None:
+    """The class that config.coconut_class names as "module:Class"; None where it names none.
+
+    The module is found as Python finds modules, in the working directory first.
+
+    Raises: UserError when there is no such module, or no subclass of Coconut of that name in it.
+    """
+    name = getattr(config, "coconut_class", None)
+    if name is None:
+        return None
+    module_name, _, class_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except ModuleNotFoundError as error:
+        # One that the module itself asks for in vain is not the user's slip in the configuration.
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(
+            f"coconut_class: {name}: there is no module {error.name} in {os.getcwd()}; write"
+            " module:Class and start the run where module.py lies"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Coconut)):
+        what = "has no such class" if found is None else "does not derive from coconut.Coconut"
+        raise UserError(
+            f"coconut_class: {name}: {class_name or 'the class after the colon'} {what}; name a"
+            f" subclass of Coconut in {module_name}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _all_ranks(config: Config) -> Iterator[None]:
+    """The process group, with `config` known to be the same on all ranks and possible for them."""
+    with distributed.process_group():
+        configure_logging(distributed.rank())
+        # Progress bars over loading and saving a file would break up the lines of the log.
+        transformers_logging.disable_progress_bar()
+        distributed.require_same(config.model_dump())
+        if not config.only_eval:
+            config.accumulation_steps(distributed.world_size())
+        yield
+
+
+@contextlib.contextmanager
+def _held_run_dir(config: Config) -> Iterator[None]:
+    """Hold the run directory, tidied up after a crash; rank 0 does so for all ranks."""
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            if distributed.is_main() and not config.debug:
+                held.enter_context(run_dir.run_lock(config.run_dir, log.info))
+                run_dir.recover(config.run_dir)
+                run_dir.refuse_obstacles(config.run_dir)
+                run_dir.recover(config.run_dir / run_dir.RESUME_FOLDER)
+
+        distributed.run_on_all_ranks(take)
+        yield
+
+
+def _train_from(
+    prepared: Prepared,
+    state: checkpoint.TrainingState | None,
+    coconut_class: type[Coconut] | None,
+) -> TrainingResult:
+    """Build the model and run the training, from `state` where there is one."""
+    config, data, tokenizer = prepared.config, prepared.data, prepared.source.tokenizer
+    model = _build_model(config, prepared.source, coconut_class)
+    saves = not config.debug
+    if saves and distributed.is_sharded(model):
+        distributed.run_on_all_ranks(lambda: _require_shared(config.run_dir))
+    with checkpoint.writing(config.run_dir, "metrics.jsonl"):
+        tracker = Tracker(
+            config.run_dir if saves else None,
+            config.model_dump(),
+            config.project,
+            config.name,
+            config.wandb if saves else "disabled",
+            distributed.is_main(),
+            state.trainer["wandb_id"] if state else None,
+        )
+    with contextlib.closing(tracker):
+        trainer = Trainer(
+            config,
+            model,
+            tokenizer,
+            data.train,
+            data.val,
+            make_curriculum(config),
+            Metadata.of(config, tokenizer, coconut_class),
+            tracker,
+            state,
+        )
+        with checkpoint.writing(config.run_dir, "config.yaml or metrics.jsonl"):
+            if saves and distributed.is_main():
+                _warn_about_unknown_files(config)
+                _write_config(config, config.run_dir)
+            if state is None:
+                tracker.truncate(0, config.resume)
+        trainer.run()
+    position = trainer.position
+    return TrainingResult(
+        config.run_dir if saves else None,
+        trainer.figures,
+        position.best_accuracy,
+        position.best_epoch,
+    )
+
+
+def _evaluate(
+    prepared: Prepared, coconut_class: type[Coconut] | None
+) -> dict[str, float | int | None]:
+    """Build the model, evaluate it, write and log what came of it."""
+    config, (stage, epoch) = prepared.config, prepared.evaluated
+    model = _build_model(config, prepared.source, coconut_class)
+    folder = None if config.debug else evaluation_folder(config)
+    if folder is not None:
+        distributed.run_on_all_ranks(
+            lambda: distributed.is_main() and run_dir.make_writable(folder)
+        )
+    with checkpoint.writing(folder or config.run_dir, "metrics.jsonl"):
+        tracker = Tracker(
+            folder,
+            config.model_dump(),
+            config.project,
+            f"{config.name}-eval",
+            "disabled" if config.debug else config.wandb,
+            distributed.is_main(),
+        )
+    with contextlib.closing(tracker):
+        outcome = evaluation.evaluate(
+            distributed.unwrap(model),
+            prepared.source.tokenizer,
+            prepared.data.val,
+            make_curriculum(config),
+            stage,
+            batch_size=config.batch_size_eval or config.batch_size_training,
+            max_new_tokens=config.max_new_tokens,
+            bf16=config.bf16,
+            num_workers=config.num_workers,
+            progress_bar=progress_bar,
+        )
+        figures = outcome.figures
+        # Only now, and the largest first: what an interruption leaves is of the same weights.
+        with checkpoint.writing(folder or config.run_dir, "the evaluation"):
+            if outcome.predictions is not None and folder is not None:
+                path = folder / f"predictions_{epoch}.jsonl"
+                evaluation.write_predictions(path, outcome.predictions)
+            tracker.truncate(0, epoch)
+            named = {f"eval/{name}": value for name, value in figures.items()}
+            tracker.log(named | {"eval/epoch": epoch}, step=0)
+            if folder is not None and distributed.is_main():
+                _write_config(config.model_copy(update={"resume": epoch}), folder)
+        log.info(f"{config.load_model_path} on {config.val_path}, stage {stage}")
+        log.info(evaluation.describe(figures))
+        if folder is not None:
+            log.info(f"predictions and figures are in {folder}")
+    return figures
+
+
+def _build_model(
+    config: Config, source: ModelSource, coconut_class: type[Coconut] | None
+) -> nn.Module:
+    """Coconut with the weights of `source`, on this rank's device, wrapped for the ranks."""
+
+    def build() -> Coconut:
+        if config.bf16 and not source.is_state and not distributed.computes_bf16_natively():
+            log.info(
+                "bf16: this hardware has no native bf16 and emulates it; bf16: false is faster"
+            )
+        distributed.seed_everything(config.seed, config.deterministic)
+        return build_coconut(config, load_backbone(config, source), coconut_class)
+
+    model = distributed.run_on_all_ranks(build)
+    # From here on only dropout draws, and it must differ between ranks.
+    torch.manual_seed(config.seed + distributed.rank())
+    num_parameters = sum(p.numel() for p in model.parameters())
+    parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
+    log.info(f"parallel: {parallel.kind} ({parallel.reason})")
+    if config.compile:
+        model.base_causallm.base_model.compile(dynamic=True)
+    return distributed.parallelize(model, parallel, model.blocks, config.bf16)
+
+
+def _require_shared(folder: Path) -> None:
+    """Raise UserError where this rank does not see the run directory, which rank 0 has made."""
+    if not folder.is_dir():
+        raise UserError(
+            f"save_path: {folder} on {socket.gethostname()} is not the folder that rank 0 writes;"
+            " under FSDP every rank saves its own shard there: let save_path lie on a file system"
+            " that all machines share, or write parallel: ddp"
+        )
+
+
+def _warn_about_unknown_files(config: Config) -> None:
+    """Name what lies in the run directory and is not ours."""
+    unknown = run_dir.foreign_files(config.run_dir)
+    if unknown:
+        log.warning(f"{config.run_dir}: left alone, not files of a run: {', '.join(unknown)}")
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    """Write the resolved configuration into `folder`; log what changed in it."""
+    path, text = folder / "config.yaml", dump_config(config)
+    if path.exists():
+        before = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in text.splitlines():
+            if line not in before:
+                log.info(f"{path}: changed since the last start: {line}")
+    atomic_write_text(path, text)
+
+
+def _log_schedule(prepared: Prepared, state: checkpoint.TrainingState | None) -> None:
+    """What a training run would do: stages, records, batches and steps."""
+    config, data = prepared.config, prepared.data
+    steps = config.accumulation_steps(distributed.world_size())
+    effective = config.records_per_step(distributed.world_size())
+    per_epoch = -(-len(data.train) // effective)
+    epochs = max(config.num_epochs - config.resume, 0)
+    log.info(schedule_table(config, data.train))
+    log.info(
+        f"examples            {len(data.train)} training, {len(data.val)} validation\n"
+        f"effective batch     {effective} = {config.batch_size_training} records x {steps}"
+        f" accumulation x {distributed.world_size()} processes\n"
+        f"optimizer steps     {per_epoch} an epoch, {per_epoch * epochs} in all"
+    )
+    if state is not None:
+        position = state.trainer["position"]
+        log.info(
+            f"resumes             in epoch {position['epoch']}, step {position['optimizer_step']}"
+        )
+
+
+def schedule_table(config: Config, records: TokenizedRecords) -> str:
+    """Epochs of the same stage in one line: stage, latents and steps kept, over the records."""
+    curriculum = make_curriculum(config)
+    lines = [f"{'epochs':>9}  {'stage':>5}  {'latents':>16}  {'steps kept':>16}"]
+    for stage, group in groupby(range(config.resume, config.num_epochs), curriculum.stage):
+        epochs = list(group)
+        staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
+        kept = records.num_steps - staged.dropped
+        cells = [
+            f"{values.mean():.2f} ({values.min()}-{values.max()})"
+            for values in (staged.num_latents, kept)
+        ]
+        span = f"{epochs[0]}-{epochs[-1]}"
+        lines.append(f"{span:>9}  {stage:>5}  {cells[0]:>16}  {cells[1]:>16}")
+    return "\n".join(lines)
