@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from engine.config import fields_help, load_config
+from engine.config_file import fields_help, load_config
 from utils import EXIT_FAILED as EXIT_FAILED
 from utils import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, configure_logging, log
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from coconut import Coconut
 from dataset import Collator, SpecialIds, StagedRecords
 from engine import distributed
-from engine.config import Config, load_config
+from engine.config import Config
+from engine.config_file import load_config
 from engine.evaluation import evaluate
 from engine.metadata import Metadata, token_ids
 from engine.model import Backbone, load_backbone

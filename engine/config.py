@@ -1,45 +1,35 @@
-"""The settings of one run: schema, command-line overrides, resolved dump.
+"""The settings of one run: every key with its range, default and meaning, and rules between keys.
 
-Carries out SPEC section 10. Every key's meaning, range and default stand at its field in
-`Config` and nowhere else. Reading is strict (strict_yaml.py's part, then no unknown keys and no
-silent conversion) and gathers all problems before it raises, so that a user mends a file in one
-go. Whether files, models or checkpoints exist is left to the modules which open them. Imports no
-torch, so a wrong file is reported within a second.
+docs/specification.md, section 10. Each key is described at its field in `Config` and nowhere else.
+Reading files and the words of errors are config_file.py's part; whether files, models or
+checkpoints exist is checked by the modules which open them. Imports no torch, so that a wrong file
+is reported within a second.
 """
 
+import json
 import re
-import reprlib
-from collections.abc import Collection, Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator
 from pathlib import Path
-from textwrap import wrap
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
-    ValidationError,
+    Tag,
     field_validator,
     model_validator,
 )
 
-from engine.config_file import (
-    UNREADABLE,
-    YamlError,
-    dump_yaml,
-    read_file,
-    read_overrides,
-    scalar_text,
-)
 from utils import ConfigError
 
 METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
 
 # Evaluation takes these from the checkpoint; in training a silent default would change the run.
-_NEEDED_TO_TRAIN = {
+NEEDED_TO_TRAIN = {
     "train_path": METHODS,
     "num_epochs": METHODS,
     "batch_size_training": METHODS,
@@ -55,13 +45,24 @@ Count = Annotated[int, Field(ge=0, le=1_000_000)]
 PositiveCount = Annotated[int, Field(gt=0, le=1_000_000)]
 Stages = Annotated[int, Field(ge=0, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=1e9)]
+# Named windows; exponential:R weighs state j by R^(j-1).
+NAMED_WEIGHTS = r"^(uniform|learned|exponential:[0-9.eE+-]+)$"
+WindowWeights = Annotated[
+    Annotated[tuple[Weight, ...], Tag("list")]
+    | Annotated[str, Field(pattern=NAMED_WEIGHTS), Tag("name")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "list"),
+]
+ThoughtNorm = Annotated[
+    Annotated[None, Tag("none")]
+    | Annotated[Literal["average"], Tag("name")]
+    | Annotated[PositiveFloat, Tag("number")],
+    Discriminator(
+        lambda value: "none" if value is None else "name" if isinstance(value, str) else "number"
+    ),
+]
+UNION_TAGS = ("list", "name", "none", "number")
 # Below this the nearest state alone would be divided by nothing in the model's precision.
 LEAST_FIRST_WEIGHT = 1e-9
-
-# Values in messages, whose size an alias of an alias could multiply without end.
-_shown = reprlib.Repr()
-_shown.maxlevel = 2
-_shown.maxstring = _shown.maxlong = _shown.maxother = 80
 
 
 class Config(BaseModel):
@@ -114,16 +115,26 @@ class Config(BaseModel):
     """false: every epoch is the last stage (w/o curriculum); coconut only."""
 
     # Latent thoughts
-    thought: Literal["continuous", "pause"] = "continuous"
+    thought: Literal["continuous", "pause", "pause_multipass"] = "continuous"
     """continuous: a thought is made from hidden states. pause: the latent positions keep their
-    learned token embedding; coconut only."""
+    learned token embedding. pause_multipass: as pause, read in as many passes as continuous
+    thoughts take; coconut only."""
     latent_window_size: PositiveCount = 3
     """Number m of hidden states that are averaged into a thought; 1 is the original Coconut."""
-    latent_weights: tuple[Weight, ...] = (0.6, 0.3, 0.1)
-    """Weights of the window, nearest state first; the first m count."""
+    latent_weights: WindowWeights = (0.6, 0.3, 0.1)
+    """Weights of the window: a list, nearest state first, of which the first m count; uniform;
+    exponential:R, where state j weighs R^(j-1); or learned, a softmax over m parameters."""
     window_scope: Literal["sequence", "pass"] = "sequence"
     """sequence: the window covers everything before the thought. pass: later thoughts of a row see
     one state alone, as in the published contextual code."""
+
+    thought_norm: ThoughtNorm = None
+    """None: a thought is the average. average: the nearest state at the norm of the average, the
+    control for what averaging does to the norm. A number: the average times that number."""
+    coconut_class: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
+        None, examples=["my_thoughts:LastStateOnly"]
+    )
+    """Subclass of Coconut to train, as module:Class, found from the working directory."""
 
     # Model
     model_id: Text = Field(examples=["openai-community/gpt2"])
@@ -147,6 +158,8 @@ class Config(BaseModel):
     """Records evaluated after each epoch, or by only_eval."""
     allow_changed_data: bool = False
     """Go on with a run although train_path or val_path holds other records than when it began."""
+    max_train_records: PositiveCount | None = None
+    """Train on the first records of train_path only. None: all."""
     num_workers: Count = 2
     """Processes that make batches ahead of time, for each rank."""
 
@@ -156,8 +169,11 @@ class Config(BaseModel):
     resume: Count = 0
     """First epoch of a new run that starts from load_model_path; with only_eval the epoch whose
     stage is taken where the checkpoint records none."""
-    num_epochs: PositiveCount = Field(1, examples=["25"])
-    """Epoch count in total, those skipped by resume included."""
+    first_stage: Stages | None = None
+    """Stage that a new run starts at: resume is then this many times epochs_per_stage."""
+    num_epochs: PositiveCount | None = Field(1, examples=["25"])
+    """Epoch count in total, those skipped by resume included. None (coconut and no_thoughts): up to
+    the end of the first stage in which no training record has text left."""
     batch_size_training: PositiveCount = 32
     """Records in a forward and backward pass, for each process."""
     tokens_per_micro_batch: PositiveCount | None = None
@@ -202,6 +218,8 @@ class Config(BaseModel):
     # Evaluation, checkpoints, logging
     max_new_tokens: PositiveCount = 128
     """Most tokens generated for an answer, reasoning text included."""
+    eval_every_steps: PositiveCount | None = None
+    """Evaluate also after every so many optimizer steps, logged only. None: after epochs only."""
     save_only_improve: bool = False
     """Keep a checkpoint only when validation accuracy improves. For coconut leave it false: early
     stages still write text and win."""
@@ -225,7 +243,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
-        problems = [problem for _, problem in _combination_problems(self)]
+        problems = [problem for _, problem in combination_problems(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -267,7 +285,7 @@ class Config(BaseModel):
 Problem = tuple[tuple[str, ...], str]
 
 
-def _combination_problems(config: Config) -> Iterator[Problem]:
+def combination_problems(config: Config) -> Iterator[Problem]:
     """Yields (keys involved, problem with its fix) for settings that cannot stand together."""
     yield from _method_problems(config)
     yield from _missing_for_training(config)
@@ -294,27 +312,38 @@ def _method_problems(config: Config) -> Iterator[Problem]:
             f"uniform_prob={config.uniform_prob} mixes stages, and {method} has only one; "
             "write uniform_prob: 0.0",
         )
-    if config.thought == "pause" and method != "coconut":
+    if config.thought != "continuous" and method != "coconut":
         yield (
             (*METHODS, "thought"),
-            f"thought='pause' needs latent positions, and {method} has none; write thought: "
-            f"continuous, or coconut: true and {method}: false",
+            f"thought={config.thought!r} needs latent positions, and {method} has none; write "
+            f"thought: continuous, or coconut: true and {method}: false",
         )
     if not config.curriculum and method != "coconut":
         yield (
             (*METHODS, "curriculum"),
             f"curriculum=False is for coconut alone, not {method}; write curriculum: true",
         )
+    for key in ("thought_norm", "coconut_class"):
+        if getattr(config, key) is not None and method != "coconut":
+            yield (
+                (*METHODS, key),
+                f"{key}={getattr(config, key)!r} is for coconut alone, not {method}; write"
+                f" {key}: None",
+            )
 
 
 def _missing_for_training(config: Config) -> Iterator[Problem]:
     if config.only_eval:
         return
     chosen = {method for method in METHODS if getattr(config, method)}
-    for key, methods in _NEEDED_TO_TRAIN.items():
-        written = key in config.model_fields_set and getattr(config, key) is not None
+    for key, methods in NEEDED_TO_TRAIN.items():
+        written = key in config.model_fields_set
+        if key == "num_epochs" and chosen & {"coconut", "no_thoughts"}:
+            written = written or config.num_epochs is None
+        else:
+            written = written and getattr(config, key) is not None
         if not written and chosen & set(methods):
-            yield (key,), f"{key} is missing; training needs it: add {key}: {_example(key)}"
+            yield (key,), f"{key} is missing; training needs it: add {key}: {example(key)}"
 
 
 def _latent_problems(config: Config) -> Iterator[Problem]:
@@ -338,6 +367,9 @@ def _latent_problems(config: Config) -> Iterator[Problem]:
             "write activation_checkpointing: false (a smaller batch_size_training saves memory)",
         )
     window, weights = config.latent_window_size, config.latent_weights
+    if isinstance(weights, str):
+        yield from _named_weights_problems(weights)
+        return
     if len(weights) < window:
         yield (
             ("latent_weights", "latent_window_size"),
@@ -352,7 +384,42 @@ def _latent_problems(config: Config) -> Iterator[Problem]:
         )
 
 
+def _named_weights_problems(name: str) -> Iterator[Problem]:
+    kind, _, ratio = name.partition(":")
+    try:
+        is_right = kind != "exponential" or 0 < float(ratio) < 1e3
+    except ValueError:
+        is_right = False
+    if not is_right:
+        yield (
+            ("latent_weights",),
+            f"latent_weights={name!r} has no positive number after the colon; write"
+            " latent_weights: exponential:0.5",
+        )
+
+
+def _schedule_problems(config: Config) -> Iterator[Problem]:
+    if config.first_stage is not None:
+        keys = ("first_stage", "resume", "curriculum", *METHODS)
+        if "resume" in config.model_fields_set:
+            yield (
+                keys,
+                f"first_stage={config.first_stage} means resume="
+                f"{config.first_stage * config.epochs_per_stage}, and resume={config.resume} is"
+                " written too; keep one",
+            )
+        elif config.cot or config.no_cot or not config.curriculum:
+            yield keys, "first_stage needs stages; write resume instead"
+    if config.num_epochs is None and (config.cot or config.no_cot):
+        yield (
+            ("num_epochs", *METHODS),
+            "num_epochs=None is for coconut and no_thoughts, whose stages end; write num_epochs:"
+            f" {example('num_epochs')}",
+        )
+
+
 def _run_problems(config: Config) -> Iterator[Problem]:
+    yield from _schedule_problems(config)
     if config.name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]|^\s|\s$", config.name):
         yield (
             ("name",),
@@ -362,7 +429,7 @@ def _run_problems(config: Config) -> Iterator[Problem]:
     if config.only_eval and config.load_model_path is None:
         yield (
             ("only_eval", "load_model_path"),
-            f"only_eval=True needs weights; write load_model_path: {_example('load_model_path')}",
+            f"only_eval=True needs weights; write load_model_path: {example('load_model_path')}",
         )
     if config.from_scratch and config.load_model_path is not None:
         yield (
@@ -370,7 +437,11 @@ def _run_problems(config: Config) -> Iterator[Problem]:
             f"from_scratch=True excludes load_model_path={config.load_model_path!r}; write "
             "from_scratch: false or load_model_path: None",
         )
-    starts_late = config.resume >= config.num_epochs and "num_epochs" in config.model_fields_set
+    starts_late = (
+        config.num_epochs is not None
+        and config.resume >= config.num_epochs
+        and "num_epochs" in config.model_fields_set
+    )
     if starts_late and not config.only_eval:
         yield (
             ("only_eval", "resume", "num_epochs"),
@@ -384,126 +455,9 @@ def _run_problems(config: Config) -> Iterator[Problem]:
             yield ("effective_batch_size", "batch_size_training"), str(error)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads the YAML file at `path`, then `key=value` overrides by the same rules.
-
-    Raises ConfigError with every problem, one a line as `source: key=value problem; fix`, where
-    the source is the file or, for overrides, "command line".
-    """
-    try:
-        values, problems = read_file(str(path))
-    except YamlError as error:
-        raise ConfigError(str(error)) from None
-    overridden, override_problems = read_overrides(overrides)
-    problems += override_problems
-    values |= overridden
-
-    def source(keys: Sequence[str]) -> str:
-        return "command line" if any(key in overridden for key in keys) else str(path)
-
-    try:
-        config = Config(**values)
-    except ValidationError as error:
-        problems += [
-            f"{source(keys)}: {problem}"
-            for keys, problem in _schema_problems(error, values, overridden.keys())
-        ]
-    if "gradient_accumulation_steps" in overridden and "effective_batch_size" not in overridden:
-        effective = values.get("effective_batch_size")
-        if effective is not None:
-            problems.append(
-                "command line: gradient_accumulation_steps is overruled by effective_batch_size="
-                f"{effective} in {path}; write effective_batch_size=None beside it"
-            )
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
-
-
-def dump_config(config: Config) -> str:
-    """YAML of every key in schema order, which loads back to an equal Config."""
-    return dump_yaml(config.model_dump())
-
-
-def fields_help() -> str:
-    """Every key with its default and meaning, one paragraph a key, for `--help`."""
-    lines = []
-    for key, field in Config.model_fields.items():
-        note = "required" if field.is_required() else f"default {scalar_text(field.default)}"
-        if key in _NEEDED_TO_TRAIN:
-            note = f"required to train {', '.join(_NEEDED_TO_TRAIN[key])}"
-        lines.append(f"{key} ({note})")
-        lines += wrap(field.description, 96, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
-
-
-def _schema_problems(
-    error: ValidationError, values: dict[str, Any], overridden: Collection[str]
-) -> Iterator[Problem]:
-    """Yields what pydantic found, then what is wrong between the keys it found no fault with.
-
-    overridden: the keys of `values` that came from the command line.
-    """
-    field_errors = [item for item in error.errors() if item["loc"]]
-    for item in field_errors:
-        if item["input"] is not UNREADABLE:
-            yield (str(item["loc"][0]),), _field_problem(item, overridden)
-    wrong = {str(item["loc"][0]) for item in field_errors}
-    stand_ins = {"name": "unknown", "save_path": "unknown", "model_id": "", "val_path": ""}
-    sound = {key: value for key, value in values.items() if key not in wrong}
-    partial = Config.model_construct(_fields_set=set(values), **(stand_ins | sound))
-    for keys, problem in _combination_problems(partial):
-        if wrong.isdisjoint(keys):
-            yield keys, problem
-
-
-def _field_problem(item: dict[str, Any], overridden: Collection[str]) -> str:
-    """The words for one of pydantic's errors about a single key: got, wanted, fix."""
-    key, kind, value = str(item["loc"][0]), item["type"], item["input"]
-    if kind == "extra_forbidden":
-        return _unknown_key(key)
-    if kind == "missing":
-        return f"{key} is missing; add {key}: {_example(key)}"
-    shown = f"{key}{''.join(f'[{index}]' for index in item['loc'][1:])}={_shown.repr(value)}"
-    limit = next(iter(item.get("ctx", {}).values()), None)
-    limit = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
-    wanted = {
-        "bool_type": "is not true or false",
-        "int_type": "is not a whole number",
-        "int_from_float": "is not a whole number",
-        "float_type": "is not a number",
-        "finite_number": "is not a finite number",
-        "string_type": "is not text",
-        "string_unicode": "is not valid Unicode",
-        "string_too_short": "is empty",
-        "string_pattern_mismatch": "holds a NUL character",
-        "tuple_type": "is not a list of numbers",
-        "greater_than": f"is not above {limit}",
-        "greater_than_equal": f"is below {limit}",
-        "less_than": f"is not below {limit}",
-        "less_than_equal": f"is above {limit}",
-    }.get(kind, item["msg"])
-    if kind == "literal_error":
-        choices = get_args(Config.model_fields[key].annotation)
-        return f"{shown} is not one of its values; write {key}: {' or '.join(choices)}"
-    if kind == "bool_type":
-        return f"{shown} {wanted}; write {key}: true or {key}: false"
-    if kind == "string_type" and isinstance(value, int | float):
-        text = f'"{_shown.repr(value)}"'
-        # A shell would take the quotes off.
-        fix = f"'{key}={text}'" if key in overridden else f"{key}: {text}"
-        return f"{shown} {wanted}; write {fix}"
-    return f"{shown} {wanted}; write {key}: {_example(key)}"
-
-
-def _unknown_key(key: str) -> str:
-    if key == "fp16":
-        return "fp16 is refused, its range is too small to train in; write bf16: true or drop it"
-    nearest = get_close_matches(key, Config.model_fields, n=1)
-    fix = f"did you mean {nearest[0]}?" if nearest else "python run.py --help lists the keys"
-    return f"unknown key {key!r}; {fix}"
-
-
-def _example(key: str) -> str:
+def example(key: str) -> str:
+    """A value to suggest for `key`, as it is written in YAML."""
     field = Config.model_fields[key]
-    return field.examples[0] if field.examples else scalar_text(field.default)
+    if field.examples:
+        return field.examples[0]
+    return field.default if isinstance(field.default, str) else json.dumps(field.default)

@@ -1,14 +1,30 @@
-"""YAML read strictly: YAML 1.2's scalars, every key once, all problems gathered.
+"""From a YAML file and overrides to a configuration, or to one error with every problem in it.
 
-PyYAML by itself reads YAML 1.1 and keeps the last of two equal keys, in silence. What the values
-mean is config.py's business.
+YAML is read strictly: YAML 1.2's scalars, every key once. PyYAML by itself reads YAML 1.1 and keeps
+the last of two equal keys without a word. What keys mean is config.py's part. `python -m
+engine.config_file` prints the page docs/configuration.md.
 """
 
 import re
-from collections.abc import Sequence
-from typing import Any
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, get_args
 
 import yaml
+from pydantic import ValidationError
+
+from engine.config import (
+    NEEDED_TO_TRAIN,
+    UNION_TAGS,
+    Config,
+    Problem,
+    combination_problems,
+    example,
+)
+from utils import ConfigError, log
 
 UNREADABLE = object()  # stands for a value that YAML itself refused, reported already
 # A data file or weights named by mistake would keep the parser busy for hours.
@@ -138,8 +154,7 @@ def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]
             problems.append(f"command line: {key!r} is no plain word for a key; write key=value")
             continue
         if key in values:
-            problems.append(f"command line: {key} stands twice; keep one")
-            continue
+            log.info(f"command line: {key} is given more than once; the last one, {text}, counts")
         loader, node, problem = _parse(text)
         if problem:
             values[key] = UNREADABLE
@@ -205,3 +220,180 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
         return f"line {mark.line + 1}: {problem}"
     line = text.count("\n", 0, error.position) + 1
     return f"line {line}: character {error.character!r} is not allowed"
+
+
+# From a file to a configuration
+
+# Values in messages, whose size an alias of an alias could multiply without end.
+_shown = reprlib.Repr()
+_shown.maxlevel = 2
+_shown.maxstring = _shown.maxlong = _shown.maxother = 80
+
+
+def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Reads the YAML file at `path` with the files that it builds on, then the overrides.
+
+    overrides: `key=value` texts, read by the same rules as YAML, or Python values by key.
+
+    Raises ConfigError with every problem, one a line as `source: key=value problem; fix`, where
+    the source is the file or, for overrides, "command line".
+    """
+    try:
+        values, problems = _read_chain(Path(path), ())
+    except YamlError as error:
+        raise ConfigError(str(error)) from None
+    if isinstance(overrides, Mapping):
+        overridden, override_problems = dict(overrides), []
+    else:
+        overridden, override_problems = read_overrides(overrides)
+    problems += override_problems
+    values |= overridden
+
+    def source(keys: Sequence[str]) -> str:
+        return "command line" if any(key in overridden for key in keys) else str(path)
+
+    try:
+        config = Config(**values)
+    except ValidationError as error:
+        problems += [
+            f"{source(keys)}: {problem}"
+            for keys, problem in _schema_problems(error, values, overridden.keys())
+        ]
+    if "gradient_accumulation_steps" in overridden and "effective_batch_size" not in overridden:
+        effective = values.get("effective_batch_size")
+        if effective is not None:
+            problems.append(
+                "command line: gradient_accumulation_steps is overruled by effective_batch_size="
+                f"{effective} in {path}; write effective_batch_size=None beside it"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _read_chain(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
+    """The values of a YAML file over those of its `base`, and the problems of all files.
+
+    above: the files that led here.
+    """
+    if path.resolve() in above:
+        raise YamlError(f"{path}: base: leads back to this file; remove one base")
+    values, problems = read_file(str(path))
+    if "base" not in values:
+        return values, problems
+    base = values.pop("base")
+    if not isinstance(base, str):
+        return values, [*problems, f"{path}: base={base!r} is not text; write base: other.yaml"]
+    inherited, more = _read_chain(path.parent / base, (*above, path.resolve()))
+    return inherited | values, more + problems
+
+
+def dump_config(config: Config) -> str:
+    """YAML of every key in schema order, which loads back to an equal Config."""
+    return dump_yaml(config.model_dump())
+
+
+def fields_help() -> str:
+    """Every key with its default and meaning, one paragraph a key, for `--help`."""
+    lines = []
+    for key, field in Config.model_fields.items():
+        lines.append(f"{key} ({_note(key)})")
+        lines += wrap(field.description, 96, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _note(key: str) -> str:
+    """Whether `key` is required, or its default."""
+    if key in NEEDED_TO_TRAIN:
+        return f"required to train {', '.join(NEEDED_TO_TRAIN[key])}"
+    field = Config.model_fields[key]
+    return "required" if field.is_required() else f"default {scalar_text(field.default)}"
+
+
+def _schema_problems(
+    error: ValidationError, values: dict[str, Any], overridden: Collection[str]
+) -> Iterator[Problem]:
+    """Yields what pydantic found, then what is wrong between the keys it found no fault with.
+
+    overridden: the keys of `values` that came from the command line.
+    """
+    field_errors = [item for item in error.errors() if item["loc"]]
+    for item in field_errors:
+        if item["input"] is not UNREADABLE:
+            yield (str(item["loc"][0]),), _field_problem(item, overridden)
+    wrong = {str(item["loc"][0]) for item in field_errors}
+    stand_ins = {"name": "unknown", "save_path": "unknown", "model_id": "", "val_path": ""}
+    sound = {key: value for key, value in values.items() if key not in wrong}
+    partial = Config.model_construct(_fields_set=set(values), **(stand_ins | sound))
+    for keys, problem in combination_problems(partial):
+        if wrong.isdisjoint(keys):
+            yield keys, problem
+
+
+def _field_problem(item: dict[str, Any], overridden: Collection[str]) -> str:
+    """The words for one of pydantic's errors about a single key: got, wanted, fix."""
+    key, kind, value = str(item["loc"][0]), item["type"], item["input"]
+    if kind == "extra_forbidden":
+        return _unknown_key(key)
+    if kind == "missing":
+        return f"{key} is missing; add {key}: {example(key)}"
+    indices = [index for index in item["loc"][1:] if index not in UNION_TAGS]
+    shown = f"{key}{''.join(f'[{index}]' for index in indices)}={_shown.repr(value)}"
+    limit = next(iter(item.get("ctx", {}).values()), None)
+    limit = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+    wanted = {
+        "bool_type": "is not true or false",
+        "int_type": "is not a whole number",
+        "int_from_float": "is not a whole number",
+        "float_type": "is not a number",
+        "finite_number": "is not a finite number",
+        "string_type": "is not text",
+        "string_unicode": "is not valid Unicode",
+        "string_too_short": "is empty",
+        "string_pattern_mismatch": "holds a NUL character",
+        "tuple_type": "is not a list of numbers",
+        "greater_than": f"is not above {limit}",
+        "greater_than_equal": f"is below {limit}",
+        "less_than": f"is not below {limit}",
+        "less_than_equal": f"is above {limit}",
+    }.get(kind, item["msg"])
+    if key == "latent_weights" and kind == "string_pattern_mismatch":
+        return f"{shown} is not a window; write numbers, uniform, exponential:0.5 or learned"
+    if key == "thought_norm":
+        return f"{shown} is not a norm; write thought_norm: average, a positive number or None"
+    if key == "coconut_class":
+        return f"{shown} does not name a class; write coconut_class: {example(key)}"
+    if kind == "literal_error":
+        choices = get_args(Config.model_fields[key].annotation)
+        return f"{shown} is not one of its values; write {key}: {' or '.join(choices)}"
+    if kind == "bool_type":
+        return f"{shown} {wanted}; write {key}: true or {key}: false"
+    if kind == "string_type" and isinstance(value, int | float):
+        text = f'"{_shown.repr(value)}"'
+        # A shell would take the quotes off.
+        fix = f"'{key}={text}'" if key in overridden else f"{key}: {text}"
+        return f"{shown} {wanted}; write {fix}"
+    return f"{shown} {wanted}; write {key}: {example(key)}"
+
+
+def _unknown_key(key: str) -> str:
+    if key == "fp16":
+        return "fp16 is refused, its range is too small to train in; write bf16: true or drop it"
+    nearest = get_close_matches(key, Config.model_fields, n=1)
+    fix = f"did you mean {nearest[0]}?" if nearest else "python run.py --help lists the keys"
+    return f"unknown key {key!r}; {fix}"
+
+
+def fields_page() -> str:
+    """Every key with its default and meaning as a Markdown page, docs/configuration.md."""
+    lines = ["# Configuration", "", "Every key of an experiment's YAML file, as the schema has it"]
+    lines += ["(made by `python -m engine.config_file`, and shown by `python run.py --help`)."]
+    lines += ["`base: other.yaml`, relative to the file, takes that file's keys for those which a"]
+    lines += ["file does not hold itself. `key=value` arguments replace keys; the last one wins."]
+    for key, field in Config.model_fields.items():
+        lines += ["", f"### `{key}`", "", f"{_note(key).capitalize()}.", "", field.description]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(fields_page(), end="")

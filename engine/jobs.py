@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 from coconut import Coconut
 from dataset import StagedRecords, TokenizedRecords
 from engine import checkpoint, distributed, evaluation, run_dir
-from engine.config import Config, dump_config
+from engine.config import Config
+from engine.config_file import dump_config
 from engine.console import progress_bar
 from engine.metadata import Metadata
 from engine.model import build_coconut, load_backbone

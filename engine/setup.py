@@ -158,7 +158,9 @@ def newest_state(config: Config) -> checkpoint.TrainingState | None:
 def load_data(config: Config, source: ModelSource) -> Data:
     """Read, check and tokenise the records of a run, the same on every rank; texts first, so that
     errors come early."""
-    limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS) if config.debug else (None, None)
+    limits = (config.max_train_records, None)
+    if config.debug:
+        limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS)
 
     def load() -> Data:
         train_texts = None

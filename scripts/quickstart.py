@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.learning_curve import Curve, read_curve, save_learning_curve
 from analysis.thoughts import ThoughtReport, examine
 from dataset import read_records
-from engine.config import load_config
+from engine.config_file import load_config
 from utils import ConfigError, UserError, atomic_write_text
 
 DEFAULT_OUT = Path("exps/quickstart")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import run
 from dataset import MARKERS
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.evaluation import Decoder
 
 # Mistakes in the configuration

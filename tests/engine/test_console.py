@@ -10,7 +10,7 @@ import torch
 from runs import Experiment
 
 from engine import console
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.console import (
     closing_lines,
     describe_thought,

@@ -28,7 +28,8 @@ from test_security import mend_sums, state_folder
 import run
 from dataset import read_records, tokenize_records
 from engine import checkpoint
-from engine.config import Config, dump_config, load_config
+from engine.config import Config
+from engine.config_file import dump_config, load_config
 from engine.metadata import Metadata, check_stored_trainer, config_with_metadata
 from engine.model import build_coconut, load_backbone, model_outline
 from engine.setup import Data, check_fit

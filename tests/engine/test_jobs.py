@@ -10,7 +10,7 @@ from runs import ROOT, Experiment, assert_same_weights
 
 from coconut import Coconut
 from engine import jobs
-from engine.config import load_config
+from engine.config_file import load_config
 from utils import UserError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 
 from coconut import Coconut
 from dataset import MARKERS
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.metadata import METADATA_FILE, Metadata, config_with_metadata, require_class
 from utils import UserError
 

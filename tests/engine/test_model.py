@@ -26,7 +26,7 @@ from transformers import (
 
 from coconut import Coconut
 from dataset import MARKERS
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.metadata import Metadata
 from engine.model import build_coconut, load_coconut, model_outline
 from engine.model import load_backbone as load_backbone_from

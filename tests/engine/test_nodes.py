@@ -36,7 +36,7 @@ from torch.distributed.run import get_args_parser
 
 import run
 from engine import model as backbone
-from engine.config import load_config
+from engine.config_file import load_config
 
 AGENTS_TIMEOUT_S = 200
 EXACT = {"rtol": 1e-5, "atol": 1e-7}

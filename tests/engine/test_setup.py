@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from runs import Experiment
 
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.model import build_coconut, load_backbone
 from engine.setup import prepare
 

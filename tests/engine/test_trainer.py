@@ -37,7 +37,7 @@ import run
 from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
 from engine import checkpoint, evaluation, jobs, run_dir
 from engine import model as backbone
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.evaluation import Decoder
 from engine.metadata import Metadata
 from engine.setup import make_curriculum

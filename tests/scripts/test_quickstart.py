@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import run
 from analysis import learning_curve, thoughts
 from assets import draw_method, make_quickstart_model
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.metrics import extract_answer
 from preprocessing import arithmetic
 from scripts import quickstart
