@@ -254,6 +254,19 @@ class Config(BaseModel):
         return next(method for method in METHODS if getattr(self, method))
 
     @property
+    def window_weights(self) -> list[float] | str:
+        """The weights of the window as numbers, nearest state first; "learned" where they are."""
+        m, weights = self.latent_window_size, self.latent_weights
+        if weights == "learned":
+            return weights
+        if weights == "uniform":
+            return [1.0] * m
+        if isinstance(weights, str):
+            ratio = float(weights.partition(":")[2])
+            return [ratio**j for j in range(m)]
+        return list(weights[:m])
+
+    @property
     def run_dir(self) -> Path:
         """Folder of the run, save_path/name."""
         return Path(self.save_path) / self.name

@@ -145,7 +145,7 @@ class Decoder:
         source = self.staged.tokenized.table[index]
         steps_left = source["steps"][int(self.staged.dropped[index]) :]
         thoughts = int(self.staged.num_latents[index])
-        if self.model.thought_kind == "pause":
+        if self.model.thought_kind != "continuous":
             thoughts = 0
         return {
             "index": index,

@@ -98,8 +98,8 @@ class Metadata(BaseModel):
         """What a run's checkpoints record, before its first epoch."""
         names = ("method", "latent_window_size", "window_scope", "thought", "c_thought")
         return cls(
-            latent_weights=_window_weights(config),
-            thought_norm=getattr(config, "thought_norm", None),
+            latent_weights=config.window_weights,
+            thought_norm=config.thought_norm,
             coconut_class=class_name(coconut_class),
             stage=0,
             epoch=0,
@@ -373,16 +373,9 @@ def _acting_fields(metadata: Metadata) -> dict:
     return {name: getattr(metadata, name) for name in names} | schedule
 
 
-def _window_weights(config: Config) -> list[float] | str:
-    """The configured latent_weights as coconut.json records them."""
-    if isinstance(config.latent_weights, str):
-        return config.latent_weights
-    return list(config.latent_weights[: config.latent_window_size])
-
-
 def _same_weights(config: Config, stored: list[float] | str) -> bool:
     """Whether both make the same thoughts: the average divides by the sum of the weights."""
-    own = config.latent_weights
+    own = config.window_weights
     if isinstance(own, str) or isinstance(stored, str):
         return own == stored
     own = own[: len(stored)]
