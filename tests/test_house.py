@@ -52,7 +52,7 @@ MAY_IMPORT = {
     },
     "engine.trainer": {*MODULES} - {"engine.jobs", "engine.setup", "run", "engine.trainer"},
     "engine.jobs": {*MODULES} - {"engine.jobs", "run"},
-    "run": {"engine.config", "engine.jobs", "utils"},
+    "run": {"engine.config_file", "engine.jobs", "utils"},
 }  # fmt: skip
 
 # package -> the rooms (or folders) that alone may import it
