@@ -191,9 +191,16 @@ def test_evaluation_and_training_leave_answers_to_metrics():
 @pytest.mark.parametrize(
     "source", [source for source in SOURCES if module_of(source) == "preprocessing"], ids=str
 )
-def test_preprocessing_imports_nothing_of_ours(source):
-    siblings = {path.stem for path in SOURCES if module_of(path) == "preprocessing"}
-    assert not packages(source) & {*TOP, *FOLDERS, *siblings}
+def test_preprocessing_imports_nothing_of_ours_but_its_two_helpers(source):
+    helpers = ("preprocessing.common", "preprocessing.graphs")
+    ours = [name for name in imported(source) if name.split(".")[0] in {*TOP, *FOLDERS}]
+    assert not [name for name in ours if not any(belongs_to(name, helper) for helper in helpers)]
+
+
+@pytest.mark.parametrize("name", ["common"])
+def test_helpers_of_preprocessing_need_the_standard_library_alone(name):
+    source = Path("preprocessing") / f"{name}.py"
+    assert packages(source) <= sys.stdlib_module_names
 
 
 def test_modules_open_with_a_paragraph():

@@ -1,4 +1,4 @@
-"""The quickstart's parts: its questions, its model folder, its three runs, what it says of them."""
+"""The quickstart's parts: its three runs and its summary of them."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import run
 from analysis import learning_curve, thoughts
@@ -21,113 +21,10 @@ ROOT = Path(__file__).parents[2]
 MODEL_FOLDER = ROOT / "assets" / "quickstart-model"
 
 
-def totals_by_hand(question: str, modulus: int) -> list[str]:
-    """The steps of a question, by another way than the generator's: sums of ever more terms."""
-    words = question.removesuffix(" =").split()
-    terms = [int(words[0])]
-    terms += [int(sign + term) for sign, term in zip(words[1::2], words[2::2], strict=True)]
-    return [str(sum(terms[: count + 1]) % modulus) for count in range(1, len(terms))]
-
-
-@pytest.mark.parametrize(("operations", "modulus"), [(3, 10), (1, 2), (5, 12)])
-def test_steps_are_the_running_totals(operations, modulus):
-    splits = arithmetic.make_splits({"valid": 3, "train": 4}, operations, modulus, seed=1)
-    for record in splits["valid"] + splits["train"]:
-        hours = [step.strip("= ") for step in record["steps"]]
-        assert hours == totals_by_hand(record["question"], modulus)
-        assert len(hours) == operations
-        assert record["answer"] == hours[-1]
-
-
-def test_the_sign_is_repeated_once_at_any_place_among_the_steps():
-    texts = [" ".join(arithmetic.make_record(5, 3, 10, place)["steps"]) for place in range(4)]
-    hours = texts[0].removeprefix("= ").split()
-    assert texts == [" ".join([*hours[:place], "=", *hours[place:]]) for place in range(4)]
-    drawn = arithmetic.make_splits({"any": 400}, 3, 10, seed=0)["any"]
-    places = [" ".join(record["steps"]).split().index("=") for record in drawn]
-    assert all(70 < places.count(place) < 130 for place in range(4))
-
-
-def test_every_number_is_another_question():
-    count = arithmetic.number_of_questions(2, 3)
-    questions = {arithmetic.make_record(n, 2, 3, 0)["question"] for n in range(count)}
-    assert len(questions) == count == 3 * 6 * 6
-
-
-def test_no_held_out_question_is_trained_on_and_none_stands_twice(tmp_path):
-    arithmetic.main(["--out", str(tmp_path), "--train", "3000", "--valid", "200"])
-    splits = [
-        json.loads((tmp_path / f"quickstart_{s}.json").read_text()) for s in ("train", "valid")
-    ]
-    questions = [[record["question"] for record in split] for split in splits]
-    assert [len(set(split)) for split in questions] == [3000, 200]
-    assert not set(questions[0]) & set(questions[1])
-
-
-def test_same_seed_same_bytes_and_another_seed_other_questions(tmp_path):
-    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        arithmetic.main(["--out", str(tmp_path / folder), "--seed", seed, "--train", "50"])
-    a, b, c = ((tmp_path / f / "quickstart_train.json").read_bytes() for f in "abc")
-    assert a == b != c
-
-
-def test_too_many_questions_are_refused_before_anything_is_written(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"600 questions are wanted.*only 32; ask for fewer"):
-        arithmetic.make_splits({"valid": 600}, operations=1, modulus=4, seed=0)
-    arguments = ["--out", str(tmp_path), "--operations", "1", "--modulus", "4"]
-    with pytest.raises(SystemExit) as stopped:
-        arithmetic.main(arguments)
-    assert stopped.value.code == 2
-    assert "20500 questions are wanted" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("arguments", [["--train", "0"], ["--modulus", "1"], ["--seed", "-1"]])
-def test_bad_numbers_are_named(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        arithmetic.main(arguments)
-    assert stopped.value.code == 2
-    assert re.search(rf"{arguments[0]}: '{arguments[1]}' is not a whole", capsys.readouterr().err)
-
-
-def test_committed_model_folder_is_what_its_script_builds(tmp_path):
-    make_quickstart_model.main(["--out", str(tmp_path)])
-    names = {path.name for path in MODEL_FOLDER.iterdir()}
-    assert names == {path.name for path in tmp_path.iterdir()}
-    for name in names:
-        assert (tmp_path / name).read_bytes() == (MODEL_FOLDER / name).read_bytes()
-
-
-def test_every_hour_and_sign_is_one_token_and_white_space_none():
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-    assert tokenizer.eos_token_id is not None
-    for record in arithmetic.make_splits({"any": 50}, 3, 10, seed=0)["any"]:
-        words = record["question"].split()
-        ids = tokenizer(record["question"] + "\n").input_ids
-        assert tokenizer.convert_ids_to_tokens(ids) == words
-        steps = " ".join(record["steps"])
-        assert tokenizer.convert_ids_to_tokens(tokenizer(steps).input_ids) == steps.split()
-    assert tokenizer("\n").input_ids == []
-
-
 def test_decoded_text_gives_the_answer_back():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     text = tokenizer.decode(tokenizer("7\n2\n### 5").input_ids)
     assert (text, extract_answer(text)) == ("7 2 ### 5", "5")
-
-
-def test_weights_depend_on_the_seed_and_embeddings_are_drawn_wider(tmp_path):
-    models = []
-    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        make_quickstart_model.main(["--out", str(tmp_path / folder), "--weights", seed])
-        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / folder))
-    a, b, c = (model.state_dict() for model in models)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
-    embeddings, matrix = a["model.embed_tokens.weight"], a["lm_head.weight"]
-    assert embeddings.std().item() == pytest.approx(make_quickstart_model.EMBEDDING_STD, rel=0.1)
-    wanted = make_quickstart_model.MODEL_CONFIG["initializer_range"]
-    assert matrix.std().item() == pytest.approx(wanted, rel=0.1)
 
 
 def test_the_three_runs_chain():
@@ -158,7 +55,7 @@ def finished(tmp_path_factory):
     out, data = tmp_path_factory.mktemp("quickstart"), tmp_path_factory.mktemp("data")
     arithmetic.main(["--out", str(data), "--train", "64", "--valid", "20"])
     make_quickstart_model.main(["--out", str(out / "model"), "--weights", "0"])
-    files = {"train_path": "quickstart_train.json", "val_path": "quickstart_valid.json"}
+    files = {"train_path": "train.json", "val_path": "valid.json"}
     common = [f"{key}={data / name}" for key, name in files.items()]
     common += [f"save_path={out}", f"model_id={out / 'model'}", "epochs_per_stage=1"]
     coconut = ["resume=1", "num_epochs=4", f"load_model_path={out / 'cot' / 'checkpoint_1'}"]
