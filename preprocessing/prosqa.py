@@ -1,27 +1,38 @@
 """Generate ProsQA: find, in a shuffled list of facts, which of two concepts a person is.
 
 Writes prosqa_train.json, prosqa_valid.json and prosqa_test.json in the published format, and with
-`--ood` four harder sets beside them. Each record is a directed acyclic graph with two persons at
-its head, a target that only the asked person reaches and a distractor that only the other one
-reaches; its steps are a shortest path. The same seed gives the same bytes on every machine, and no
-graph stands twice in all the files of one run, names aside. Statistics and pictures of the result
-are left to describe.py; how the recipe was fitted is told in docs/data.md.
+`--ood` four harder sets beside them. Each record is a directed acyclic graph with two heads, a
+target that only the asked head (the root) reaches and a distractor that only the other one reaches;
+its steps are a shortest path. The same seed gives the same bytes on every machine.
 
-Carries out SPEC section 1 for ProsQA. Source: construction in the appendix of arXiv 2412.06769,
-refitted to the published validation file.
+`--symbols` writes one token for each node, `4 0 | 0 7 | ... [Q] 7 2 [R] 4`, and one node for each
+step, numbered at random in each record. `--balanced` matches the two candidates: both are leaves as
+many edges below their heads as the steps are, with equal numbers of parents, of ancestors one, two
+and three edges upstream and of persons within two, and equally far from a node without parents; and
+a fair coin says which head is asked. So no rule that ignores the root can be right more than half
+the time, except by chance. docs/data.md says how the recipe was fitted and docs/shortcuts.md what
+such rules reach; describe.py prints figures and draws pictures.
+
+Carries out docs/specification.md, section 1, for ProsQA. Source: construction in the appendix of
+arXiv 2412.06769, refitted to the published validation file.
 """
 
 import argparse
 import hashlib
 import json
 import math
-import os
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from preprocessing.common import InputError, read_json, report, whole_number, write_atomically
+from preprocessing.graphs import candidate_features, distances, optimal_nodes
 
 PERSONS = [
     "Alex", "Bob", "Carol", "Davis", "Eva", "Fae", "Gabriel", "Jack", "Max", "Oliver", "Polly",
@@ -48,6 +59,10 @@ DEPTH_WEIGHT = 1.5
 KEEP_THREE_PATHS = 0.8
 PUBLISHED_HOPS = {3: 0.41, 4: 0.44, 5: 0.13, 6: 0.02}
 OOD_COUNT = 500
+# Graphs of an exact size are drawn without the nodes that the published recipe drops: a node takes
+# at least one parent, which keeps the published mean of 1.73, but for the published 3 % of persons.
+PERSON_SHARE = 0.03
+MAX_DRAWS = 200_000  # for one record, before the wish for it counts as impossible
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,9 @@ class Recipe:
     parents: float = 1.5  # mean of the Poisson number of parents
     extra_roots: int = 0  # persons added beyond those that arise by themselves
     hops: dict[int, float] = field(default_factory=lambda: PUBLISHED_HOPS)
+    exact: bool = False  # every node has an edge, so that the graph has exactly `nodes`
+    balanced: bool = False  # candidates are matched, and a coin chooses the root
+    symbols: bool = False  # one token a node instead of sentences
 
 
 PUBLISHED = Recipe()
@@ -135,7 +153,10 @@ def draw_graph(rng: random.Random, recipe: Recipe) -> Graph:
             side = weighted_index(rng, (ONLY_FIRST, ONLY_SECOND, 1 - ONLY_FIRST - ONLY_SECOND))
             pool = (own[FROM_FIRST], own[FROM_SECOND], range(node))[side]
             candidates = list(pool)
-            for _ in range(min(poisson(rng, recipe.parents), len(candidates))):
+            count = poisson(rng, recipe.parents)
+            if recipe.exact:
+                count = 0 if rng.random() < PERSON_SHARE else max(count, 1)
+            for _ in range(min(count, len(candidates))):
                 index = weighted_index(rng, [weights[c] for c in candidates])
                 chosen.append(candidates.pop(index))
         label = 0
@@ -163,16 +184,51 @@ def attach_extra_roots(rng: random.Random, parents: list[list[int]], extra_roots
                 parents[child].append(root)
 
 
-def distances(children: list[list[int]], start: int) -> dict[int, int]:
-    """Return the number of edges from `start` to each node it reaches, nearest first."""
-    found = {start: 0}
-    queue = [start]
-    for node in queue:
-        for child in children[node]:
-            if child not in found:
-                found[child] = found[node] + 1
-                queue.append(child)
-    return found
+def child_lists(graph: Graph) -> list[list[int]]:
+    """Return the children of each node."""
+    children: list[list[int]] = [[] for _ in graph.parents]
+    for node, above in enumerate(graph.parents):
+        for parent in above:
+            children[parent].append(node)
+    return children
+
+
+def own_leaves(
+    graph: Graph, children: list[list[int]], reached: list[dict[int, int]]
+) -> list[dict[int, int]]:
+    """Return, for each head, the leaves that it alone reaches, with their distances."""
+    return [
+        {n: d for n, d in reached[head].items() if not children[n] and graph.labels[n] == label}
+        for head, label in ((0, FROM_FIRST), (1, FROM_SECOND))
+    ]
+
+
+def shortest_paths(
+    graph: Graph, reached: dict[int, int], root: int
+) -> tuple[dict[int, int], dict[int, list[int]]]:
+    """Return how many shortest paths lead to each node, and the nodes before it on them.
+
+    reached: distances from the root, nearest first.
+    """
+    counts = dict.fromkeys(reached, 0)
+    counts[root] = 1
+    before: dict[int, list[int]] = {root: []}
+    for node, distance in reached.items():
+        if node != root:
+            before[node] = [p for p in graph.parents[node] if reached.get(p) == distance - 1]
+            counts[node] = sum(counts[p] for p in before[node])
+    return counts, before
+
+
+def draw_path(
+    rng: random.Random, counts: dict[int, int], before: dict[int, list[int]], target: int
+) -> list[int]:
+    """Draw a shortest path to the target, uniformly."""
+    path = [target]
+    while before[path[0]]:
+        above = before[path[0]]
+        path.insert(0, above[weighted_index(rng, [counts[p] for p in above])])
+    return path
 
 
 def pose_problem(rng: random.Random, graph: Graph, hops: int) -> Problem | None:
@@ -181,15 +237,9 @@ def pose_problem(rng: random.Random, graph: Graph, hops: int) -> Problem | None:
     The root is the head with the deeper leaf of its own (a draw decides ties), the target one of
     its deepest own leaves, the distractor any own leaf of the other head.
     """
-    children: list[list[int]] = [[] for _ in graph.parents]
-    for node, above in enumerate(graph.parents):
-        for parent in above:
-            children[parent].append(node)
+    children = child_lists(graph)
     reached = [distances(children, head) for head in (0, 1)]
-    leaves = [
-        {n: d for n, d in reached[head].items() if not children[n] and graph.labels[n] == label}
-        for head, label in ((0, FROM_FIRST), (1, FROM_SECOND))
-    ]
+    leaves = own_leaves(graph, children, reached)
     deepest = [max(own.values(), default=0) for own in leaves]
     if max(deepest) != hops or min(deepest) == 0:
         return None
@@ -197,21 +247,30 @@ def pose_problem(rng: random.Random, graph: Graph, hops: int) -> Problem | None:
     root = pick(rng, (0, 1)) if tied else deepest.index(hops)
     target = pick(rng, [n for n, d in leaves[root].items() if d == hops])
     distractor = pick(rng, list(leaves[1 - root]))
-
-    counts = dict.fromkeys(reached[root], 0)  # shortest paths from the root to each node
-    counts[root] = 1
-    before: dict[int, list[int]] = {root: []}
-    for node, distance in reached[root].items():
-        if node != root:
-            before[node] = [p for p in graph.parents[node] if reached[root].get(p) == distance - 1]
-            counts[node] = sum(counts[p] for p in before[node])
+    counts, before = shortest_paths(graph, reached[root], root)
     if counts[target] >= 3 and rng.random() >= KEEP_THREE_PATHS:
         return None
-    path = [target]
-    while before[path[0]]:
-        above = before[path[0]]
-        path.insert(0, above[weighted_index(rng, [counts[p] for p in above])])
-    return Problem(root, target, distractor, path)
+    return Problem(root, target, distractor, draw_path(rng, counts, before, target))
+
+
+def pose_balanced_problem(rng: random.Random, graph: Graph, hops: int) -> Problem | None:
+    """Choose a pair of matched candidates, and by a coin which head is the root; None without one.
+
+    Exchanging the heads exchanges the candidates and leaves everything else as likely as it was,
+    so the root alone decides between them, also for rules that nobody has thought of.
+    """
+    children = child_lists(graph)
+    reached = [distances(children, head) for head in (0, 1)]
+    first, second = (
+        [(node, candidate_features(graph.parents, node)) for node, d in own.items() if d == hops]
+        for own in own_leaves(graph, children, reached)
+    )
+    pairs = [(a, b) for a, its in first for b, others in second if its == others]
+    if not pairs:
+        return None
+    pair, root = pick(rng, pairs), pick(rng, (0, 1))
+    counts, before = shortest_paths(graph, reached[root], root)
+    return Problem(root, pair[root], pair[1 - root], draw_path(rng, counts, before, pair[root]))
 
 
 def canonical_form(num_nodes: int, edges: Sequence[Sequence[int]]) -> bytes:
@@ -266,7 +325,7 @@ def write_record(rng: random.Random, graph: Graph, problem: Problem, target_firs
     return {
         "question": f"{facts} Is {symbols[root]} a {first} or {second}?",
         "answer": f"{symbols[root]} is a {symbols[target]}.",
-        "steps": [fact(*edge) for edge in zip(path, path[1:], strict=False)],
+        "steps": [fact(*edge) for edge in pairwise(path)],
         "idx_to_symbol": symbols,
         "edges": edges,
         "root": root,
@@ -275,28 +334,96 @@ def write_record(rng: random.Random, graph: Graph, problem: Problem, target_firs
     }
 
 
+def write_symbolic_record(
+    rng: random.Random, graph: Graph, problem: Problem, target_first: bool
+) -> dict:
+    """Return the record with one token a node, numbered at random; steps are the path's nodes.
+
+    `optimal_nodes` holds, for each step, the numbers of all nodes that a shortest path may visit.
+    """
+    symbols = shuffled(rng, [str(number) for number in range(len(graph.parents))])
+    edges = [[parent, node] for node, above in enumerate(graph.parents) for parent in above]
+    root, target, distractor = problem[:3]
+    choices = (target, distractor) if target_first else (distractor, target)
+    first, second = (symbols[node] for node in choices)
+    facts = " ".join(f"{symbols[a]} {symbols[b]} |" for a, b in shuffled(rng, edges))
+    return {
+        "question": f"{facts} [Q] {first} {second} [R] {symbols[root]}",
+        "answer": symbols[target],
+        "steps": [symbols[node] for node in problem.path[1:]],
+        "idx_to_symbol": symbols,
+        "edges": edges,
+        "root": root,
+        "target": target,
+        "neg_target": distractor,
+        "optimal_nodes": optimal_nodes(child_lists(graph), graph.parents, root, target),
+    }
+
+
+def is_whole(graph: Graph) -> bool:
+    """Return whether every node has an edge."""
+    linked = {parent for above in graph.parents for parent in above}
+    return all(above or node in linked for node, above in enumerate(graph.parents))
+
+
+def draw_problem(rng: random.Random, recipe: Recipe, hops: int) -> tuple[Graph, Problem] | None:
+    """Draw one graph and a question about it; None where it has none with that many hops."""
+    graph = draw_graph(rng, recipe)
+    if recipe.exact and not is_whole(graph):
+        return None
+    pose = pose_balanced_problem if recipe.balanced else pose_problem
+    problem = pose(rng, graph, hops)
+    return (graph, problem) if problem else None
+
+
+def identity(record: dict, recipe: Recipe) -> bytes:
+    """Return what no two records of a run share.
+
+    Names aside, no graph occurs twice. Small symbolic graphs are too few for that: among them no
+    two questions hold the same edges, candidates and root.
+    """
+    if not recipe.symbols:
+        return canonical_form(len(record["idx_to_symbol"]), record["edges"])
+    symbols = record["idx_to_symbol"]
+    edges = sorted((symbols[a], symbols[b]) for a, b in record["edges"])
+    candidates = sorted((symbols[record["target"]], symbols[record["neg_target"]]))
+    text = repr((edges, candidates, symbols[record["root"]]))
+    return hashlib.sha256(text.encode()).digest()
+
+
 def generate(recipe: Recipe, count: int, stream: str, seen: set[bytes]) -> list[dict]:
-    """Return `count` records of new graphs and add their canonical forms to `seen`.
+    """Return `count` records of new graphs and add their identities to `seen`.
 
     `stream` seeds the draws. The number of hops is drawn first and graphs are drawn until one
     has it, so that the shares of `recipe.hops` hold whatever the other settings are. Exactly half
     of the records name the target first, so a guess by position is right half the time.
+
+    Raises:
+        InputError: graphs of that recipe are too rare, or all in use.
     """
     rng = random.Random(stream)
     target_first = shuffled(rng, [index % 2 == 0 for index in range(count)])
     lengths, shares = list(recipe.hops), list(recipe.hops.values())
-    records = []
+    write = write_symbolic_record if recipe.symbols else write_record
+    records: list[dict] = []
+    draws = 0
     while len(records) < count:
         hops = lengths[weighted_index(rng, shares)]
-        problem = None
-        while problem is None:
-            graph = draw_graph(rng, recipe)
-            problem = pose_problem(rng, graph, hops)
-        record = write_record(rng, graph, problem, target_first[len(records)])
-        form = canonical_form(len(record["idx_to_symbol"]), record["edges"])
+        drawn = None
+        while drawn is None:
+            drawn = draw_problem(rng, recipe, hops)
+            draws += 1
+            if draws > MAX_DRAWS:
+                raise InputError(
+                    f"no new graph of {recipe.nodes} nodes and {hops} hops in {MAX_DRAWS:,} draws, "
+                    f"after {len(records)} records; give other --nodes or --hops, or ask for fewer"
+                )
+        record = write(rng, *drawn, target_first[len(records)])
+        form = identity(record, recipe)
         if form not in seen:
             seen.add(form)
             records.append(record)
+            draws = 0
     return records
 
 
@@ -304,16 +431,11 @@ def read_forms(path: Path) -> set[bytes]:
     """Return the canonical forms of the graphs in a ProsQA file.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON list, or a record holds no proper graph.
+        InputError: the file cannot be read, is no JSON list, or a record holds no proper graph.
     """
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not UTF-8 JSON ({error})") from error
+    records = read_json(path, "give a ProsQA file")
     if not isinstance(records, list):
-        raise ValueError(f"{path}: holds a {type(records).__name__}, wanted a list of records")
+        raise InputError(f"{path}: holds a {type(records).__name__}, wanted a list of records")
     forms = set()
     for index, record in enumerate(records):
         try:
@@ -322,7 +444,7 @@ def read_forms(path: Path) -> set[bytes]:
             if not all(type(n) is int and 0 <= n < num_nodes for edge in edges for n in edge):
                 raise ValueError
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}: record {index}: wanted idx_to_symbol (a list) and edges (pairs of node "
                 "numbers within it); give a ProsQA file"
             ) from error
@@ -330,29 +452,18 @@ def read_forms(path: Path) -> set[bytes]:
     return forms
 
 
-def write_atomically(path: Path, text: str) -> str:
-    """Write the text as UTF-8 under a temporary name, rename it, and return its sha256."""
-    data = text.encode("utf-8")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return hashlib.sha256(data).hexdigest()
+def hop_range(text: str) -> tuple[int, int]:
+    """Return both ends of `3` or `2-4`, an argparse type."""
+    match = re.fullmatch(r"([1-9][0-9]?)(?:-([1-9][0-9]?))?", text, re.ASCII)
+    ends = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if ends[0] > ends[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of hops nor LOW-HIGH")
+    return ends
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; argparse itself ends with status 2 on a bad one."""
-
-    def count(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-        return int(text)
-
+    count = whole_number(1)
     parser = argparse.ArgumentParser(description="Generate the ProsQA data set.")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
@@ -365,38 +476,73 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ood", action="store_true", help="also write four harder sets of 500 records each"
     )
+    parser.add_argument("--symbols", action="store_true", help="one token a node, no sentences")
+    parser.add_argument(
+        "--balanced", action="store_true", help="match the candidates, so that the root decides"
+    )
+    parser.add_argument(
+        "--nodes", type=count, help="of each graph, with --symbols (8) or --balanced (23)"
+    )
+    parser.add_argument(
+        "--hops",
+        type=hop_range,
+        metavar="LOW-HIGH",
+        help="each as often as the others, with --symbols (2) or --balanced (3 to 6 as published)",
+    )
     return parser.parse_args(arguments)
+
+
+def chosen_recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe of a command line.
+
+    Raises:
+        InputError: options that exclude each other, or no graph can have these sizes.
+    """
+    if not (options.symbols or options.balanced):
+        if options.nodes or options.hops:
+            raise InputError("--nodes and --hops need --symbols or --balanced; add one of them")
+        return PUBLISHED
+    if options.ood or (options.exclude and options.symbols):
+        wrong = "--ood" if options.ood else "--exclude"
+        raise InputError(f"{wrong}: is for graphs as published; leave it out, or --symbols")
+    if options.hops:
+        hops = dict.fromkeys(range(options.hops[0], options.hops[1] + 1), 1.0)
+    else:
+        hops = {2: 1.0} if options.symbols else PUBLISHED_HOPS
+    nodes = options.nodes or (8 if options.symbols else 23)
+    least = 2 * max(hops) + 2 if options.balanced else max(hops) + 3
+    if nodes < least:
+        raise InputError(f"--nodes {nodes}: {max(hops)} hops need at least {least} nodes")
+    most = 2 + len(CONCEPTS)
+    if nodes > most and not options.symbols:
+        raise InputError(f"--nodes {nodes}: there are names for {most} only; add --symbols")
+    return Recipe(
+        nodes=nodes,
+        hops=hops,
+        exact=True,
+        balanced=options.balanced,
+        symbols=options.symbols,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files and print name, count and sha256 of each; 2 on a user's mistake."""
     options = parse_arguments(arguments)
-    # Evaluation sets come first: they do not change with the size of the training set.
-    sets = [
-        ("test", PUBLISHED, options.test),
-        ("valid", PUBLISHED, options.valid),
-        ("train", PUBLISHED, options.train),
-    ]
-    if options.ood:
-        sets += [(f"ood_{name}", recipe, OOD_COUNT) for name, recipe in OOD_RECIPES.items()]
     try:
+        recipe = chosen_recipe(options)
+        kind = "prosqa" + "_symbols" * recipe.symbols + "_balanced" * recipe.balanced
+        # Evaluation sets come first: they do not change with the size of the training set.
+        sets = [(name, recipe, getattr(options, name)) for name in ("test", "valid", "train")]
+        if options.ood:
+            sets += [(f"ood_{name}", ood, OOD_COUNT) for name, ood in OOD_RECIPES.items()]
         seen = read_forms(options.exclude) if options.exclude else set()
-        options.out.mkdir(parents=True, exist_ok=True)
         for name, recipe, count in sets:
-            records = generate(recipe, count, f"prosqa {options.seed} {name}", seen)
-            path = options.out / f"prosqa_{name}.json"
+            records = generate(recipe, count, f"{kind} {options.seed} {name}", seen)
+            path = options.out / f"{kind}_{name}.json"
             digest = write_atomically(path, json.dumps(records))
             print(f"{path}  {count} records  sha256 {digest}", flush=True)
-    except ValueError as error:
-        print(f"prosqa.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"prosqa.py: {error.filename or options.out}: cannot be written ({error.strerror}); "
-            "give another --out",
-            file=sys.stderr,
-        )
-        return 2
+    except InputError as error:
+        return report(f"prosqa.py: {error}")
     return 0
 
 
