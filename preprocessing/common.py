@@ -88,17 +88,17 @@ def read_json(path: Path, advice: str) -> object:
     data = read_bytes(path, advice)
     try:
         text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); {advice}") from error
-    try:
         return json.loads(text)
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is {data[error.start]:#04x}"
     except json.JSONDecodeError as error:
         values = json_lines(text)
         if values is not None:
             return values
-        raise InputError(f"{path}: is not JSON: {json_problem(text, error)}; {advice}") from error
+        reason = json_problem(text, error)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not usable JSON ({error}); {advice}") from error
+        reason = str(error)
+    raise InputError(f"{path}: is not UTF-8 JSON ({reason}); {advice}")
 
 
 def is_text(value: object) -> bool:
@@ -154,7 +154,7 @@ def json_problem(text: str, error: json.JSONDecodeError) -> str:
     else:
         return f"{error.msg} at line {error.lineno}, column {error.colno}"
     line = text.count("\n", 0, place) + 1
-    return f"line {line} ends in a comma that nothing follows (delete it)"
+    return f"line {line} has a comma with nothing after it; delete it"
 
 
 def json_list(records: Iterable[dict]) -> str:

@@ -1,22 +1,37 @@
 """Describe data files: a table of figures for each file and, on request, a PNG of distributions.
 
 Reads any file of records (question, answer, steps) and, for ProsQA, the graphs in it: sizes, hops,
-shortest paths, persons, degrees, and whether target and distractor are reachable as they should be.
-Two files stand side by side. Lengths are white-space words unless a tokenizer is named. Nothing is
-changed and nothing is repaired; the strict reader of training is dataset.py's.
+shortest paths, persons, degrees, whether target and distractor are reachable as they should be, and
+how often rules that ignore the root answer right (graphs.py). Several files are shown side by side.
+Lengths are white-space words unless a tokenizer is named. Nothing is changed or repaired; training
+reads data with dataset.py, which is stricter.
 
-Carries out SPEC section 1 (the record) and section 2 (the parts that are tokenised).
+Carries out docs/specification.md, sections 1 (the record) and 2 (the parts that are tokenised).
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 
-GRAPH_FIELDS = ("idx_to_symbol", "edges", "root", "target", "neg_target")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from preprocessing.common import InputError, read_records, report
+from preprocessing.graphs import (
+    FITTED_RULES,
+    GRAPH_FIELDS,
+    RULES,
+    VERDICTS,
+    all_verdicts,
+    child_lists,
+    distances,
+    graph_problem,
+    has_graph,
+    num_shortest_paths,
+    rule_score,
+)
+
 # Heads are nodes 0 and 1 by the published format; the other nodes' in-degrees are of interest.
 NUM_HEADS = 2
 COLOURS = ("#0072B2", "#E69F00")  # Okabe and Ito: told apart by colour-blind readers, and in grey
@@ -24,116 +39,24 @@ COLOURS = ("#0072B2", "#E69F00")  # Okabe and Ito: told apart by colour-blind re
 Samples = dict[str, list[int]]
 
 
-class DescribeError(Exception):
-    """A file or option that cannot be described; the message names it and the fix."""
-
-
-def read_records(path: Path) -> list[dict]:
-    """Return the records of a data file.
+def read_file(path: Path) -> list[dict]:
+    """Return the records of a data file, all of them with a graph or none.
 
     Raises:
-        DescribeError: the file cannot be read, is no JSON list of records, or is empty; a field is
-            missing or has the wrong type; a graph's node numbers are outside the graph, or its
-            target and distractor are reachable from neither head.
+        InputError: as read_records; or a graph's node numbers are outside the graph, its target and
+            distractor cannot be reached as they should, or only some records have a graph.
     """
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DescribeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise DescribeError(f"{path}: is not UTF-8 JSON ({error})") from error
-    if not isinstance(records, list) or not records:
-        raise DescribeError(f"{path}: wanted a list of at least one record")
-    for index, record in enumerate(records):
-        problem = record_problem(record)
-        if problem:
-            raise DescribeError(f"{path}: record {index}: {problem}")
-    if len({is_graph(record) for record in records}) > 1:
-        raise DescribeError(
+    records = read_records(path)
+    if len({has_graph(record) for record in records}) > 1:
+        raise InputError(
             f"{path}: some records hold a graph ({', '.join(GRAPH_FIELDS)}) and some do not; "
             "describe them in two files"
         )
+    for index, record in enumerate(records):
+        problem = graph_problem(record) if has_graph(record) else None
+        if problem:
+            raise InputError(f"{path}: record {index}: {problem}")
     return records
-
-
-def is_graph(record: dict) -> bool:
-    """Tell whether the record has any of ProsQA's graph fields."""
-    return any(name in record for name in GRAPH_FIELDS)
-
-
-def is_text(value: object) -> bool:
-    """Tell whether the value is a text that UTF-8 can hold (JSON can spell half a character)."""
-    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
-
-
-def record_problem(record: object) -> str | None:
-    """Return what is wrong with one record, or None."""
-    if not isinstance(record, dict):
-        return f"got {type(record).__name__}, wanted an object with question, answer and steps"
-    for name in ("question", "answer"):
-        if not is_text(record.get(name)):
-            return f"{name}: got {record.get(name)!a:.40}, wanted a text"
-    steps = record.get("steps")
-    if not isinstance(steps, list) or not all(map(is_text, steps)):
-        return "steps: wanted a list of texts"
-    return graph_problem(record) if is_graph(record) else None
-
-
-def graph_problem(record: dict) -> str | None:
-    """Return what is wrong with the graph of one record, or None."""
-    symbols, edges = record.get("idx_to_symbol"), record.get("edges")
-    if not isinstance(symbols, list) or not all(map(is_text, symbols)):
-        return "idx_to_symbol: wanted a list of texts"
-
-    def is_node(number: object) -> bool:
-        return type(number) is int and 0 <= number < len(symbols)
-
-    if not isinstance(edges, list) or not all(
-        isinstance(edge, list) and len(edge) == 2 and all(map(is_node, edge)) for edge in edges
-    ):
-        return f"edges: wanted pairs of node numbers from 0 to {len(symbols) - 1}"
-    for name in ("target", "neg_target"):
-        if not is_node(record.get(name)):
-            return f"{name}: got {record.get(name)!a:.40}, wanted a node number"
-    if type(record.get("root")) is not int or record["root"] not in (0, 1) or len(symbols) < 2:
-        return f"root: got {record.get('root')!a:.40}, wanted 0 or 1, the two heads of a graph"
-    children = child_lists(record)
-    root = record["root"]
-    for name, head in (("target", root), ("neg_target", 1 - root)):
-        if record[name] not in distances(children, head):
-            return f"{name}: node {record[name]} cannot be reached from node {head}"
-    return None
-
-
-def child_lists(record: dict) -> list[list[int]]:
-    """Return the children of each node; a doubled edge gives a child twice."""
-    children: list[list[int]] = [[] for _ in record["idx_to_symbol"]]
-    for parent, child in record["edges"]:
-        children[parent].append(child)
-    return children
-
-
-def distances(children: list[list[int]], start: int) -> dict[int, int]:
-    """Return the number of edges from `start` to each node it reaches, nearest first."""
-    found = {start: 0}
-    queue = [start]
-    for node in queue:
-        for child in children[node]:
-            if child not in found:
-                found[child] = found[node] + 1
-                queue.append(child)
-    return found
-
-
-def num_shortest_paths(children: list[list[int]], start: int, end: int) -> int:
-    """Return how many shortest paths lead from `start` to `end`."""
-    distance = distances(children, start)
-    counts = Counter({start: 1})
-    for node in distance:
-        for child in set(children[node]):
-            if distance[child] == distance[node] + 1:
-                counts[child] += counts[node]
-    return counts[end]
 
 
 def text_samples(
@@ -159,6 +82,14 @@ def text_samples(
     }
 
 
+def first_named(record: dict) -> str:
+    """Return the candidate that the question names first, in sentences or in symbols."""
+    before, marker, after = record["question"].rpartition("[Q] ")
+    if marker:
+        return after.partition(" ")[0]
+    return after.rsplit(" or ", 1)[0].rsplit(" ", 1)[-1]
+
+
 def graph_samples(records: list[dict]) -> Samples:
     """Return the figures of ProsQA graphs, one for each record.
 
@@ -174,7 +105,6 @@ def graph_samples(records: list[dict]) -> Samples:
         in_degree = Counter(child for _, child in record["edges"])
         own = [d for n, d in from_other.items() if not children[n] and n not in from_root]
         deepest = max(own, default=-1)
-        first_named = record["question"].rsplit(" or ", 1)[0].rsplit(" ", 1)[-1]
         isolated = sum(not in_degree[n] and not children[n] for n in range(num_nodes))
         steps = sum(bool(step.strip()) for step in record["steps"])
         values = {
@@ -192,13 +122,25 @@ def graph_samples(records: list[dict]) -> Samples:
             "target from the root only?": target not in from_other,
             "distractor from the other head only?": distractor not in from_root,
             "root is node 0?": root == 0,
-            "target named first?": first_named == record["idx_to_symbol"][target],
+            "target named first?": first_named(record) == record["idx_to_symbol"][target],
             "distractor is a deepest own leaf?": from_other[distractor] == deepest,
         }
         for name, value in values.items():
             sample = samples.setdefault(name, [])
             sample += value if isinstance(value, list) else [int(value)]
     return samples
+
+
+def rule_rows(records: list[dict], fit_records: list[dict] | None) -> dict[str, str]:
+    """Return the table's text for each rule that ignores the root: score, interval and verdicts."""
+    labels = {name: f"rule {name}" for name in RULES}
+    labels |= {name: f"fitted rule {name}" for name in FITTED_RULES}
+    rows = {}
+    for name, counts in all_verdicts(records, fit_records).items():
+        share, low, high = (100 * value for value in rule_score(counts))
+        verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+        rows[labels[name]] = f"{share:.1f}% ({low:.1f} to {high:.1f}): {verdicts}"
+    return rows
 
 
 def shares(sample: Sequence, most: int = 8) -> list[tuple]:
@@ -266,7 +208,7 @@ def load_token_counter(name: str) -> Callable[[list[str]], list[int]]:
     """Return a function that counts tokens under a Hugging Face tokenizer.
 
     Raises:
-        DescribeError: transformers is not installed or finds no tokenizer of that name.
+        InputError: transformers is not installed or finds no tokenizer of that name.
     """
     try:
         from transformers import AutoTokenizer
@@ -275,7 +217,7 @@ def load_token_counter(name: str) -> Callable[[list[str]], list[int]]:
     except Exception as error:
         # Hugging Face raises a dozen unrelated types here, and each means the same to the user.
         reason = " ".join(str(error).split())[:200]
-        raise DescribeError(
+        raise InputError(
             f"--tokenizer {name}: cannot be loaded ({reason}); give a folder saved by "
             "save_pretrained or a name on the Hub, or leave it out to count words"
         ) from error
@@ -347,7 +289,7 @@ def draw(path: Path, columns: dict[str, tuple[list[dict], Samples]]) -> None:
     """Write a PNG with a panel for each sample that both files have.
 
     Raises:
-        DescribeError: the picture cannot be written there.
+        InputError: the picture cannot be written there.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -388,7 +330,7 @@ def draw(path: Path, columns: dict[str, tuple[list[dict], Samples]]) -> None:
     try:
         figure.savefig(path, dpi=120, format="png", metadata={"Software": None})
     except OSError as error:
-        raise DescribeError(f"--png {path}: cannot be written ({error.strerror})") from error
+        raise InputError(f"--png {path}: cannot be written ({error.strerror})") from error
 
 
 def column_names(paths: Sequence[Path]) -> list[str]:
@@ -397,28 +339,34 @@ def column_names(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise DescribeError(f"{paths[0]}: the same file twice; give different files")
+    raise InputError(f"{paths[0]}: the same file twice; give different files")
 
 
 def describe(options: argparse.Namespace) -> str:
     """Read the files, draw the picture if one is asked for, and return the table.
 
     Raises:
-        DescribeError: as read_records, load_token_counter, draw and column_names; or a picture of
-            more than two files is asked for.
+        InputError: as read_file, load_token_counter, draw and column_names; a picture of more than
+            two files is asked for; or rules shall be fitted on a file without graphs.
     """
     if options.png and len(options.files) > len(COLOURS):
-        raise DescribeError("--png: compares two files at most; leave it out, or name fewer files")
+        raise InputError("--png: compares two files at most; leave it out, or name fewer files")
     names = column_names(options.files)
-    file_records = [read_records(path) for path in options.files]
+    file_records = [read_file(path) for path in options.files]
+    fit_records = read_file(options.fit) if options.fit else None
+    if fit_records and not has_graph(fit_records[0]):
+        raise InputError(f"--fit {options.fit}: holds no graphs; give a ProsQA file")
     count_tokens = load_token_counter(options.tokenizer) if options.tokenizer else word_counts
     columns, rows = {}, {}
     for name, records in zip(names, file_records, strict=True):
         samples = text_samples(records, count_tokens, "tokens" if options.tokenizer else "words")
-        if is_graph(records[0]):
+        graphs = has_graph(records[0])
+        if graphs:
             samples |= graph_samples(records)
         columns[name] = (records, samples)
         rows[name] = record_rows(records) | sample_rows(samples)
+        if graphs:
+            rows[name] |= rule_rows(records, fit_records)
     if len(file_records) == 2:
         shared = {r["question"] for r in file_records[0]} & {r["question"] for r in file_records[1]}
         for column in rows.values():
@@ -433,12 +381,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Describe data files side by side.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--tokenizer", metavar="FOLDER_OR_NAME", help="count its tokens, not words")
+    parser.add_argument(
+        "--fit", type=Path, metavar="FILE", help="fit rules on its graphs (default: five folds)"
+    )
     parser.add_argument("--png", type=Path, metavar="OUT.png", help="draw one or two files")
     try:
         print(describe(parser.parse_args(arguments)))
-    except DescribeError as error:
-        print(f"describe.py: {error}", file=sys.stderr)
-        return 2
+    except InputError as error:
+        return report(f"describe.py: {error}")
     return 0
 
 

@@ -1,19 +1,22 @@
 """Convert one GSM8K text file into the project's JSON records.
 
 A line reads `question||steps #### answer`; the steps are `<<equation>>` groups (GSM8K-aug) or,
-with --sentences, plain prose that is cut into sentences. The record format is SPEC section 1.
-Fetching the files is gsm_icot.bash's work, tokens and training are dataset.py's. Imports nothing
-of the project, so the script runs on a bare Python.
+with --sentences, plain prose that is cut into sentences. docs/specification.md, section 1, has the
+record format. gsm_icot.bash fetches the files; dataset.py reads the records for training. Needs the
+standard library alone.
 """
 
 import argparse
-import json
-import os
+import codecs
 import re
 import sys
 from pathlib import Path
 
-SHOWN_PROBLEMS = 20
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from preprocessing.common import InputError, json_list, read_bytes, report, write_atomically
+
+MAX_SHOWN_PROBLEMS = 20
+LINE_FORMAT = "question||steps #### answer"
 EQUATION = re.compile(r"<<(.+?)>>")
 SENTENCE_END = re.compile(r"[.!?](?=\s)")
 ABBREVIATIONS = {
@@ -25,8 +28,8 @@ ABBREVIATIONS = {
 def split_equations(text: str) -> list[str]:
     """Return the `<<...>>` groups of `text` in order; no group at all is no step.
 
-    Raises ValueError when anything but white space stands outside the groups, or when a group
-    holds no equation or a stray bracket.
+    Raises:
+        ValueError: there is text outside the groups, or a group is empty or holds a stray bracket.
     """
     outside = EQUATION.sub("", text).strip()
     if outside:
@@ -43,8 +46,8 @@ def split_equations(text: str) -> list[str]:
 def split_sentences(text: str) -> list[str]:
     """Cut prose after each `.`, `!` or `?` that white space follows.
 
-    The point of an abbreviation or of a list number (`1. First`) ends no sentence; a decimal's
-    is followed by a digit. What remains after the last cut is a sentence too.
+    The period of an abbreviation or of a list number (`1. First`) ends no sentence, and that of a
+    decimal is followed by a digit. What remains after the last cut is a sentence too.
     """
     sentences, start = [], 0
     for match in SENTENCE_END.finditer(text):
@@ -61,13 +64,14 @@ def split_sentences(text: str) -> list[str]:
 def parse_line(line: str, sentences: bool = False) -> dict:
     """Return the record of one line: `{"question", "steps", "answer"}`.
 
-    The question is kept as it stands; the answer loses outer white space, so a carriage return
-    at the end of a line is harmless.
+    The question is kept unchanged; the answer loses outer white space, so a carriage return at
+    the end of a line is harmless.
 
-    Raises ValueError, saying what was wanted, for a line of any other shape.
+    Raises:
+        ValueError: the line has another format; the message says what was wanted.
     """
     if line.count("||") != 1:
-        raise ValueError(f"{line.count('||')} times '||', wanted once: question||steps #### answer")
+        raise ValueError(f"{line.count('||')} times '||', wanted once: {LINE_FORMAT}")
     question, solution = line.split("||")
     if solution.count("####") != 1:
         raise ValueError(f"{solution.count('####')} times '####' after '||', wanted once")
@@ -83,9 +87,10 @@ def parse_line(line: str, sentences: bool = False) -> dict:
 def convert(raw: bytes, sentences: bool = False) -> tuple[list[dict], list[str]]:
     """Return the records of a file's bytes, and one message for each malformed line.
 
-    Only the newline character ends a line: a question may hold U+2028 and its like.
+    Only the newline character ends a line: a question may hold U+2028 and the like. A byte-order
+    mark at the beginning is dropped.
     """
-    lines = raw.split(b"\n")
+    lines = raw.removeprefix(codecs.BOM_UTF8).split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     records, problems = [], []
@@ -99,15 +104,11 @@ def convert(raw: bytes, sentences: bool = False) -> tuple[list[dict], list[str]]
     return records, problems
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text so that a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def wrong_kind(raw: bytes, problems: list[str]) -> str:
+    """Return what a file is in which no line could be read."""
+    if raw.lstrip()[:1] in (b"[", b"{"):
+        return f"is JSON, perhaps converted already; wanted lines {LINE_FORMAT}"
+    return f"none of its {len(problems)} lines reads {LINE_FORMAT}; {problems[0]}"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -126,39 +127,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Convert one file; return 2, with nothing written, on a user's mistake."""
     args = parse_arguments(arguments)
     source = args.input or Path(f"data/gsm_{args.split}.txt")
     target = args.output or Path(f"data/gsm_{args.split}.json")
     try:
-        records, problems = convert(source.read_bytes(), args.sentences)
-    except OSError as error:
-        return report(f"{source}: {error.strerror}; fetch it: bash preprocessing/gsm_icot.bash")
-    for problem in problems[:SHOWN_PROBLEMS]:
-        report(f"{source}: {problem}")
-    if len(problems) > SHOWN_PROBLEMS:
-        report(f"{source}: and {len(problems) - SHOWN_PROBLEMS} more malformed lines")
-    if problems and not args.skip_bad:
-        return report(
-            f"{source}: malformed lines: {len(problems)}; nothing written; mend them, or drop them "
-            "with --skip-bad"
-        )
-    if not records:
-        return report(f"{source}: no record in it, wanted lines question||steps #### answer")
-    body = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    try:
-        write_atomically(target, f"[\n{body}\n]\n")
-    except OSError as error:
-        return report(f"{target}: cannot be written ({error.strerror})")
+        raw = read_bytes(source, "fetch the data: bash preprocessing/gsm_icot.bash")
+        records, problems = convert(raw, args.sentences)
+        if not records:
+            raise InputError(f"{source}: {wrong_kind(raw, problems)}; nothing written")
+        for problem in problems[:MAX_SHOWN_PROBLEMS]:
+            report(f"{source}: {problem}")
+        if len(problems) > MAX_SHOWN_PROBLEMS:
+            report(f"{source}: and {len(problems) - MAX_SHOWN_PROBLEMS} more malformed lines")
+        if problems and not args.skip_bad:
+            raise InputError(
+                f"{source}: malformed lines: {len(problems)}; nothing written; fix them, or drop "
+                "them with --skip-bad"
+            )
+        write_atomically(target, json_list(records))
+    except InputError as error:
+        return report(str(error))
     skipped = f"; malformed lines skipped: {len(problems)}" if problems else ""
     bare = sum(not record["steps"] for record in records)
     print(f"{target}: {len(records)} records, {bare} of them without steps{skipped}")
     return 0
-
-
-def report(message: str) -> int:
-    """Print `message` for the user; return the exit status of a user's mistake."""
-    print(message, file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

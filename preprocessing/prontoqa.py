@@ -1,28 +1,32 @@
 """Convert a raw ProntoQA file into training, validation and test records.
 
-Reads the official generator's layout, which prontoqa_generate.py writes too, and keeps only each
+Reads the official generator's format, which prontoqa_generate.py writes too, and keeps only each
 example's `test_example`. A step is two sentences of the chain of thought joined by a blank, the
-last one alone; question and query are joined by a blank (record format: SPEC section 1). The
-examples keep their order: 9,000 for training, 200 for validation, the rest for test, as in the
-Coconut paper, or the same proportions of a smaller file. Imports nothing of the project.
+last one alone; question and query are joined by a blank (docs/specification.md, section 1, has the
+record format). The examples keep their order: 9,000 for training, 200 for validation, the rest for
+test, as in the Coconut paper, or the same proportions of a smaller file. Needs the standard library
+alone.
 """
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from preprocessing.common import InputError, json_list, read_json, report, write_all_atomically
 
 PUBLISHED_TOTAL = 10_000
 PUBLISHED_TRAIN = 9_000
 PUBLISHED_VALID = 200
-SHOWN_PROBLEMS = 20
+MAX_SHOWN_PROBLEMS = 20
 
 
 def convert_example(example: object) -> dict:
     """Return the record of one example of the raw file.
 
-    Raises ValueError naming the field, what it holds and what was wanted.
+    Raises:
+        ValueError: a field is missing or malformed; the message says what was wanted.
     """
     trial = example.get("test_example") if isinstance(example, dict) else None
     if not isinstance(trial, dict):
@@ -49,6 +53,7 @@ def convert_example(example: object) -> dict:
 
 
 def shown(value: object) -> str:
+    """Return the value as JSON, truncated for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -56,10 +61,11 @@ def shown(value: object) -> str:
 def split_sizes(total: int) -> tuple[int, int, int]:
     """Return the numbers of training, validation and test records out of `total`.
 
-    Raises ValueError below three records, where a split would stay empty.
+    Raises:
+        InputError: there are fewer than three records, so a split would be empty.
     """
     if total < 3:
-        raise ValueError(f"{total} usable examples, wanted at least 3 for three splits")
+        raise InputError(f"{total} usable examples, wanted at least 3 for three splits")
     if total >= PUBLISHED_TOTAL:
         return PUBLISHED_TRAIN, PUBLISHED_VALID, total - PUBLISHED_TRAIN - PUBLISHED_VALID
     valid = max(1, total * PUBLISHED_VALID // PUBLISHED_TOTAL)
@@ -68,30 +74,52 @@ def split_sizes(total: int) -> tuple[int, int, int]:
 
 
 def read_examples(path: Path) -> dict:
-    """Return the raw file's object. Raises ValueError when it is none, with the reason."""
-    try:
-        examples = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{error.strerror}; make it: python preprocessing/prontoqa_generate.py"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a UTF-8 JSON file ({error})") from error
-    if not isinstance(examples, dict):
-        raise ValueError(f"holds {shown(examples)}, wanted an object of examples")
-    return examples
+    """Return the examples of a raw file by name.
+
+    Raises:
+        InputError: the file cannot be read, or is not a raw file; the message says why.
+    """
+    advice = "make the raw file: python preprocessing/prontoqa_generate.py"
+    examples = read_json(path, advice)
+    if isinstance(examples, dict):
+        return examples
+    is_converted = isinstance(examples, list) and all(isinstance(e, dict) for e in examples)
+    holds = "a list of records, converted already" if is_converted else shown(examples)
+    raise InputError(f"{path}: holds {holds}, wanted an object of examples; {advice}")
 
 
-def write_all_atomically(texts: dict[Path, str]) -> None:
-    """Write every file under a temporary name and rename them only when all are complete."""
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.part", "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    for path in texts:
-        os.replace(f"{path}.part", path)
+def convert(path: Path, skip_bad: bool) -> tuple[list[dict], int]:
+    """Return the records of a raw file and the number of malformed examples, which are reported.
+
+    Raises:
+        InputError: as read_examples; or an example is malformed and shall not be skipped.
+    """
+    records, problems = [], []
+    for name, example in read_examples(path).items():
+        try:
+            records.append(convert_example(example))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems and not records:
+        raise InputError(
+            f"{path}: none of its {len(problems)} examples is usable; {problems[0]}; nothing "
+            "written"
+        )
+    report_problems(path, problems)
+    if problems and not skip_bad:
+        raise InputError(
+            f"{path}: malformed examples: {len(problems)}; nothing written; fix them, or drop them "
+            "with --skip-bad"
+        )
+    return records, len(problems)
+
+
+def report_problems(path: Path, problems: list[str]) -> None:
+    """Print the first problems, and how many there are beyond them."""
+    for problem in problems[:MAX_SHOWN_PROBLEMS]:
+        report(f"{path}: {problem}")
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        report(f"{path}: and {len(problems) - MAX_SHOWN_PROBLEMS} more malformed examples")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -114,56 +142,32 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write all three files; return 2, with nothing written, on a user's mistake."""
     args = parse_arguments(arguments)
-    records, problems = [], []
     try:
-        for name, example in read_examples(args.raw).items():
-            try:
-                records.append(convert_example(example))
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
-        report_problems(args.raw, problems)
-        if problems and not args.skip_bad:
-            raise ValueError(
-                f"malformed examples: {len(problems)}; nothing written; mend them, or drop them "
-                "with --skip-bad"
-            )
-        train, valid, test = split_sizes(len(records))
-    except ValueError as error:
-        print(f"{args.raw}: {error}", file=sys.stderr)
-        return 2
-    splits = {
-        "train": records[:train],
-        "valid": records[train : train + valid],
-        "test": records[train + valid :],
-    }
-    texts = {args.out / f"prontoqa_{name}.json": as_json(part) for name, part in splits.items()}
-    try:
-        write_all_atomically(texts)
-    except OSError as error:
-        print(f"{args.out}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+        records, num_skipped = convert(args.raw, args.skip_bad)
+        try:
+            train, valid, test = split_sizes(len(records))
+        except InputError as error:
+            raise InputError(f"{args.raw}: {error}") from error
+        splits = {
+            "train": records[:train],
+            "valid": records[train : train + valid],
+            "test": records[train + valid :],
+        }
+        write_all_atomically(
+            {args.out / f"prontoqa_{name}.json": json_list(part) for name, part in splits.items()}
+        )
+    except InputError as error:
+        return report(str(error))
     if len(records) < PUBLISHED_TOTAL:
         print(
             f"{args.raw}: {len(records)} examples, fewer than {PUBLISHED_TOTAL}: split in the "
             "proportions 9000/200/800"
         )
-    skipped = f"; malformed examples skipped: {len(problems)}" if problems else ""
+    skipped = f"; malformed examples skipped: {num_skipped}" if num_skipped else ""
     print(f"{args.out}/prontoqa_{{train,valid,test}}.json: {train}/{valid}/{test} records{skipped}")
     return 0
-
-
-def report_problems(path: Path, problems: list[str]) -> None:
-    for problem in problems[:SHOWN_PROBLEMS]:
-        print(f"{path}: {problem}", file=sys.stderr)
-    if len(problems) > SHOWN_PROBLEMS:
-        hidden = len(problems) - SHOWN_PROBLEMS
-        print(f"{path}: and {hidden} more malformed examples", file=sys.stderr)
-
-
-def as_json(records: list[dict]) -> str:
-    body = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    return f"[\n{body}\n]\n"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Generate ProntoQA questions: five hops, fictional ontology, rules in random order.
 
-Writes a raw file in the layout and of the distribution of the official generator (Saparov and
-He, arXiv 2210.01240); the structure was fitted to a 400-trial dump of it, side by side in
-docs/data.md. prontoqa.py converts the file into records (SPEC section 1). Imports nothing of the
-project; the same seed gives the same bytes.
+Writes a raw file in the format and with the distribution of the official generator (Saparov and
+He, arXiv 2210.01240); the structure was fitted to 400 of its trials, compared in docs/data.md.
+prontoqa.py converts the file into records (docs/specification.md, section 1). Needs the standard
+library alone; the same seed gives the same bytes.
 
 A theory: a chain of 6 concepts; a distractor parent for each of the lower 5; a separate pair of
 concepts, whose child the entity also belongs to; and one unrelated concept. Chain (but for its
@@ -13,10 +13,12 @@ nothing can contradict; the unrelated concept has the opposite of the queried pr
 
 import argparse
 import json
-import os
 import random
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from preprocessing.common import InputError, report, whole_number, write_atomically
 
 ENTITIES = ["Fae", "Rex", "Sally", "Max", "Alex", "Sam", "Polly", "Stella", "Wren"]
 CONCEPTS = [
@@ -44,7 +46,7 @@ PROPERTY_FAMILIES = [
 NUM_HOPS = 5
 NEGATED_SHARE = 1 / 3
 # The official proof walks up the chain and at each concept stops at the property with these odds
-# against 1 for going on; trials that stop at another height are thrown away. The chances below
+# against 1 for continuing; trials that stop at another height are rejected. The probabilities below
 # are what this rejection leaves: fewer negations on the way, more in the queried property.
 STOP_ODDS = {False: 0.3, True: 0.7}
 
@@ -63,7 +65,7 @@ def with_article(concept: str) -> str:
 
 
 def is_sentence(subject: str, predicate: str, negated: bool = False) -> str:
-    """Say that `subject` (an entity, or a quantified concept) is a concept or has a property."""
+    """Return that `subject` (an entity, or a quantified concept) is a concept or has a property."""
     text = with_article(predicate) if predicate in CONCEPTS else predicate
     return f"{subject} is {'not ' if negated else ''}{text}."
 
@@ -125,36 +127,21 @@ def generate(trials: int, seed: int) -> dict:
     return {f"example{i}": {"test_example": generate_trial(rng)} for i in range(1, trials + 1)}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text so that a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
+    """Write the file; return 2, after one message, on a user's mistake."""
     parser = argparse.ArgumentParser(description="Generate a raw ProntoQA file, 5 hops.")
-    parser.add_argument("--trials", type=int, default=10_000, help="number of questions (10000)")
+    parser.add_argument(
+        "--trials", type=whole_number(1), default=10_000, help="number of questions (10000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (0)")
     parser.add_argument(
         "--out", type=Path, default=Path("data/5hop_0shot_random.json"), help="file to write"
     )
     args = parser.parse_args(arguments)
-    if args.trials < 1:
-        print(f"--trials {args.trials}: wanted at least 1", file=sys.stderr)
-        return 2
     try:
         write_atomically(args.out, json.dumps(generate(args.trials, args.seed), indent=1))
-    except OSError as error:
-        print(f"{args.out}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+    except InputError as error:
+        return report(str(error))
     print(f"{args.out}: {args.trials} questions, seed {args.seed}")
     return 0
 

@@ -59,10 +59,10 @@ DEPTH_WEIGHT = 1.5
 KEEP_THREE_PATHS = 0.8
 PUBLISHED_HOPS = {3: 0.41, 4: 0.44, 5: 0.13, 6: 0.02}
 OOD_COUNT = 500
-# Graphs of an exact size are drawn without the nodes that the published recipe drops: a node takes
-# at least one parent, which keeps the published mean of 1.73, but for the published 3 % of persons.
+# In graphs of an exact size a node takes at least one parent, except for this share of persons (as
+# many as in the published files), so that few graphs are rejected for a node without an edge.
 PERSON_SHARE = 0.03
-MAX_DRAWS = 200_000  # for one record, before the wish for it counts as impossible
+MAX_DRAWS = 200_000  # for one record, before it counts as impossible
 
 
 @dataclass(frozen=True)

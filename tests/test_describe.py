@@ -188,7 +188,9 @@ def bad(**changes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"cannot be read \(No such file or directory\); check the path"),
+        (None, r"cannot be read \(No such file or directory\); give a data file"),
+        ("", r"is empty; give a data file: a list of records with question, answer and steps"),
+        ("[{},]", r"is not UTF-8 JSON \(line 1 has a comma with nothing after it; delete it\)"),
         ("{", r"is not UTF-8 JSON"),
         ("[" * 100_000, r"is not UTF-8 JSON"),
         ("{}", r"wanted a list of at least one record"),

@@ -55,6 +55,17 @@ def test_carriage_return_before_the_newline_is_harmless():
     assert problems == [] and [r["answer"] for r in records] == ["2", "3"]
 
 
+def test_a_byte_order_mark_and_carriage_returns_stay_out_of_the_records():
+    raw = b"\xef\xbb\xbfHas he two?||<<1+1=2>> #### 2\r\nHas she?|| #### 3\r\n"
+    assert gsm_icot.convert(raw) == (
+        [
+            {"question": "Has he two?", "steps": ["<<1+1=2>>"], "answer": "2"},
+            {"question": "Has she?", "steps": [], "answer": "3"},
+        ],
+        [],
+    )
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
 def test_only_the_newline_character_ends_a_line(separator):
     line = f"One{separator}two?||<<1+1=2>> #### 2\n"
@@ -156,22 +167,36 @@ def test_skip_bad_drops_and_counts_malformed_lines(tmp_path, capsys):
 
 
 def test_many_malformed_lines_are_capped(tmp_path, capsys):
-    assert run_main(tmp_path, b"bad\n" * 100)[0] == 2
+    assert run_main(tmp_path, b"Q|| #### 1\n" + b"bad\n" * 100)[0] == 2
     errors = capsys.readouterr().err
     assert errors.count("wanted once") == 20 and "and 80 more malformed lines" in errors
 
 
-@pytest.mark.parametrize("raw", [b"", b"bad\n"])
-def test_file_without_records_is_refused(tmp_path, capsys, raw):
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "is empty; fetch the data: bash preprocessing/gsm_icot.bash"),
+        (b"\xef\xbb\xbf", "is empty; fetch the data"),
+        (b"bad\n" * 100, r"none of its 100 lines reads question\|\|steps.*; line 1: 0 times"),
+        (b'[{"question": "Q",}]', "is JSON, perhaps converted already; wanted lines question"),
+        (b"Q||Two. #### 2\n", "none of its 1 lines .* add --sentences"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the file"),
+        (b"\x1f\x8b\x08", "is a gzip archive; fetch the data"),
+        (b"\n <!DOCTYPE html><html>", "is an HTML page; fetch the data"),
+        ("Q|| #### 1".encode("utf-16"), "is text in UTF-16; fetch the data"),
+    ],
+)
+def test_a_file_of_another_kind_gets_one_message(tmp_path, capsys, raw, message):
     status, target = run_main(tmp_path, raw, "--skip-bad")
+    error = capsys.readouterr().err
     assert status == 2 and not target.exists()
-    assert "no record in it" in capsys.readouterr().err
+    assert re.search(f"in.txt: {message}", error) and error.count("\n") == 1
 
 
 def test_missing_file_names_the_download_script(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert gsm_icot.main(["train"]) == 2
-    assert "data/gsm_train.txt: No such file" in (error := capsys.readouterr().err)
+    assert "data/gsm_train.txt: cannot be read (No such file" in (error := capsys.readouterr().err)
     assert "bash preprocessing/gsm_icot.bash" in error
 
 

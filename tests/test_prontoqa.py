@@ -208,8 +208,10 @@ def test_raw_file_has_the_official_layout(tmp_path, official):
 
 def test_trials_below_one_is_refused(tmp_path, capsys):
     out = tmp_path / "raw.json"
-    assert generator.main(["--trials", "0", "--out", str(out)]) == 2
-    assert "--trials 0: wanted at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        generator.main(["--trials", "0", "--out", str(out)])
+    assert ended.value.code == 2
+    assert "--trials: '0' is not a whole number from 1" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -332,7 +334,7 @@ def test_skip_bad_drops_and_counts_malformed_examples(tmp_path, capsys):
 
 
 def test_many_malformed_examples_are_capped(tmp_path, capsys):
-    assert convert(tmp_path, dict.fromkeys(map(str, range(50)))) == 2
+    assert convert(tmp_path, generator.generate(1, 0) | dict.fromkeys(map(str, range(50)))) == 2
     errors = capsys.readouterr().err
     assert errors.count('no "test_example"') == 20
     assert "and 30 more malformed examples" in errors
@@ -341,10 +343,14 @@ def test_many_malformed_examples_are_capped(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a UTF-8 JSON file"),
+        ("", "is empty; make the raw file: python preprocessing/prontoqa_generate.py"),
+        ("{", r"is not UTF-8 JSON \(.* at line 1, column 2\); make the raw file"),
+        ('{"a": {},\n}', r"is not UTF-8 JSON \(line 1 has a comma with nothing after it; delete"),
         ("[1, 2]", r"holds \[1, 2\], wanted an object of examples"),
+        ('[{"question": "Q"}]', "holds a list of records, converted already, wanted an object"),
+        ('{"a": {}, "b": {}}', 'none of its 2 examples is usable; a: no "test_example" object'),
         ("{}", "0 usable examples, wanted at least 3"),
-        ("[" * 100_000, "not a UTF-8 JSON file"),
+        ("[" * 100_000, "is not UTF-8 JSON"),
     ],
 )
 def test_unusable_file_gets_one_message(tmp_path, capsys, text, message):
@@ -353,6 +359,11 @@ def test_unusable_file_gets_one_message(tmp_path, capsys, text, message):
     assert error.startswith(str(tmp_path / "raw.json")) and error.count("\n") == 1
     assert re.search(message, error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    assert convert(tmp_path, "\ufeff" + json.dumps(generator.generate(3, seed=0))) == 0
+    assert len(read_split(tmp_path, "train")) == 1
 
 
 def test_missing_file_names_the_command_that_makes_it(tmp_path, capsys):

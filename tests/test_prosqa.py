@@ -259,9 +259,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prosqa.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     assert prosqa.main(["--out", str(tmp_path), *SMALL]) == 2
-    assert "cannot be written (No space left on device); give another --out" in (
+    assert "cannot be written (No space left on device); give another folder" in (
         capsys.readouterr().err
     )
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
