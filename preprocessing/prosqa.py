@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from preprocessing.common import InputError, read_json, report, whole_number, write_atomically
+from preprocessing.common import InputError, read_json, report, whole_number, write_all_atomically
 from preprocessing.graphs import candidate_features, distances, optimal_nodes
 
 PERSONS = [
@@ -536,13 +536,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.ood:
             sets += [(f"ood_{name}", ood, OOD_COUNT) for name, ood in OOD_RECIPES.items()]
         seen = read_forms(options.exclude) if options.exclude else set()
+        texts, counts = {}, {}
         for name, recipe, count in sets:
-            records = generate(recipe, count, f"{kind} {options.seed} {name}", seen)
             path = options.out / f"{kind}_{name}.json"
-            digest = write_atomically(path, json.dumps(records))
-            print(f"{path}  {count} records  sha256 {digest}", flush=True)
+            stream = f"{kind} {options.seed} {name}"
+            texts[path] = json.dumps(generate(recipe, count, stream, seen))
+            counts[path] = count
+        digests = write_all_atomically(texts)
     except InputError as error:
         return report(f"prosqa.py: {error}")
+    for path, digest in digests.items():
+        print(f"{path}  {counts[path]} records  sha256 {digest}")
     return 0
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocessing import describe, prosqa
+from preprocessing import describe, graphs, prosqa
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +117,43 @@ def test_two_files_stand_side_by_side(tmp_path, capsys):
     assert table["questions in both files"] == ["1", "1"]
     assert table["nodes"] == ["", "9.00 sd 0.00 (9 to 9)"]
     assert table["target named first?"] == ["", "0.0%"]
+
+
+def test_rules_that_ignore_the_root_are_scored(tmp_path, capsys):
+    """One more person within two edges above the target makes the first rule wrong."""
+    more = {**GRAPH, "edges": [*GRAPH["edges"], [9, 6]]}
+    more["idx_to_symbol"] = [*GRAPH["idx_to_symbol"], "Rex"]
+    table = described(capsys, write(tmp_path / "a.json", [GRAPH, more, more]))
+    assert table["rule fewer_persons_upstream"] == [
+        "16.7% (1.8 to 69.0): 0 right, 1 tied, 2 wrong"
+    ]
+    assert table["rule farther_from_parentless"] == [
+        "66.7% (20.8 to 93.9): 1 right, 2 tied, 0 wrong"
+    ]
+    names = [name for name in table if name.startswith("fitted rule ")]
+    assert names == [f"fitted rule {name}" for name in graphs.FITTED_RULES]
+
+
+def test_fitted_rules_take_their_weights_from_the_named_file(tmp_path, capsys):
+    first = write(tmp_path / "a.json", [GRAPH] * 20)
+    other = {**GRAPH, "root": 0, "target": 7, "neg_target": 6}
+    second = write(tmp_path / "b.json", [other] * 20)
+    texts = write(tmp_path / "c.json", TEXTS)
+    for arguments, verdicts in (
+        ([first], "20 right, 0 tied, 0 wrong"),
+        ([first, "--fit", second], "0 right, 0 tied, 20 wrong"),
+    ):
+        cell = described(capsys, *arguments)["fitted rule ancestors"]
+        assert cell[0].endswith(f": {verdicts}")
+    assert describe.main([first, "--fit", texts]) == 2
+    assert "holds no graphs; give a ProsQA file" in capsys.readouterr().err
+
+
+def test_symbolic_questions_name_their_candidates_after_the_sign(tmp_path, capsys):
+    recipe = prosqa.Recipe(nodes=8, hops={2: 1.0}, exact=True, balanced=True, symbols=True)
+    table = described(capsys, write(tmp_path / "a.json", prosqa.generate(recipe, 40, "any", set())))
+    assert table["target named first?"] == ["50.0%"]
+    assert table["steps are as many as hops?"] == ["100.0%"]
 
 
 def test_tokens_are_those_of_the_named_tokenizer(tmp_path, capsys, word_tokenizer):
