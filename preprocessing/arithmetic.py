@@ -9,17 +9,17 @@ sums s_t = s_{t-1} + s_{t-L} + a_t modulo M, with s_t = 0 for t <= 0; for L = 1 
 be the same term, and the sum is s_{t-1} + a_t. So a step needs the one before it and the one L
 steps back.
 
-Either way the last step is the answer as well, every step is a single token for a model made by
+In both tasks the last step is also the answer, every step is a single token for a model made by
 `assets/make_quickstart_model.py`, and a question cannot be answered without all of its numbers.
 
 Somewhere in its steps a record repeats the sign `=`: before the first step or after any of them,
 drawn at random (`7 5 = 0`). So a model that learns to write the steps learns to continue from any
 of them after a sign that says nothing new, which is what the marker after the thoughts asks of it.
-The sign belongs to the step beside it, so the number of steps stays N.
+The sign is part of the step next to it, so the number of steps stays N.
 
 All questions of one length are numbered, and the drawn numbers are all different, so no held-out
 question is ever trained on. Writes the record format of docs/specification.md, section 1. The same
-arguments give the same bytes. Models and training are left to others.
+arguments give the same bytes. Needs the standard library alone; models and training live elsewhere.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Lagged:
 def make_record(task: Clock | Lagged, number: int, place: int) -> dict:
     """Return the question with that number, from 0 to `task.num_questions() - 1`, as a record.
 
-    place: how many steps stand before the repeated sign, 0 to `task.steps`.
+    place: how many steps come before the repeated sign, 0 to `task.steps`.
     """
     words, sums = task.question(number)
     steps = [str(value) for value in sums]

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# First bytes of files that people pass by mistake, and what such a file is.
+# The first bytes of files that people pass by mistake, and what such a file is.
 SIGNATURES = {
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for",
     b"\x1f\x8b": "a gzip archive",
@@ -123,7 +123,7 @@ def read_records(path: Path) -> list[dict]:
     """Return the records of a data file: a JSON list or JSON Lines.
 
     Raises:
-        InputError: as read_json; or there is no record, or a field is missing or of another type.
+        InputError: as read_json; or there is no record, or a field is missing or malformed.
     """
     records = read_json(path, "give a data file: a list of records with question, answer and steps")
     if not isinstance(records, list) or not records:

@@ -32,9 +32,9 @@ from preprocessing.graphs import (
     rule_score,
 )
 
-# Heads are nodes 0 and 1 by the published format; the other nodes' in-degrees are of interest.
+# Heads are nodes 0 and 1 in the published format; in-degrees are counted for the other nodes.
 NUM_HEADS = 2
-COLOURS = ("#0072B2", "#E69F00")  # Okabe and Ito: told apart by colour-blind readers, and in grey
+COLOURS = ("#0072B2", "#E69F00")  # Okabe and Ito: distinct to colour-blind readers, and in grey
 
 Samples = dict[str, list[int]]
 
@@ -93,8 +93,8 @@ def first_named(record: dict) -> str:
 def graph_samples(records: list[dict]) -> Samples:
     """Return the figures of ProsQA graphs, one for each record.
 
-    Two are other than that: `in-degree` has one for each node but the two heads, and names that
-    end in `?` hold 1 for yes and 0 for no.
+    With two exceptions: `in-degree` has one for each node but the two heads, and names that end in
+    `?` hold 1 for yes and 0 for no.
     """
     samples: Samples = {}
     for record in records:

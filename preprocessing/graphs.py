@@ -2,16 +2,16 @@
 
 A record holds `idx_to_symbol` (the name or token of each node), `edges` (pairs parent, child),
 `root`, `target` and `neg_target` (the distractor), all as node numbers. Nodes 0 and 1 are the two
-heads, of which the root is one. A person is a node without parents, whatever its name.
+heads, of which the root is one. A person is a node without parents, with whatever name.
 
 A rule reads the ancestors of the two candidates alone, so what it gets right needs no search from
 the root. Its verdict on a record is RIGHT, TIED or WRONG; a score counts ties as half. Some rules
 compare one number; the others weigh several by logistic regression on the differences between the
-two candidates, without an intercept, since nothing but the root tells the candidates apart:
+two candidates, without an intercept, since only the root distinguishes the candidates:
 P(first is the target) = 1 / (1 + exp(-w . (features of the first - features of the second))).
 
-describe.py prints the scores of a file, analysis splits accuracy by verdict, and how a graph is
-drawn is prosqa.py's matter. Needs the standard library alone.
+describe.py prints the scores of a file, analysis splits accuracy by verdict, and prosqa.py draws
+graphs. Needs the standard library alone.
 """
 
 import math
@@ -129,7 +129,7 @@ def optimal_nodes(
 
 
 def candidate_features(parents: Sequence[Sequence[int]], node: int) -> dict[str, int]:
-    """Return what the rules know of a candidate.
+    """Return what the rules read of a candidate.
 
     `ancestors_at_k`: nodes exactly k edges upstream; `persons_within_2`: nodes without parents one
     or two edges upstream; `parentless_distance`: edges to the nearest node without parents (0 for
@@ -156,7 +156,7 @@ def feature_differences(record: dict) -> dict[str, int]:
 
 
 def verdict(score: float) -> str:
-    """Return the verdict of a rule that gives the target so much more than the distractor."""
+    """Return the verdict of a rule; score: the target's less the distractor's."""
     return TIED if abs(score) < 1e-9 else RIGHT if score > 0 else WRONG
 
 
@@ -262,8 +262,8 @@ def all_verdicts(
 def rule_score(counts: Counter) -> tuple[float, float, float]:
     """Return the share that a rule gets right, ties counted half, and its 95 % Wilson interval.
 
-    The interval takes the score for a share of single outcomes; where many records tie the true
-    one is a little narrower.
+    The interval treats the score as a share of independent yes-or-no outcomes, which makes it a
+    little too wide where many records tie.
     """
     num_records, z = counts.total(), 1.959964
     share = (counts[RIGHT] + counts[TIED] / 2) / num_records

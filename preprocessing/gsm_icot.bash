@@ -4,13 +4,13 @@
 #   bash preprocessing/gsm_icot.bash
 #
 # The files come from the Internalize_CoT_Step_by_Step project at a fixed commit and are accepted
-# only with the expected sha256. A download that breaks off stays as a .part file, which the next
-# attempt or the next run continues; the final name appears only once the sum is right.
+# only with the expected sha256. An interrupted download stays as a .part file, which the next
+# attempt or the next run continues; the final name appears only once the checksum is right.
 # Needs bash, curl, python3, and sha256sum or shasum. Settings, all optional:
-#   GSM_ICOT_MIRROR   base URL that serves train.txt, valid.txt and test.txt (sums still hold)
-#   GSM_ICOT_SUMS     file in sha256sum's format to check against instead of the published sums
+#   GSM_ICOT_MIRROR   base URL that serves train.txt, valid.txt and test.txt (same checksums)
+#   GSM_ICOT_SUMS     file in sha256sum's format to check against instead of the published checksums
 #   GSM_ICOT_TRIES    attempts per file (5)
-#   GSM_ICOT_STALL_S  seconds below 1 kB/s after which an attempt is given up (30)
+#   GSM_ICOT_STALL_S  seconds below 1 kB/s after which an attempt is abandoned (30)
 #   PYTHON            interpreter for the conversion (python3)
 set -euo pipefail
 
@@ -82,7 +82,7 @@ download() {
         fi
     done
     fail "$url: $(reason "$code" "$http"); check the network, or set GSM_ICOT_MIRROR to a" \
-        "server that holds train.txt, valid.txt and test.txt, then run again (what arrived is kept)"
+        "server that holds train.txt, valid.txt and test.txt, then run again (the part is kept)"
 }
 
 fetch() {
@@ -93,7 +93,7 @@ fetch() {
     if [[ -e $target ]]; then
         [[ $(sum_of "$target") == "$wanted" ]] ||
             fail "$target: exists but is not the expected file; move it away and run again"
-        say "$target is there already, sum right"
+        say "$target exists already, checksum right"
         return
     fi
     while :; do
@@ -107,12 +107,12 @@ fetch() {
         got=$(sum_of "$part")
         if [[ $got == "$wanted" ]]; then break; fi
         rm -f "$part"
-        # A wrong beginning left by an earlier run may be at fault: once more from the start.
+        # A wrong beginning left by an earlier run may be the cause: fetch once more from the start.
         [[ -n $resumed ]] ||
             fail "$url: sha256 is $got, wanted $wanted; the server sent another file, removed"
     done
     mv "$part" "$target"
-    say "$target fetched, sum right"
+    say "$target fetched, checksum right"
 }
 
 for tool in curl "$python"; do
@@ -126,7 +126,7 @@ sums=$published_sums
 if [[ -n ${GSM_ICOT_SUMS:-} ]]; then
     [[ -r $GSM_ICOT_SUMS ]] || fail "$GSM_ICOT_SUMS: cannot be read; GSM_ICOT_SUMS names it"
     sums=$(<"$GSM_ICOT_SUMS")
-    say "checking against $GSM_ICOT_SUMS instead of the published sums"
+    say "checking against $GSM_ICOT_SUMS instead of the published checksums"
 fi
 mkdir -p data
 for name in valid.txt test.txt train.txt; do fetch "$name"; done

@@ -26,7 +26,7 @@ ABBREVIATIONS = {
 
 
 def split_equations(text: str) -> list[str]:
-    """Return the `<<...>>` groups of `text` in order; no group at all is no step.
+    """Return the `<<...>>` groups of `text` in order; none at all gives no steps.
 
     Raises:
         ValueError: there is text outside the groups, or a group is empty or holds a stray bracket.

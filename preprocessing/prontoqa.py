@@ -1,8 +1,8 @@
 """Convert a raw ProntoQA file into training, validation and test records.
 
 Reads the official generator's format, which prontoqa_generate.py writes too, and keeps only each
-example's `test_example`. A step is two sentences of the chain of thought joined by a blank, the
-last one alone; question and query are joined by a blank (docs/specification.md, section 1, has the
+example's `test_example`. A step is two sentences of the chain of thought joined by a space, the
+last one alone; question and query are joined by a space (docs/specification.md, section 1, has the
 record format). The examples keep their order: 9,000 for training, 200 for validation, the rest for
 test, as in the Coconut paper, or the same proportions of a smaller file. Needs the standard library
 alone.

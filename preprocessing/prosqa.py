@@ -1,7 +1,7 @@
 """Generate ProsQA: find, in a shuffled list of facts, which of two concepts a person is.
 
 Writes prosqa_train.json, prosqa_valid.json and prosqa_test.json in the published format, and with
-`--ood` four harder sets beside them. Each record is a directed acyclic graph with two heads, a
+`--ood` four harder sets. Each record is a directed acyclic graph with two heads, a
 target that only the asked head (the root) reaches and a distractor that only the other one reaches;
 its steps are a shortest path. The same seed gives the same bytes on every machine.
 
@@ -256,8 +256,8 @@ def pose_problem(rng: random.Random, graph: Graph, hops: int) -> Problem | None:
 def pose_balanced_problem(rng: random.Random, graph: Graph, hops: int) -> Problem | None:
     """Choose a pair of matched candidates, and by a coin which head is the root; None without one.
 
-    Exchanging the heads exchanges the candidates and leaves everything else as likely as it was,
-    so the root alone decides between them, also for rules that nobody has thought of.
+    Exchanging the heads exchanges the candidates and leaves every other probability unchanged, so
+    the root alone decides between them, even for rules that nobody has thought of.
     """
     children = child_lists(graph)
     reached = [distances(children, head) for head in (0, 1)]
@@ -276,10 +276,10 @@ def pose_balanced_problem(rng: random.Random, graph: Graph, hops: int) -> Proble
 def canonical_form(num_nodes: int, edges: Sequence[Sequence[int]]) -> bytes:
     """Return a digest that is equal for graphs which differ only in how nodes are numbered.
 
-    Nodes are coloured by colour refinement over incoming and outgoing edges. Where that tells all
-    nodes apart the digest is exact; where it does not, two different graphs may share a digest,
-    which costs a graph and never lets a repetition through. Root and target are not marked, so a
-    second question about the same graph counts as a repetition too.
+    Nodes are coloured by colour refinement over incoming and outgoing edges. Where that gives all
+    nodes different colours the digest is exact; where it does not, two different graphs may share a
+    digest, which costs a graph and never lets a repetition through. Root and target are not marked,
+    so a second question about the same graph counts as a repetition too.
     """
     above: list[list[int]] = [[] for _ in range(num_nodes)]
     below: list[list[int]] = [[] for _ in range(num_nodes)]
@@ -395,7 +395,7 @@ def generate(recipe: Recipe, count: int, stream: str, seen: set[bytes]) -> list[
     """Return `count` records of new graphs and add their identities to `seen`.
 
     `stream` seeds the draws. The number of hops is drawn first and graphs are drawn until one
-    has it, so that the shares of `recipe.hops` hold whatever the other settings are. Exactly half
+    has it, so that the shares of `recipe.hops` hold with any other settings. Exactly half
     of the records name the target first, so a guess by position is right half the time.
 
     Raises:
@@ -431,7 +431,7 @@ def read_forms(path: Path) -> set[bytes]:
     """Return the canonical forms of the graphs in a ProsQA file.
 
     Raises:
-        InputError: the file cannot be read, is no JSON list, or a record holds no proper graph.
+        InputError: the file cannot be read, is not a JSON list, or a record has no valid graph.
     """
     records = read_json(path, "give a ProsQA file")
     if not isinstance(records, list):

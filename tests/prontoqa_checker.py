@@ -167,14 +167,14 @@ def statistics(trials: list[dict]) -> dict[str, list[float]]:
             samples[f"mean position: {group}"].append(place)
         proof_rules = [parse(s) for s in trial["chain_of_thought"][1::2]]
         places = [statements.index(rule) for rule in proof_rules]
-        samples["proof rule stands before the next"] += [
+        samples["proof rule comes before the next"] += [
             a < b for a, b in zip(places, places[1:], strict=False)
         ]
     return samples
 
 
 def word_counts(trials: list[dict]) -> dict[str, Counter]:
-    """Return how often each entity name, concept and property stands in the theories."""
+    """Return how often each entity name, concept and property occurs in the theories."""
     counts = {"entity names": Counter(), "concepts": Counter(), "properties": Counter()}
     for trial in trials:
         statements = [parse(sentence) for sentence in sentences_of(trial["question"])]
@@ -185,7 +185,7 @@ def word_counts(trials: list[dict]) -> dict[str, Counter]:
 
 
 def chi_square_per_degree(first: Counter, second: Counter) -> float:
-    """Return the chi-square of homogeneity over its degrees of freedom; about 1 when alike."""
+    """Return the chi-square of homogeneity per degree of freedom; about 1 where both are alike."""
     total, value = first.total() + second.total(), 0.0
     for word in first | second:
         for counts in (first, second):

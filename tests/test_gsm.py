@@ -427,7 +427,7 @@ def test_server_without_ranges_is_fetched_from_the_beginning(tmp_path, server):
 
 @needs_curl
 @pytest.mark.parametrize("stale", [b"junk" * 100, b"junk" * 10_000], ids=["short", "long"])
-def test_wrong_beginning_of_an_earlier_run_is_thrown_away(tmp_path, server, stale):
+def test_wrong_beginning_of_an_earlier_run_is_discarded(tmp_path, server, stale):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/gsm_train.txt.part").write_bytes(stale)
     result = download(tmp_path, server, GSM_ICOT_TRIES="2")

@@ -143,7 +143,7 @@ def test_shares_match_the_fitted_ones(trials):
         "chain's fact first": 1 / 2,
         "query negated": 1 / 2,
         "answer True": 1 / 2,
-        "proof rule stands before the next": 1 / 2,
+        "proof rule comes before the next": 1 / 2,
         "mean position: chain": 11,
         "mean position: unrelated": 11,
         "words, question and query": 104.6,
@@ -228,7 +228,7 @@ def read_split(tmp_path: Path, name: str) -> list[dict]:
     return json.loads((tmp_path / f"out/prontoqa_{name}.json").read_text())
 
 
-def test_step_is_two_sentences_and_the_last_stands_alone():
+def test_step_is_two_sentences_and_the_last_is_alone():
     assert converter.convert_example({"test_example": example_trial()}) == {
         "question": "Each wumpus is an impus. Impuses are not hot. Every dumpus is hot. "
         "Max is a wumpus. True or false: Max is hot.",
@@ -241,7 +241,7 @@ def test_step_is_two_sentences_and_the_last_stands_alone():
     }
 
 
-def test_generated_and_official_files_convert_alike(tmp_path, official):
+def test_generated_and_official_files_convert_to_the_same_format(tmp_path, official):
     ours = generator.generate(len(official), seed=0)
     for name, raw in {"ours": ours, "official": json.loads(OFFICIAL.read_text())}.items():
         (tmp_path / name).mkdir()
@@ -275,7 +275,7 @@ def test_splits_are_the_papers_or_in_its_proportions(total, sizes):
     assert converter.split_sizes(total) == sizes
 
 
-def test_smaller_file_says_its_split_aloud_and_keeps_the_order(tmp_path, capsys):
+def test_smaller_file_reports_its_split_and_keeps_the_order(tmp_path, capsys):
     raw = generator.generate(50, seed=0)
     assert convert(tmp_path, raw) == 0
     assert "fewer than 10000: split in the proportions 9000/200/800" in capsys.readouterr().out

@@ -192,7 +192,7 @@ def test_evaluation_sets_do_not_change_with_the_training_set(small, tmp_path):
         assert other[name] == small[name]
 
 
-def test_no_graph_stands_twice(small):
+def test_no_graph_occurs_twice(small):
     forms = [form(record) for records in small.values() for record in records]
     assert len(set(forms)) == len(forms) == 65
 
@@ -240,7 +240,7 @@ def test_canonical_form_tells_a_moved_edge(small):
         assert (prosqa.canonical_form(num_nodes, moved) == form(record)) == same
 
 
-def test_harder_sets_are_written_beside_the_others(tmp_path, monkeypatch, small):
+def test_harder_sets_are_written_with_the_others(tmp_path, monkeypatch, small):
     monkeypatch.setattr(prosqa, "OOD_COUNT", 3)
     for name in ("7hops", "8hops"):  # eight hops take a quarter of a second each
         monkeypatch.setitem(prosqa.OOD_RECIPES, name, prosqa.Recipe(hops={5: 1.0}))
