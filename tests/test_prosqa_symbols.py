@@ -252,7 +252,7 @@ def test_bytes_depend_on_the_seed_alone(tmp_path):
         (["--balanced", "--nodes", "41"], "--nodes 41: there are names for 40 only; add --symbols"),
     ],
 )
-def test_impossible_wishes_get_one_message(tmp_path, capsys, arguments, message):
+def test_impossible_options_get_one_message(tmp_path, capsys, arguments, message):
     assert prosqa.main(["--out", str(tmp_path / "out"), *SMALL, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
