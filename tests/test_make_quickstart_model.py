@@ -121,7 +121,7 @@ def test_positions_have_room_for_twice_the_longest_record(tmp_path):
         (["--width", "30"], "--width 30: cannot be divided among --heads 4"),
         (["--width", "12"], "heads are 3 wide, and rotary positions need an even number"),
         (["--data", "none.json"], r"none.json: cannot be read \(No such file"),
-        (["--data", __file__], "is not UTF-8 JSON \(.* at line 1.*; give a data file"),
+        (["--data", __file__], r"is not UTF-8 JSON \(.* at line 1.*; give a data file"),
     ],
 )
 def test_impossible_models_get_one_message_and_no_folder(tmp_path, capsys, arguments, message):
