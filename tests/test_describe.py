@@ -124,9 +124,7 @@ def test_rules_that_ignore_the_root_are_scored(tmp_path, capsys):
     more = {**GRAPH, "edges": [*GRAPH["edges"], [9, 6]]}
     more["idx_to_symbol"] = [*GRAPH["idx_to_symbol"], "Rex"]
     table = described(capsys, write(tmp_path / "a.json", [GRAPH, more, more]))
-    assert table["rule fewer_persons_upstream"] == [
-        "16.7% (1.8 to 69.0): 0 right, 1 tied, 2 wrong"
-    ]
+    assert table["rule fewer_persons_upstream"] == ["16.7% (1.8 to 69.0): 0 right, 1 tied, 2 wrong"]
     assert table["rule farther_from_parentless"] == [
         "66.7% (20.8 to 93.9): 1 right, 2 tied, 0 wrong"
     ]
