@@ -2,12 +2,12 @@
 
 A checkpoint (`checkpoint_N/`) is what Hugging Face loads as the base model, with coconut.json
 beside it. A training state (`resume/<optimizer_step>/`) holds weights, optimizer, every rank's
-random generators and the position in the run; it is kept apart, and only the newest two, so that
-many checkpoints do not cost as many optimizer states. Both are written under a temporary name,
-flushed and renamed (SPEC section 9). When to save is training.py's decision.
+random generators and the trainer's position; it is kept apart, and only the newest two, so that
+many checkpoints do not cost as many optimizer states. Both appear whole or not at all
+(docs/specification.md, section 9). When to save is trainer.py's decision.
 
-Tensors lie in safetensors files and everything else in JSON: nothing here unpickles. States are
-written and read by torch.distributed.checkpoint, shard by shard, so any number of ranks goes on
+Tensors are in safetensors files and everything else in JSON: nothing here unpickles. States are
+written and read by torch.distributed.checkpoint, shard by shard, so any number of ranks resumes
 from what any other number wrote.
 """
 
@@ -16,9 +16,10 @@ import hashlib
 import json
 import os
 import random
+import socket
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import (
     CheckpointException,
@@ -41,12 +41,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from engine import distributed
-from engine.run_dir import RESUME_FOLDER, prune, state_folders, whole_directory
-from utils import RunFailed, UserError, atomic_write_text, sha256_file
+from engine.run_dir import RESUME_FOLDER, atomic_directory, holder, prune, states, writing
+from utils import UserError, atomic_write_text, log, sha256_file
 
-KEPT_STATES = 2
-# It holds a sum for each file; those of a thousand ranks take well under a hundredth of this.
-LARGEST_STATE_JSON_BYTES = 2**24
+NUM_KEPT_STATES = 2
+STATE_JSON = "state.json"
+# It holds a checksum of each file; those of a thousand ranks take less than a hundredth of this.
+MAX_STATE_JSON_BYTES = 2**24
 # What Python raises where JSON holds other values than were written.
 UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BASE_PREFIX = "base_causallm."
@@ -55,41 +56,35 @@ MODEL, OPTIMIZER = "model.", "optimizer."
 
 
 @contextmanager
-def _whole_directory_of_all_ranks(target: Path) -> Iterator[Path]:
-    """`whole_directory`, made and renamed by rank 0, which every rank may fill.
+def _shared_atomic_directory(target: Path) -> Iterator[Path]:
+    """`atomic_directory`, created and renamed by rank 0, which every rank may fill.
 
-    Where a rank fails, none goes on, and `target` stays as it was.
+    Where a rank fails, `target` stays as it was.
     """
-    with whole_directory(target) if distributed.is_main() else nullcontext() as unfinished:
-        # Nothing is written before the folder is there, nor renamed before all is written.
+    with atomic_directory(target) if distributed.is_main() else nullcontext() as unfinished:
+        # Nothing is written before the folder exists, nor renamed before everything is written.
         unfinished = distributed.broadcast_from_main(unfinished)
         yield unfinished
         distributed.barrier()
     distributed.barrier()
 
 
-@contextmanager
-def writing(run_dir: Path, what: str) -> Iterator[None]:
-    """Turn what such a disk raises inside the block, where `what` is written, into one message.
+def require_shared(run_dir: Path) -> None:
+    """Check that every rank sees the `run_dir` that rank 0 holds; every rank must call.
 
-    Raises: RunFailed, which tells what is left to go on from.
+    Raises: UserError naming the machine that does not.
     """
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        cause = error
-        if isinstance(error, CheckpointException):
-            _, (cause, _) = min(error.failures.items())
-        reason = getattr(cause, "strerror", None) or cause
-        left = "nothing was saved before it, so the same command begins anew"
-        try:
-            if state := newest_state(run_dir, lambda text: None):
-                left = f"{state.folder} is intact, and the same command continues from it"
-        except UserError as damaged:
-            left = str(damaged)
-        raise RunFailed(
-            f"{run_dir}: {what} could not be written ({reason}); {left} once there is room"
-        ) from error
+    expected = distributed.broadcast_from_main(holder(run_dir))
+
+    def check() -> None:
+        if holder(run_dir) != expected:
+            raise UserError(
+                f"save_path: {run_dir} on {socket.gethostname()} is not the folder that rank 0"
+                " writes; under FSDP every rank saves its own shard there: choose a save_path on a"
+                " file system that all machines share, or write parallel: ddp"
+            )
+
+    distributed.run_on_all_ranks(check)
 
 
 def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -> None:
@@ -107,7 +102,7 @@ def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -
     for name, _ in base.named_parameters(remove_duplicate=False):
         if name not in once:
             del state[name]
-    with writing(target.parent, target.name), whole_directory(target) as folder:
+    with writing(target.parent, target.name), atomic_directory(target) as folder:
         base.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         text = json.dumps(settings, indent=2) + "\n"
@@ -116,7 +111,7 @@ def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A training state on disk whose sums are right.
+    """A training state on disk whose checksums are right.
 
     trainer: what Trainer.state_dict gave, as JSON values.
     """
@@ -132,29 +127,18 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     tokenizer,
     trainer: dict,
-    notify: Callable[[str], None] = print,
 ) -> None:
     """Write `resume/<step>/` and keep the newest two. Every rank must call.
 
-    Rank 0 writes what all ranks hold alike, and each rank the shards that it alone holds; so ranks
-    on several machines need a file system that all of them see. Model configuration and tokenizer
-    go along, so that going on needs nothing but this folder.
-
-    notify: is told of every older state that cannot be removed.
+    Rank 0 writes what all ranks have in common, and each rank the shards that it alone holds.
+    Model configuration and tokenizer are included, so that resuming needs nothing but this folder.
     """
     generators = distributed.gather_to_main(_generator_states())
     target = run_dir / RESUME_FOLDER / str(step)
     what = f"the training state of optimizer step {step}"
-    with writing(run_dir, what), _whole_directory_of_all_ranks(target) as unfinished:
-        sharded = distributed.is_sharded(model)
-        if sharded or distributed.is_main():
-            with _quiet_without_group():
-                dcp.save(
-                    _state_tensors(model, optimizer),
-                    storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
-                    planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-                    no_dist=not sharded,
-                )
+    with writing(run_dir, what), _shared_atomic_directory(target) as unfinished:
+        if distributed.is_sharded(model) or distributed.is_main():
+            _save_tensors(unfinished, model, optimizer)
         if distributed.is_main():
             distributed.unwrap(model).base_causallm.config.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
@@ -162,46 +146,78 @@ def save_state(
             generators_file.write_text(json.dumps(generators), encoding="utf-8")
             # A tokenizer with several chat templates keeps them in a folder.
             files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-            sums = {str(path.relative_to(unfinished)): sha256_file(path) for path in files}
-            _write_state_json(unfinished, {"trainer": trainer, "sha256": sums})
+            checksums = {str(path.relative_to(unfinished)): sha256_file(path) for path in files}
+            _write_state_json(unfinished, {"trainer": trainer, "sha256": checksums})
     if not distributed.is_main():
         return
-    # A later step's state was damaged and passed over, or this run would stand there.
-    stale = [path for number, path in state_folders(run_dir) if number > step]
-    past = [path for number, path in state_folders(run_dir) if number <= step]
-    prune(stale + past[:-KEPT_STATES], notify)
+    # The state of a later step was damaged, or the run would have resumed from it.
+    damaged = [path for number, path in states(run_dir) if number > step]
+    past = [path for number, path in states(run_dir) if number <= step]
+    prune(damaged + past[:-NUM_KEPT_STATES])
+
+
+def _save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    try:
+        with _quiet_without_group():
+            dcp.save(
+                _state_tensors(model, optimizer),
+                storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+                no_dist=not distributed.is_sharded(model),
+            )
+    except CheckpointException as error:
+        raise _first_cause(error) from error
+
+
+def _first_cause(error: CheckpointException) -> BaseException:
+    """The error of the lowest rank that failed."""
+    _, (cause, _) = min(error.failures.items())
+    return cause
 
 
 def update_trainer(run_dir: Path, step: int, trainer: dict) -> None:
     """Replace what `resume/<step>/` holds of the trainer; its tensors stay as they are."""
     folder = run_dir / RESUME_FOLDER / str(step)
     with writing(run_dir, f"the position in {folder}"):
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))["content"]
+        content = json.loads((folder / STATE_JSON).read_text(encoding="utf-8"))["content"]
         _write_state_json(folder, content | {"trainer": trainer})
 
 
 def _write_state_json(folder: Path, content: dict) -> None:
-    text = json.dumps({"content": content, "sha256": _sum_of(content)}, indent=2)
-    atomic_write_text(folder / "state.json", text)
+    text = json.dumps({"content": content, "sha256": _checksum(content)}, indent=2)
+    atomic_write_text(folder / STATE_JSON, text)
 
 
-def _sum_of(content: dict) -> str:
+def _checksum(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def newest_state(run_dir: Path, notify=print) -> TrainingState | None:
-    """The newest intact training state of a run, or None when there is none at all.
+def newest_state(run_dir: Path) -> TrainingState | None:
+    """The newest intact training state of a run, None where there is none; every rank must call.
 
-    notify: is told of every damaged state that was passed over.
+    Rank 0 alone reads all of it; the other ranks check that they see the same folder.
 
-    Raises: UserError when states exist and none is intact.
+    Raises: UserError when there are states but none is intact, or a rank sees other ones.
     """
-    folders = state_folders(run_dir)
-    for _, folder in reversed(folders):
+    state = distributed.run_on_all_ranks(
+        lambda: _newest_intact(run_dir) if distributed.is_main() else None
+    )
+    state = distributed.broadcast_from_main(state)
+    facts = {f"the list of states in {run_dir}": [step for step, _ in states(run_dir)]}
+    if state is not None:
+        file = state.folder / STATE_JSON
+        facts[f"the sha256 of {file}"] = sha256_file(file)[:12] if file.is_file() else None
+    distributed.require_same(facts)
+    return state
+
+
+def _newest_intact(run_dir: Path) -> TrainingState | None:
+    folders = [folder for _, folder in states(run_dir)]
+    for folder in reversed(folders):
         try:
             return TrainingState(folder, _verified_trainer(folder))
         except (*UNREADABLE, OSError) as error:
-            notify(f"{folder}: damaged, trying the one before ({error})")
+            log.warning(f"{folder}: damaged, trying the one before ({error})")
     if folders:
         raise UserError(
             f"{run_dir / RESUME_FOLDER}: no training state is intact; remove the folder to start"
@@ -211,13 +227,17 @@ def newest_state(run_dir: Path, notify=print) -> TrainingState | None:
 
 
 def _verified_trainer(folder: Path) -> dict:
-    about = os.stat(folder / "state.json")
-    if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_STATE_JSON_BYTES:
-        raise ValueError("state.json is no file of ours")
-    stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    """What the state in `folder` holds of the trainer, once all its checksums are right.
+
+    Raises: OSError or one of UNREADABLE for a damaged state.
+    """
+    about = os.stat(folder / STATE_JSON)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_STATE_JSON_BYTES:
+        raise ValueError(f"{STATE_JSON} is not a file that a run wrote")
+    stored = json.loads((folder / STATE_JSON).read_text(encoding="utf-8"))
     content = stored["content"]
-    if _sum_of(content) != stored["sha256"]:
-        raise ValueError("state.json does not match its sum")
+    if _checksum(content) != stored["sha256"]:
+        raise ValueError(f"{STATE_JSON} does not match its checksum")
     unlisted = {path.name for path in folder.glob("*.safetensors")} - content["sha256"].keys()
     if unlisted:
         raise ValueError(f"{min(unlisted)} does not belong to it")
@@ -226,7 +246,7 @@ def _verified_trainer(folder: Path) -> dict:
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
         if sha256_file(folder / name) != expected:
-            raise ValueError(f"{name} does not match its sum")
+            raise ValueError(f"{name} does not match its checksum")
     return content["trainer"]
 
 
@@ -235,7 +255,7 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
 
     Returns whether generators for this rank were stored (not so with more ranks than before).
 
-    Raises: UserError for tensors that are missing, unlike the model's or not to be read.
+    Raises: UserError for tensors that are missing, unlike the model's or unreadable.
     """
     tensors = _state_tensors(model, optimizer)
     try:
@@ -246,10 +266,9 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
                 no_dist=not distributed.is_sharded(model),
             )
     except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise UserError(f"{state.folder}: cannot be restored (rank {rank}: {cause})") from None
-    text = (state.folder / "generators.json").read_text(encoding="utf-8")
-    generators = json.loads(text)
+        cause = _first_cause(error)
+        raise UserError(f"{state.folder}: cannot be restored ({cause})") from None
+    generators = json.loads((state.folder / "generators.json").read_text(encoding="utf-8"))
     if distributed.rank() >= len(generators):
         return False
     _restore_generators(generators[distributed.rank()])
@@ -258,7 +277,7 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
 
 @contextmanager
 def _quiet_without_group() -> Iterator[None]:
-    """A model that is not sharded needs no group to be saved, and no warning about that."""
+    """A model that is not sharded needs process group, nor a warning that there is none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -283,7 +302,7 @@ def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def _generator_states() -> dict:
     """The states of Python's, NumPy's and torch's random generators, as JSON values.
 
-    Of several GPUs, that of this rank's own, so it may be another one when the run goes on.
+    Of several GPUs, that of this rank's own, which may be another one when the run resumes.
     """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()

@@ -8,7 +8,6 @@ that ends early raises; `exit_status_of` turns that into one message and an exit
 import contextlib
 import importlib
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -215,10 +214,7 @@ def _held_run_dir(config: Config) -> Iterator[None]:
 
         def take() -> None:
             if distributed.is_main() and not config.debug:
-                held.enter_context(run_dir.run_lock(config.run_dir, log.info))
-                run_dir.recover(config.run_dir)
-                run_dir.refuse_obstacles(config.run_dir)
-                run_dir.recover(config.run_dir / run_dir.RESUME_FOLDER)
+                held.enter_context(run_dir.hold(config.run_dir))
 
         distributed.run_on_all_ranks(take)
         yield
@@ -234,8 +230,8 @@ def _train_from(
     model = _build_model(config, prepared.source, coconut_class)
     saves = not config.debug
     if saves and distributed.is_sharded(model):
-        distributed.run_on_all_ranks(lambda: _require_shared(config.run_dir))
-    with checkpoint.writing(config.run_dir, "metrics.jsonl"):
+        checkpoint.require_shared(config.run_dir)
+    with run_dir.writing(config.run_dir, "metrics.jsonl"):
         tracker = Tracker(
             config.run_dir if saves else None,
             config.model_dump(),
@@ -257,9 +253,9 @@ def _train_from(
             tracker,
             state,
         )
-        with checkpoint.writing(config.run_dir, "config.yaml or metrics.jsonl"):
+        with run_dir.writing(config.run_dir, "config.yaml or metrics.jsonl"):
             if saves and distributed.is_main():
-                _warn_about_unknown_files(config)
+                run_dir.warn_about_unknown_files(config.run_dir)
                 _write_config(config, config.run_dir)
             if state is None:
                 tracker.truncate(0, config.resume)
@@ -281,10 +277,8 @@ def _evaluate(
     model = _build_model(config, prepared.source, coconut_class)
     folder = None if config.debug else evaluation_folder(config)
     if folder is not None:
-        distributed.run_on_all_ranks(
-            lambda: distributed.is_main() and run_dir.make_writable(folder)
-        )
-    with checkpoint.writing(folder or config.run_dir, "metrics.jsonl"):
+        distributed.run_on_all_ranks(lambda: distributed.is_main() and run_dir.create(folder))
+    with run_dir.writing(folder or config.run_dir, "metrics.jsonl"):
         tracker = Tracker(
             folder,
             config.model_dump(),
@@ -308,7 +302,7 @@ def _evaluate(
         )
         figures = outcome.figures
         # Only now, and the largest first: what an interruption leaves is of the same weights.
-        with checkpoint.writing(folder or config.run_dir, "the evaluation"):
+        with run_dir.writing(folder or config.run_dir, "the evaluation"):
             if outcome.predictions is not None and folder is not None:
                 path = folder / f"predictions_{epoch}.jsonl"
                 evaluation.write_predictions(path, outcome.predictions)
@@ -346,23 +340,6 @@ def _build_model(
     if config.compile:
         model.base_causallm.base_model.compile(dynamic=True)
     return distributed.parallelize(model, parallel, model.blocks, config.bf16)
-
-
-def _require_shared(folder: Path) -> None:
-    """Raise UserError where this rank does not see the run directory, which rank 0 has made."""
-    if not folder.is_dir():
-        raise UserError(
-            f"save_path: {folder} on {socket.gethostname()} is not the folder that rank 0 writes;"
-            " under FSDP every rank saves its own shard there: let save_path lie on a file system"
-            " that all machines share, or write parallel: ddp"
-        )
-
-
-def _warn_about_unknown_files(config: Config) -> None:
-    """Name what lies in the run directory and is not ours."""
-    unknown = run_dir.foreign_files(config.run_dir)
-    if unknown:
-        log.warning(f"{config.run_dir}: left alone, not files of a run: {', '.join(unknown)}")
 
 
 def _write_config(config: Config, folder: Path) -> None:

@@ -1,33 +1,220 @@
-"""The run directory: its lock, what may lie in it, and directories that appear whole or not at all.
+"""The run directory: one run at a time, files of others left alone, directories that appear whole.
 
 Leaves what a checkpoint or a training state holds to checkpoint.py. Imports no torch, so that a
 directory that cannot be used is refused before anything heavy loads.
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import socket
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils import UserError, fsync_directory, fsync_file
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-RESUME_FOLDER = "resume"
-# What a run opens or fills where it stands; all else it replaces.
-OPENED_FILES, FILLED_FOLDERS = (".lock", "config.yaml", "metrics.jsonl"), (RESUME_FOLDER, "wandb")
-# What `whole_directory` and utils.atomic_write_text leave behind in a crash.
+from utils import RunFailed, UserError, fsync_directory, fsync_file, log
+
+LOCK, RESUME_FOLDER = ".lock", "resume"
+# What a run opens or fills in place, and what each must be; it replaces everything else.
+KINDS = {
+    LOCK: stat.S_ISREG,
+    "config.yaml": stat.S_ISREG,
+    "metrics.jsonl": stat.S_ISREG,
+    RESUME_FOLDER: stat.S_ISDIR,
+    "wandb": stat.S_ISDIR,
+}
+OUTPUT_PREFIXES = ("predictions_", "nonfinite_", "eval_")
+# What `atomic_directory` and utils.atomic_write_text leave behind in a crash.
 SET_ASIDE = re.compile(r"\.(?P<name>checkpoint_\d+|\d+)\.(?P<kind>old|part)")
 UNFINISHED_FILE = re.compile(r"\..+\.\d+\.part")
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory to fill, which becomes `target` when the block ends well.
+def hold(run_dir: Path) -> Iterator[None]:
+    """Lock `run_dir` for one training run, made where it is missing, and clean up after a crash.
 
-    A crash leaves the old `target` or the new one; `recover` finishes what one interrupted.
+    The lock goes with the process, however it ends. A run that ends before it wrote anything leaves
+    no folder that was not there before.
+
+    Raises: UserError when another process holds it, it cannot be written, or files in it are in the
+        way.
+    """
+    missing = [path for path in (run_dir, *run_dir.parents) if not os.path.exists(path)]
+    # A soft lock would outlive a killed run, and refuse its restart on another machine.
+    lock = FileLock(run_dir / LOCK, timeout=0, fallback_to_soft=False)
+    try:
+        create(run_dir)
+        _acquire(lock, run_dir)
+        try:
+            recover(run_dir)
+            refuse_obstacles(run_dir)
+            recover(run_dir / RESUME_FOLDER)
+            yield
+        finally:
+            if run_dir.is_dir() and os.listdir(run_dir) == [LOCK]:
+                (run_dir / LOCK).unlink()
+            lock.release()
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _acquire(lock: FileLock, run_dir: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{run_dir}: another training run is using this directory ({holder(run_dir)}); wait for"
+            " it, or change name or save_path"
+        ) from None
+    # Older versions of filelock raise NotImplementedError where there is no flock.
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise _not_writable(run_dir, error) from None
+        log.warning(
+            f"{run_dir}: this file system knows no locks ({error}); a second run on this directory"
+            " would not be noticed"
+        )
+    text = f"process {os.getpid()} on {socket.gethostname()}"
+    with suppress(OSError):
+        (run_dir / LOCK).write_text(text, encoding="utf-8")
+
+
+def holder(run_dir: Path) -> str:
+    """The process that holds `run_dir`, or held it last, in words."""
+    try:
+        return (run_dir / LOCK).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "no process"
+
+
+def check(folder: Path) -> None:
+    """Check, without writing, that a run can write `folder` and writes nowhere else by doing so.
+
+    Raises: UserError when `folder` cannot be written, is a link, or holds something else than a run
+        would make under a name that a run writes to.
+    """
+    if os.path.islink(folder):
+        raise UserError(
+            f"save_path: {folder} is a link to {os.readlink(folder)}, but a run writes inside"
+            " save_path alone; remove the link, or change save_path and name to the folder it names"
+        )
+    try:
+        with suppress(FileNotFoundError):
+            os.listdir(folder)
+        existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        if not os.access(existing, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission, or mounted read-only")
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+    for name, is_kind in KINDS.items():
+        path = folder / name
+        if os.path.lexists(path) and not is_kind(path.lstat().st_mode):
+            kind = "folder" if is_kind is stat.S_ISDIR else "file"
+            raise UserError(f"{path}: is not a plain {kind}, but a run writes to it; move it away")
+
+
+def create(folder: Path) -> None:
+    """Create `folder` and its parents where they are missing.
+
+    Raises: UserError where `check` does, and when `folder` cannot be created.
+    """
+    check(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"save_path: {folder} cannot be written ({reason}); choose another save_path")
+
+
+def refuse_obstacles(run_dir: Path) -> None:
+    """Check that a training run can write its checkpoints without replacing files of others.
+
+    Raises: UserError for a `checkpoint_N` that no run wrote, and for checkpoints of an earlier run
+        that left no training state to resume from.
+    """
+    ours = [path for _, path in checkpoints(run_dir)]
+    for path in sorted(run_dir.glob("checkpoint_*")):
+        is_number = path.name.removeprefix("checkpoint_").isdecimal()
+        if is_number and path.exists() and path not in ours:
+            raise UserError(
+                f"{path}: was not written by a run, but a run writes under this name; move it away"
+            )
+    if ours and not states(run_dir):
+        raise UserError(
+            f"{run_dir}: holds checkpoints of an earlier run but no training state to resume from;"
+            " choose another name (load_model_path may start from them), or move them away"
+        )
+
+
+def warn_about_unknown_files(run_dir: Path) -> None:
+    """Log the names in `run_dir` that no run writes; a run leaves them alone."""
+    known = {*KINDS, *(path.name for _, path in checkpoints(run_dir))}
+    names = sorted(path.name for path in run_dir.iterdir())
+    unknown = [n for n in names if n not in known and not n.startswith(OUTPUT_PREFIXES)]
+    if unknown:
+        log.warning(f"{run_dir}: unknown files, left alone: {', '.join(unknown)}")
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(finished epochs, folder) of the checkpoints of a run, oldest first."""
+    found = []
+    for path in run_dir.glob("checkpoint_*"):
+        number = path.name.removeprefix("checkpoint_")
+        if number.isdecimal() and (path / "coconut.json").is_file():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def states(run_dir: Path) -> list[tuple[int, Path]]:
+    """(optimizer step, folder) of the training states of a run, oldest first; none is verified."""
+    folders = (run_dir / RESUME_FOLDER).glob("*")
+    return sorted((int(path.name), path) for path in folders if path.name.isdecimal())
+
+
+def prune_checkpoints(run_dir: Path, newest: int, keep: int) -> None:
+    """Of the checkpoints up to `newest` finished epochs, remove all but the last `keep`.
+
+    One that the user moved and left a link to is not removed.
+    """
+    past = [path for number, path in checkpoints(run_dir) if number <= newest]
+    prune([path for path in past[:-keep] if not path.is_symlink()])
+
+
+def prune(paths: list[Path]) -> None:
+    """Remove what is no longer needed; one that cannot be removed is logged and ends no run."""
+    for path in paths:
+        try:
+            _remove(path)
+        except OSError as error:
+            reason = error.strerror or error
+            log.warning(f"{path}: no longer needed, but cannot be removed ({reason})")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it. Nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory to fill, which becomes `target` when the block ends without an error.
+
+    A crash leaves the old `target` or the new one; `recover` finishes what was interrupted.
     """
     unfinished = target.with_name(f".{target.name}.part")
     _remove(unfinished)
@@ -39,6 +226,10 @@ def whole_directory(target: Path) -> Iterator[Path]:
             _remove(unfinished)
         raise
     for path in unfinished.rglob("*"):
+        if path.is_file():
+            # Some libraries let the owner alone read their files, whatever the umask says.
+            with suppress(OSError):
+                path.chmod(unfinished.stat().st_mode & 0o666)
         fsync_file(path)
     fsync_directory(unfinished)
     replaced = target.with_name(f".{target.name}.old")
@@ -47,211 +238,44 @@ def whole_directory(target: Path) -> Iterator[Path]:
         os.rename(target, replaced)
     os.rename(unfinished, target)
     fsync_directory(target.parent)
-    # What stays is in nobody's way until the next start tidies up.
+    # What cannot be removed now is removed by `recover` at the next start.
     with suppress(OSError):
         _remove(replaced)
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder with all that is in it; of a link the link alone. Nothing there is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def prune(paths: list[Path], notify: Callable[[str], None]) -> None:
-    """Remove what is surplus; what cannot be removed is told of and ends no run."""
-    for path in paths:
-        try:
-            _remove(path)
-        except OSError as error:
-            notify(f"{path}: no longer needed, but cannot be removed ({error.strerror or error})")
-
-
 def recover(folder: Path) -> None:
-    """Tidy `folder` after a crash: put a set-aside directory back, drop unfinished ones.
+    """Clean `folder` up after a crash: put a set-aside directory back, remove unfinished ones.
 
     Raises: UserError for one that can neither be put back nor removed.
     """
     for path in list(folder.glob(".*")):
-        directory = SET_ASIDE.fullmatch(path.name)
-        directory = directory if path.is_dir() else None
+        directory = SET_ASIDE.fullmatch(path.name) if path.is_dir() else None
         try:
-            if (
-                directory
-                and directory["kind"] == "old"
-                and not (folder / directory["name"]).exists()
-            ):
+            is_old = directory and directory["kind"] == "old"
+            if is_old and not (folder / directory["name"]).exists():
                 os.rename(path, folder / directory["name"])
             elif directory or UNFINISHED_FILE.fullmatch(path.name):
                 _remove(path)
         except OSError as error:
             raise UserError(
-                f"{path}: left by an earlier start and cannot be tidied away"
+                f"{path}: left by an earlier start and cannot be removed"
                 f" ({error.strerror or error}); remove it"
             ) from None
 
 
 @contextmanager
-def run_lock(run_dir: Path, notify: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold `run_dir` for one training run; the lock goes with the process, however it ends.
+def writing(run_dir: Path, what: str) -> Iterator[None]:
+    """Turn an error of the disk inside the block, where `what` is written, into one message.
 
-    A run that ends before it wrote anything leaves no folder that was not there before.
-
-    notify: is told where the file system knows no locks.
-
-    Raises: UserError when another process holds it or the folder cannot be written.
+    Raises: RunFailed, which names the state that the run can be resumed from.
     """
-    missing = _missing(run_dir)
-    make_writable(run_dir)
     try:
-        with _held_lock(run_dir, notify):
-            yield
-    finally:
-        _remove_empty(missing)
-
-
-@contextmanager
-def _held_lock(run_dir: Path, notify: Callable[[str], None]) -> Iterator[None]:
-    """The lock alone, in a file that goes again when nothing else was written."""
-    with open(run_dir / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(
-                    f"{run_dir}: another training run is using this directory; wait for it, or"
-                    " change name or save_path"
-                ) from None
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            notify(
-                f"{run_dir}: this file system knows no locks ({error.strerror}); a second run on"
-                " this directory would not be noticed"
-            )
-        try:
-            yield
-        finally:
-            if run_dir.is_dir() and os.listdir(run_dir) == [".lock"]:
-                (run_dir / ".lock").unlink()
-
-
-def check_writable(folder: Path) -> None:
-    """Look whether `make_writable` would succeed, as far as can be known without writing.
-
-    Raises: UserError when `folder` cannot be written, is a link, or holds a link or a pipe under a
-        name that a run writes to.
-    """
-    for path in (folder, *(folder / name for name in OPENED_FILES + FILLED_FOLDERS)):
-        refuse_link(path)
-    for path in (folder / name for name in OPENED_FILES):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: is no regular file, but a run writes to it; move it away")
-    innermost = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    try:
-        with suppress(FileNotFoundError):
-            os.stat(folder)
-        reason = None if os.access(innermost, os.W_OK) else "no permission or mounted read-only"
-        reason = reason if os.path.isdir(innermost) else "Not a directory"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise _not_writable(folder, reason)
-
-
-def make_writable(folder: Path) -> None:
-    """Create `folder` where it is missing.
-
-    Raises: UserError where `check_writable` does, and when `folder` cannot be made.
-    """
-    check_writable(folder)
-    missing = _missing(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _remove_empty(missing)
-        raise _not_writable(folder, error.strerror) from None
-
-
-def _not_writable(folder: Path, reason: str) -> UserError:
-    return UserError(f"save_path: {folder} cannot be written ({reason}); choose another save_path")
-
-
-def refuse_link(path: Path) -> None:
-    """Raise UserError where a run would write through a link, and so outside save_path."""
-    if os.path.islink(path):
-        raise UserError(
-            f"save_path: {path} is a link to {os.readlink(path)}, but a run writes inside save_path"
-            " alone; remove the link, or let save_path and name say where the run is to lie"
-        )
-
-
-def _missing(folder: Path) -> list[Path]:
-    """The folders on the way to `folder` and itself that do not exist yet, innermost first."""
-    return [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(finished epochs, directory) of the checkpoints of a run, oldest first."""
-    found = []
-    for path in run_dir.glob("checkpoint_*"):
-        number = path.name.removeprefix("checkpoint_")
-        if number.isdecimal() and (path / "coconut.json").is_file():
-            found.append((int(number), path))
-    return sorted(found)
-
-
-def prune_checkpoints(
-    run_dir: Path, newest: int, keep: int, notify: Callable[[str], None] = print
-) -> None:
-    """Of the checkpoints up to `newest` finished epochs, remove all but the last `keep`.
-
-    One that the user moved and left a link to is not removed.
-
-    notify: is told of every one that cannot be removed.
-    """
-    up_to_now = [path for number, path in checkpoints(run_dir) if number <= newest]
-    prune([path for path in up_to_now[:-keep] if not path.is_symlink()], notify)
-
-
-def refuse_obstacles(run_dir: Path) -> None:
-    """Make sure that a new run can write its names in `run_dir` without touching another's files.
-
-    Raises: UserError for a `checkpoint_N` or `resume` that is none of ours, and for checkpoints of
-        an earlier run that left no training state to go on from.
-    """
-    for path in sorted(run_dir.glob("checkpoint_*")) + [run_dir / RESUME_FOLDER]:
-        number = path.name.removeprefix("checkpoint_")
-        is_ours = path.is_dir() and (
-            path.name == RESUME_FOLDER or (path / "coconut.json").is_file()
-        )
-        if path.exists() and (number.isdecimal() or path.name == RESUME_FOLDER) and not is_ours:
-            raise UserError(
-                f"{path}: is not from a run of ours, but a run writes under this name; move it away"
-            )
-    if checkpoints(run_dir) and not state_folders(run_dir):
-        raise UserError(
-            f"{run_dir}: holds checkpoints of an earlier run but no training state to go on from;"
-            " choose another name (load_model_path may start from them), or move them away"
-        )
-
-
-def foreign_files(run_dir: Path) -> list[str]:
-    """Names in `run_dir` that no run of ours writes."""
-    ours = {"config.yaml", "metrics.jsonl", "wandb", RESUME_FOLDER, ".lock"}
-    ours |= {path.name for _, path in checkpoints(run_dir)}
-    prefixes = ("predictions_", "nonfinite_", "eval_")
-    names = sorted(path.name for path in run_dir.iterdir())
-    return [name for name in names if name not in ours and not name.startswith(prefixes)]
-
-
-def state_folders(run_dir: Path) -> list[tuple[int, Path]]:
-    folders = (run_dir / RESUME_FOLDER).glob("*")
-    return sorted((int(path.name), path) for path in folders if path.name.isdecimal())
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        left = "nothing was saved before, so the same command starts anew"
+        if saved := states(run_dir):
+            left = f"the same command resumes from {saved[-1][1]}"
+        raise RunFailed(
+            f"{run_dir}: {what} could not be written ({reason}); once it can be, {left}"
+        ) from error

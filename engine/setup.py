@@ -150,9 +150,7 @@ def newest_state(config: Config) -> checkpoint.TrainingState | None:
     """The training state that a run continues from, the same on all ranks; None where it begins."""
     if config.debug or config.only_eval:
         return None
-    state = distributed.run_on_all_ranks(lambda: checkpoint.newest_state(config.run_dir, say))
-    distributed.require_same({f"newest state of {config.run_dir}": state and state.folder.name})
-    return state
+    return checkpoint.newest_state(config.run_dir)
 
 
 def load_data(config: Config, source: ModelSource) -> Data:
@@ -251,10 +249,10 @@ def check_place(config: Config) -> None:
         if config.debug or not distributed.is_main():
             return
         if config.only_eval:
-            run_dir.refuse_link(config.run_dir)
-            run_dir.check_writable(evaluation_folder(config))
+            run_dir.check(config.run_dir)
+            run_dir.check(evaluation_folder(config))
         else:
-            run_dir.check_writable(config.run_dir)
+            run_dir.check(config.run_dir)
             run_dir.refuse_obstacles(config.run_dir)
 
     distributed.run_on_all_ranks(check)

@@ -356,7 +356,7 @@ class Trainer:
         if not config.debug:
             if outcome.predictions is not None:
                 path = config.run_dir / f"predictions_{epoch}.jsonl"
-                with checkpoint.writing(config.run_dir, path.name):
+                with run_dir.writing(config.run_dir, path.name):
                     write_predictions(path, outcome.predictions)
             if is_best or not config.save_only_improve:
                 checkpoint.save_checkpoint(
@@ -370,7 +370,6 @@ class Trainer:
                         config.run_dir,
                         epoch + 1,
                         config.keep_checkpoints,
-                        log.info,
                     )
         figures |= {
             "eval/epoch": epoch,
@@ -416,7 +415,6 @@ class Trainer:
             self.optimizer,
             self.tokenizer,
             self.state_dict(),
-            log.info,
         )
 
     def _continue_from(self, state: checkpoint.TrainingState) -> None:
@@ -437,7 +435,7 @@ class Trainer:
             ) from error
         if not is_complete:
             log.info("more processes than before: new ones start with fresh random generators")
-        with checkpoint.writing(self.config.run_dir, "metrics.jsonl"):
+        with run_dir.writing(self.config.run_dir, "metrics.jsonl"):
             self.tracker.truncate(self.position.optimizer_step, self.position.epoch)
 
     def _out_of_memory(self, batches: list[dict]) -> RunFailed:

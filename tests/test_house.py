@@ -60,6 +60,7 @@ OWNERS = {
     "yaml": {"engine.config_file"},
     "wandb": {"engine.tracking"},
     "datasets": {"dataset"},
+    "filelock": {"engine.run_dir"},
     "matplotlib": {"analysis", "assets", "benchmarks", "preprocessing"},
     "torch.distributed": {"engine.distributed", "engine.checkpoint"},
     "torch.nn.parallel": {"engine.distributed", "engine.checkpoint"},
@@ -178,7 +179,7 @@ def test_coconut_and_passes_need_torch_and_transformers_alone():
 
 
 def test_config_and_metrics_load_without_torch():
-    light = "engine.config, engine.metrics, run, utils"
+    light = "engine.config, engine.metrics, engine.run_dir, run, utils"
     code = f"import sys, {light}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 

@@ -156,7 +156,7 @@ def test_a_save_path_that_cannot_be_written_is_refused(tmp_path, capsys, cot):
     experiment.change(coconut=False, cot=True, model_id=cot.model)
     assert_refused(
         capsys, experiment, "only_eval=true", checkpoint,
-        words=["save_path: ", "eval_val_checkpoint_1 cannot be written"],
+        words=["save_path: ", "run cannot be written"],
     )  # fmt: skip
 
 

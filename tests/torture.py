@@ -172,8 +172,13 @@ def saved_step(experiment):
         if states.exists():
             shutil.copytree(states, Path(copy) / "resume")
         run_dir.recover(Path(copy) / "resume")
-        state = checkpoint.newest_state(Path(copy), lambda text: None)
+        state = checkpoint.newest_state(Path(copy))
         return 0 if state is None else int(state.folder.name)
+
+
+def newest(experiment):
+    """The folder of the newest training state."""
+    return experiment.run_dir / "resume" / str(saved_step(experiment))
 
 
 def lost_steps(experiment):
@@ -306,7 +311,7 @@ def limited_files(bench, kills, num_limits):
             ends(ranks, -signal.SIGXFSZ)
         else:
             shown = ends(ranks, run.EXIT_FAILED, says="could not be written (")
-            assert f"resume/{saved_step(victim)} is intact" in shown, shown
+            assert f"the same command resumes from {newest(victim)}" in shown, shown
         lost = lost_steps(victim)
         end(victim)
         same(victim, straight)
@@ -477,7 +482,7 @@ def full_disk(bench, num_ranks=1, **keys):
             shown = ends(ranks, run.EXIT_FAILED, says="No space left on device")
             assert shown.count("could not be written (") == 1, shown
             step = saved_step(victim)
-            left = f"resume/{step} is intact" if step else "nothing was saved before it"
+            left = f"resumes from {newest(victim)}" if step else "nothing was saved before"
             assert left in shown, shown
             lost = lost_steps(victim)
             assert mount("none", disk, None, MS_REMOUNT, f"size={4 * used}")
@@ -498,7 +503,8 @@ def read_only(bench):
     with small_disk(victim, 1 << 28) as disk:
         shutil.copytree(source.run_dir, victim.run_dir)
         assert mount("none", disk, None, MS_REMOUNT | MS_RDONLY)
-        ends(start(victim), run.EXIT_USER_ERROR, says="cannot be written (no permission or mounted")
+        says = "cannot be written (no permission, or mounted"
+        ends(start(victim), run.EXIT_USER_ERROR, says=says)
         assert mount("none", disk, None, MS_REMOUNT)
         lost = lost_steps(victim)
         end(victim)

@@ -489,7 +489,7 @@ def again(finished, tmp_path):
 def read_state(experiment):
     """What a run that goes on reads before it loads a model."""
     config = load_config(experiment.yaml)
-    state = checkpoint.newest_state(config.run_dir, lambda text: None)
+    state = checkpoint.newest_state(config.run_dir)
     if state is not None:
         check_stored_trainer(state.folder, state.trainer)
         metadata = Metadata(**state.trainer["metadata"])
@@ -505,7 +505,7 @@ def test_a_mangled_position_is_taken_or_refused_by_name(again, data, mended):
     if mended:
         changed, path = data.draw(mangled_json({"trainer": stored["content"]["trainer"]}))
         stored["content"] |= changed if "trainer" in changed else {"trainer": {}}
-        stored["sha256"] = checkpoint._sum_of(stored["content"])
+        stored["sha256"] = checkpoint._checksum(stored["content"])
     else:
         stored, path = data.draw(mangled_json(stored))
     file.write_text(json.dumps(stored))
@@ -565,7 +565,7 @@ def test_sums_of_other_things_than_files_damage_a_state(again, capsys, sums):
     experiment = again()
     file = state_folder(experiment) / "state.json"
     content = json.loads(file.read_text())["content"] | {"sha256": sums}
-    file.write_text(json.dumps({"content": content, "sha256": checkpoint._sum_of(content)}))
+    file.write_text(json.dumps({"content": content, "sha256": checkpoint._checksum(content)}))
     assert_refused(capsys, experiment, words=["resume: no training state is intact"])
 
 

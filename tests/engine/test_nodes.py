@@ -200,7 +200,7 @@ def test_nodes_that_see_different_files_are_refused_on_every_rank(tmp_path):
         (["config.yaml"], other, "rank 1: lr is 0.02 here, 0.01 on rank 0; every machine needs"),
         ([str(experiment.yaml)], other, "rank 1: the sha256 of train.json is "),
         ([str(experiment.yaml)], tmp_path / "lacking", "rank 1: val.json: cannot be read (No such"),
-        (["config.yaml"], tmp_path / "recorded", "rank 1: coconut.json of model is {'format_v"),
+        (["config.yaml"], tmp_path / "recorded", "rank 1: coconut.json of model is format_v"),
         # The same files, but a run directory that the first node alone can see.
         (
             [str(experiment.yaml), "parallel=fsdp"],
@@ -211,7 +211,7 @@ def test_nodes_that_see_different_files_are_refused_on_every_rank(tmp_path):
         (
             [str(experiment.yaml), "num_epochs=2"],
             tmp_path / "copy",
-            "rank 1: newest state of exps/run is None here, 3 on rank 0; every machine needs",
+            "rank 1: the list of states in exps/run is [] here, [3] on rank 0; every machine needs",
         ),
     ]
     places = [(shared, folder) for _, folder, _ in runs]

@@ -1,4 +1,4 @@
-"""Laws of the run directory: one run at a time, whole files and folders, nobody's files touched."""
+"""Laws of the run directory: one run at a time, all whole or absent, no other files touched."""
 
 import errno
 import os
@@ -6,18 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import utils
 from engine import run_dir
-from engine.run_dir import (
-    checkpoints,
-    make_writable,
-    prune_checkpoints,
-    recover,
-    run_lock,
-    whole_directory,
-)
-from utils import UserError
+from engine.run_dir import atomic_directory, checkpoints, create, hold, prune_checkpoints, recover
+from utils import RunFailed, UserError
 
 
 def contents(folder):
@@ -63,7 +57,7 @@ def test_recovery_after_each_interrupted_phase(tmp_path):
     recover(tmp_path / "missing")
 
 
-def test_what_a_crash_left_goes_though_it_is_a_link_and_not_what_it_leads_to(tmp_path):
+def test_a_link_left_by_a_crash_is_removed_and_its_target_is_not(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "folder").mkdir(parents=True)
     run_dir = tmp_path / "run"
@@ -73,14 +67,14 @@ def test_what_a_crash_left_goes_though_it_is_a_link_and_not_what_it_leads_to(tmp
     assert list(run_dir.iterdir()) == []
     for name in (".checkpoint_1.part", ".checkpoint_1.old", "checkpoint_1"):
         (run_dir / name).symlink_to(elsewhere if name != "checkpoint_1" else "nowhere")
-    with whole_directory(run_dir / "checkpoint_1") as unfinished:
+    with atomic_directory(run_dir / "checkpoint_1") as unfinished:
         (unfinished / "file").write_text("new")
     assert contents(run_dir) == {"checkpoint_1/file": b"new"}
     assert [path.name for path in run_dir.iterdir()] == ["checkpoint_1"]
     assert [path.name for path in elsewhere.iterdir()] == ["folder"]
 
 
-def test_what_a_crash_left_and_cannot_go_is_named(tmp_path, monkeypatch):
+def test_what_a_crash_left_is_named_where_it_cannot_be_removed(tmp_path, monkeypatch):
     (tmp_path / ".5.part").mkdir()
     monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
     with pytest.raises(UserError, match=r"/\.5\.part: left by an .* \(disk full\); remove it"):
@@ -100,13 +94,70 @@ def test_a_directory_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
                 events.append((name, Path(path).name)) or original(path, *rest)
             ),
         )
-    with whole_directory(tmp_path / "checkpoint_1") as unfinished:
+    with atomic_directory(tmp_path / "checkpoint_1") as unfinished:
         (unfinished / "file").write_text("content")
     part = ".checkpoint_1.part"
     assert events == [
         ("fsync_file", "file"), ("fsync_directory", part), ("rename", part),
         ("fsync_directory", tmp_path.name),
     ]  # fmt: skip
+
+
+def test_a_second_run_is_refused_and_told_who_holds_the_directory(tmp_path):
+    folder = tmp_path / "exps" / "run"
+    with hold(folder):
+        words = (
+            rf"another training run is using this directory \(process {os.getpid()} on .*\); wait"
+        )
+        with pytest.raises(UserError, match=words), hold(folder):
+            pass
+        (folder / "config.yaml").write_text("kept")
+    with hold(folder):
+        pass
+    assert (folder / "config.yaml").read_text() == "kept"
+
+
+def failing_lock(number):
+    def acquire(lock):
+        raise OSError(number, "no such thing")
+
+    return acquire
+
+
+def test_a_disk_error_is_not_taken_for_a_missing_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(FileLock, "acquire", failing_lock(errno.EIO))
+    with pytest.raises(UserError, match=r"cannot be written \(no such thing\)"), hold(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_run_starts_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    monkeypatch.setattr("fcntl.flock", lambda *_: failing_lock(number)(None))
+    with hold(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").touch()
+    assert "knows no locks" in caplog.text
+    assert "a second run on this directory would not be noticed" in caplog.text
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="mistake"), hold(tmp_path / "exps" / "run"):
+        raise UserError("mistake")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "exps").mkdir()
+    with pytest.raises(UserError, match="mistake"), hold(tmp_path / "exps" / "run"):
+        raise UserError("mistake")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "exps"]
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_fix(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    words = r"save_path: .* cannot be written \(Not a directory\); choose another save_path"
+    with pytest.raises(UserError, match=words):
+        create(tmp_path / "file" / "run")
+    # Root may write anywhere, so permission cannot be taken from this process.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match=r"cannot be written \(no permission, or mounted"):
+        create(tmp_path / "run")
 
 
 def test_text_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -120,76 +171,31 @@ def test_text_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_lock_refuses_a_second_holder_and_goes_with_the_first(tmp_path):
-    run_dir = tmp_path / "exps" / "run"
-    with run_lock(run_dir):
-        words = "another training run is using this directory; wait for it, or change name"
-        with pytest.raises(UserError, match=words), run_lock(run_dir):
-            pass
-        (run_dir / "config.yaml").write_text("kept")
-    with run_lock(run_dir):
-        pass
-    assert (run_dir / "config.yaml").read_text() == "kept"
-
-
-def test_a_lock_error_that_is_no_refusal_is_not_taken_for_one(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(OSError, match="Input/output error"), run_lock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_a_run_goes_on_and_is_told(tmp_path, monkeypatch, number):
-    def flock(*_):
-        raise OSError(number, "no such thing")
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    notices, entered = [], False
-    with run_lock(tmp_path, notices.append):
-        entered = True
-    words = "knows no locks (no such thing); a second run on this directory would not be noticed"
-    assert entered and notices == [f"{tmp_path}: this file system {words}"]
-
-
-def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
-    with pytest.raises(UserError, match="mistake"), run_lock(tmp_path / "exps" / "run"):
-        raise UserError("mistake")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "exps").mkdir()
-    with pytest.raises(UserError, match="mistake"), run_lock(tmp_path / "exps" / "run"):
-        raise UserError("mistake")
-    assert list(tmp_path.rglob("*")) == [tmp_path / "exps"]
-
-
-def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    words = r"save_path: .* cannot be written \(Not a directory\); choose another save_path"
-    with pytest.raises(UserError, match=words):
-        make_writable(tmp_path / "file" / "run")
-    # Root may write anywhere, so permission cannot be taken from this process.
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(UserError, match=r"cannot be written \(no permission or mounted"):
-        make_writable(tmp_path / "run")
-
-
 @pytest.mark.parametrize("name", ["checkpoint_2", "resume"])
 def test_a_file_under_a_name_that_a_run_writes_is_refused_and_left_alone(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name}: is not from a run of ours.*move it away"):
-        run_dir.refuse_obstacles(tmp_path)
+    with pytest.raises(UserError, match=f"{name}: .*; move it away"), hold(tmp_path):
+        pass
     assert (tmp_path / name).read_text() == "mine"
 
 
 def test_checkpoints_without_a_state_are_not_overwritten(tmp_path):
     (tmp_path / "checkpoint_2").mkdir()
     (tmp_path / "checkpoint_2" / "coconut.json").touch()
-    with pytest.raises(UserError, match="holds checkpoints of an earlier run but no training"):
-        run_dir.refuse_obstacles(tmp_path)
+    words = "holds checkpoints of an earlier run but no training"
+    with pytest.raises(UserError, match=words), hold(tmp_path):
+        pass
     (tmp_path / "resume" / "7").mkdir(parents=True)
-    run_dir.refuse_obstacles(tmp_path)
+    with hold(tmp_path):
+        pass
+
+
+def test_unknown_files_are_named_and_left_alone(tmp_path, caplog):
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("predictions_0.jsonl", "config.yaml", "checkpoint_best"):
+        (tmp_path / name).touch()
+    run_dir.warn_about_unknown_files(tmp_path)
+    assert caplog.messages == [f"{tmp_path}: unknown files, left alone: checkpoint_best, notes.txt"]
 
 
 def test_checkpoints_are_found_in_the_order_of_their_epochs_and_pruned(tmp_path):
@@ -212,3 +218,30 @@ def test_a_checkpoint_that_was_moved_and_linked_is_never_pruned(tmp_path):
     prune_checkpoints(run_dir, newest=3, keep=1)
     assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoint_1", "checkpoint_3"]
     assert (elsewhere / "coconut.json").exists()
+
+
+def test_what_cannot_be_removed_is_logged_and_ends_nothing(tmp_path, monkeypatch, caplog):
+    for number in (1, 2):
+        (tmp_path / f"checkpoint_{number}").mkdir()
+        (tmp_path / f"checkpoint_{number}" / "coconut.json").touch()
+    monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
+    prune_checkpoints(tmp_path, 2, keep=1)
+    old = tmp_path / "checkpoint_1"
+    assert caplog.messages == [f"{old}: no longer needed, but cannot be removed (disk full)"]
+
+
+def test_a_failed_write_names_the_state_to_resume_from(tmp_path):
+    words = r"run: x could not be written \(full\); once it can be, "
+    for left in ("nothing was saved before, so the same command starts anew", ".*resume/10"):
+        with pytest.raises(RunFailed, match=words + left), run_dir.writing(tmp_path / "run", "x"):
+            raise OSError(errno.ENOSPC, "full")
+        for step in ("9", "10"):
+            (tmp_path / "run" / "resume" / step).mkdir(parents=True, exist_ok=True)
+
+
+def test_every_file_of_a_directory_is_as_readable_as_the_umask_says(tmp_path):
+    with atomic_directory(tmp_path / "checkpoint_1") as folder:
+        (folder / "public").touch()
+        (folder / "private").touch(mode=0o600)
+    modes = {path.stat().st_mode for path in (tmp_path / "checkpoint_1").iterdir()}
+    assert len(modes) == 1 and modes.pop() & 0o044

@@ -278,11 +278,11 @@ def state_folder(experiment):
 
 def mend_sums(folder):
     """Let the sums of a training state be those of its files as they are now."""
-    from engine.checkpoint import _sum_of
+    from engine.checkpoint import _checksum
 
     stored = json.loads((folder / "state.json").read_text())["content"]
     stored["sha256"] = {name: sha256_file(folder / name) for name in stored["sha256"]}
-    text = json.dumps({"content": stored, "sha256": _sum_of(stored)})
+    text = json.dumps({"content": stored, "sha256": _checksum(stored)})
     (folder / "state.json").write_text(text)
 
 
@@ -354,7 +354,7 @@ def test_a_name_that_only_looks_dangerous_stays_inside_save_path(tmp_path, name)
     assert os.listdir(tmp_path / "e" / "exps") == [name]
 
 
-def lead_elsewhere(path, target):
+def link_to(path, target):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(target)
 
@@ -367,7 +367,7 @@ def test_a_run_directory_that_is_a_link_is_refused(tmp_path, capsys, kind):
     elif kind == "file":
         elsewhere.write_text("mine")
     target = experiment.run_dir if kind == "itself" else elsewhere
-    lead_elsewhere(experiment.run_dir, target)
+    link_to(experiment.run_dir, target)
     before = tree(tmp_path)
     words = [f"save_path: {experiment.run_dir} is a link to {target}", "inside save_path alone"]
     assert_refused(capsys, experiment, words=words)
@@ -381,7 +381,7 @@ def test_an_evaluation_folder_that_is_a_link_is_refused(tmp_path, capsys):
     experiment, elsewhere = Experiment(tmp_path / "e"), tmp_path / "elsewhere"
     elsewhere.mkdir()
     folder = experiment.run_dir / "eval_val_model"
-    lead_elsewhere(folder, elsewhere)
+    link_to(folder, elsewhere)
     experiment.change(only_eval=True, load_model_path=experiment.model)
     assert_refused(capsys, experiment, words=[f"save_path: {folder} is a link to {elsewhere}"])
     assert tree(elsewhere) == []
@@ -391,8 +391,8 @@ def test_an_evaluation_folder_that_is_a_link_is_refused(tmp_path, capsys):
 def test_a_link_inside_a_run_directory_is_not_written_through(tmp_path, capsys, name):
     experiment, elsewhere = Experiment(tmp_path / "e"), tmp_path / "precious"
     elsewhere.write_text("mine")
-    lead_elsewhere(experiment.run_dir / name, elsewhere)
-    assert_refused(capsys, experiment, words=[f"{experiment.run_dir / name} is a link to"])
+    link_to(experiment.run_dir / name, elsewhere)
+    assert_refused(capsys, experiment, words=[f"{experiment.run_dir / name}: is not a plain f"])
     assert elsewhere.read_text() == "mine"
 
 
@@ -401,19 +401,21 @@ def test_a_link_inside_a_run_directory_is_not_written_through(tmp_path, capsys, 
 def test_a_pipe_or_folder_in_place_of_a_file_of_a_run_is_refused(tmp_path, capsys, name, kind):
     experiment = Experiment(tmp_path / "e")
     evaluated = experiment.run_dir / "eval_val_model"
-    for folder in (experiment.run_dir, evaluated):
-        folder.mkdir(parents=True)
-        kind(folder / name)
-    words = [f"{experiment.run_dir / name}: is no regular file", "move it away"]
+    evaluated.mkdir(parents=True)
+    kind(evaluated / name)
+    evaluation = {"only_eval": True, "load_model_path": experiment.model}
+    words = [f"{evaluated / name}: is not a plain file", "move it away"]
+    assert_refused(capsys, Experiment(tmp_path / "e", **evaluation), words=words)
+    kind(experiment.run_dir / name)
+    experiment.change()
+    words = [f"{experiment.run_dir / name}: is not a plain file", "move it away"]
     assert_refused(capsys, experiment, words=words)
-    experiment.change(only_eval=True, load_model_path=experiment.model)
-    assert_refused(capsys, experiment, words=[f"{evaluated / name}: is no regular file"])
 
 
 def test_a_save_path_may_lead_elsewhere_since_the_user_wrote_it(tmp_path):
     (tmp_path / "disk").mkdir()
     experiment = Experiment(tmp_path / "e", num_epochs=1, num_train=4, num_val=2)
-    lead_elsewhere(tmp_path / "e" / "exps", tmp_path / "disk")
+    link_to(tmp_path / "e" / "exps", tmp_path / "disk")
     assert experiment.main() == 0
     assert (tmp_path / "disk" / "run" / "checkpoint_1" / "model.safetensors").is_file()
 

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import signal
-import traceback
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,7 +30,6 @@ from runs import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed import DistError
-from torch.distributed.checkpoint import CheckpointException
 
 import run
 from dataset import Collator, SpecialIds, StagedRecords, tokenize_records
@@ -307,10 +305,10 @@ def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, distu
     kills = [
         ("engine.checkpoint:sha256_file", 2, []),  # inside the first state, its tensors written
         ("engine.checkpoint:dcp.save", 1, []),  # inside a state, its tensors not written
-        ("engine.checkpoint:os.rename", 3, []),  # a whole state without its name
+        ("engine.run_dir:os.rename", 3, []),  # a whole state without its name
         ("engine.tracking:Tracker.log", 9, []),  # mid-epoch, the step logged but not yet saved
         ("engine.trainer:evaluate", 1, []),  # between the end of the epoch's steps and evaluation
-        ("engine.checkpoint:whole_directory", 1, []),  # before the epoch's checkpoint
+        ("engine.checkpoint:atomic_directory", 1, []),  # before the epoch's checkpoint
         ("engine.checkpoint:update_trainer", 1, []),  # everything done but to say so
         ("engine.tracking:Tracker.log", 3, ["save_every_minutes=None"]),  # to the epoch's start
     ]
@@ -491,12 +489,12 @@ def remove(path):
 
 
 DAMAGES = [
-    (truncate, TENSORS, f"{TENSORS} does not match its sum"),
-    (flip_a_bit, TENSORS, f"{TENSORS} does not match its sum"),
+    (truncate, TENSORS, f"{TENSORS} does not match its checksum"),
+    (flip_a_bit, TENSORS, f"{TENSORS} does not match its checksum"),
     (remove, "generators.json", "generators.json is missing"),
     (remove, "state.json", "No such file or directory"),
     (truncate, "state.json", "Expecting"),
-    (change_a_figure, "state.json", "state.json does not match its sum"),
+    (change_a_figure, "state.json", "state.json does not match its checksum"),
 ]
 
 
@@ -556,39 +554,38 @@ def test_a_state_passed_over_does_not_count_among_the_two_kept(finished):
 
 def test_a_second_run_on_the_directory_is_refused(finished, capsys):
     before = finished.metrics()
-    with run_dir.run_lock(finished.run_dir):
+    with run_dir.hold(finished.run_dir):
         assert finished.main() == run.EXIT_USER_ERROR
-    assert "another training run is using this directory; wait for it" in capsys.readouterr().err
+    assert "another training run is using this directory (process " in capsys.readouterr().err
     assert finished.metrics() == before
 
 
 FULL = OSError(28, "No space left on device")
-FULL_ON_RANK_1 = CheckpointException("write", {1: (FULL, traceback.extract_stack())})
 
 
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (1, FULL, "nothing was saved before it, so the same"),
-        (2, SafetensorError("No space left on device"), "resume/5 is intact, and the same command"),
-        (3, FULL_ON_RANK_1, "resume/5 is intact, and the same command"),
+        (1, FULL, "nothing was saved before, so the same command starts anew"),
+        (2, SafetensorError("No space left on device"), "the same command resumes from"),
+        (3, FULL, "the same command resumes from"),
     ],
 )
 def test_a_full_disk_ends_the_run_with_a_message_of_what_is_left(
     straight, disturbed, monkeypatch, capsys, call, error, words
 ):
-    whole_directory, calls = run_dir.whole_directory, []
+    atomic_directory, calls = run_dir.atomic_directory, []
 
     @contextmanager
     def filling(target):
-        with whole_directory(target) as folder:
+        with atomic_directory(target) as folder:
             yield folder
             calls.append(target)
             if len(calls) == call:
                 raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "whole_directory", filling)
+        patch.setattr(checkpoint, "atomic_directory", filling)
         assert disturbed.main() == run.EXIT_FAILED
     said = capsys.readouterr().err
     assert " could not be written (No space left on device); " in said and words in said
@@ -685,14 +682,14 @@ def test_debug_saves_nothing_and_takes_few_records(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "exps").exists()
 
 
-def test_foreign_files_are_left_alone_with_a_notice(tmp_path, capsys):
+def test_unknown_files_are_left_alone_with_a_warning(tmp_path, capsys):
     experiment = Experiment(tmp_path, num_epochs=1, num_train=4)
-    strangers = [".notes.old", ".notes.part", "checkpoint_best", "notes.txt"]
+    unknown = [".notes.old", ".notes.part", "checkpoint_best", "notes.txt"]
     experiment.run_dir.mkdir(parents=True)
-    for name in strangers:
+    for name in unknown:
         (experiment.run_dir / name).write_text("mine")
     for _ in range(2):
         assert experiment.main() == 0
-        assert f"left alone, not files of a run: {', '.join(strangers)}" in capsys.readouterr().out
-    for name in strangers:
+        assert f"unknown files, left alone: {', '.join(unknown)}" in capsys.readouterr().out
+    for name in unknown:
         assert (experiment.run_dir / name).read_text() == "mine"
