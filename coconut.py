@@ -5,52 +5,63 @@ average of the last m hidden states (last layer, after the final norm) of the sa
 
     e_t = sum_{j=1..m} w_j a_{t-j} h_{t-j} / sum_{j=1..m} w_j a_{t-j}
 
-with w nearest first and a the attention mask. m = 1 is the original Coconut. The weights are fixed
-or learned, and the average can be rescaled (thought_norm). A thought needs the states before it, so
-a batch whose rows hold at most K latents takes K + 1 passes that extend one key-value cache;
-gradients flow back through thoughts and cache.
+with w nearest first and a the attention mask; m = 1 is the original Coconut. A thought needs the
+states before it, so a batch whose rows hold at most K latents is read in K + 1 passes that extend
+one key-value cache, and gradients flow back through thoughts and cache. That is all: read
+`Coconut.thought`, then `read`, then `forward`, `answer` and `generate`.
 
-With passes.py, which makes them cheap and holds no idea, this file needs torch and transformers
-alone and can be lifted out. It knows nothing of tokenizers, configuration, ranks or logging. To
-change the idea, subclass and override `Coconut.thought`.
-Source: Hao et al. 2024, arXiv 2412.06769, section 3; SPEC sections 5 to 7.
+To change the idea, subclass and override `thought`. With passes.py, which only makes the passes
+cheap, this file needs torch and transformers alone and can be lifted out. It knows nothing of
+tokenizers, configuration, ranks or logging.
+Source: Hao et al. 2024, arXiv 2412.06769, section 3; docs/specification.md, sections 5 to 7.
 
 Shapes: B batch, T tokens, D width, V vocabulary, N labelled positions, K latents, m window.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
+from math import inf
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from passes import (
     PassCache,
     add_starts,
-    can_pack,
-    is_compiled,
-    joined_weight_gradients,
-    likeliest,
+    argmax_tokens,
+    deferred_weight_gradients,
+    find_tokens,
+    is_checkpointed,
+    make_cache,
     prepare,
-    read_packed,
-    read_padded,
-    token_places,
+    read_pass,
 )
 
 IGNORE_INDEX = -100
 WINDOW_SCOPES = ("sequence", "pass")
 THOUGHT_KINDS = ("continuous", "pause", "pause_multipass")
 DEFAULT_WEIGHTS = (0.6, 0.3, 0.1)
-# What learned weights start from in a window of another size than the default's.
+# Learned weights of a window of another size start at the powers of this.
 LEARNED_START_RATIO = 0.5
-# Rows that ended leave a batch that is being written when no more than this share goes on.
-LEAVING_SHARE = 0.75
+# Finished rows leave a batch that is being decoded once no more than this share is unfinished.
+MAX_UNFINISHED_SHARE = 0.75
+# Options of Hugging Face's `generate` that continue a given cache. Others make a cache of their
+# own, read the prompt anew without its thoughts, count padding, or return more than tokens.
+GENERATE_OPTIONS = {
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "disable_compile", "do_sample",
+    "early_stopping", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "logits_processor", "max_time", "min_new_tokens", "min_p",
+    "no_repeat_ngram_size", "num_beams", "num_return_sequences", "pad_token_id",
+    "prefix_allowed_tokens_fn", "remove_invalid_values", "renormalize_logits", "repetition_penalty",
+    "sequence_bias", "stop_strings", "stopping_criteria", "streamer", "suppress_tokens",
+    "synced_gpus", "temperature", "tokenizer", "top_h", "top_k", "top_p", "typical_p",
+    "watermarking_config",
+}  # fmt: skip
 
 
 # A ModelOutput, not a plain dataclass: FSDP2 finds the tensors to hook only in pytrees it knows.
@@ -72,18 +83,18 @@ class CoconutOutput(ModelOutput):
 class Layout:
     """What the host has to know of a batch before its passes.
 
-    starts: columns after column 0 at which a pass begins, ascending.
+    pass_starts: columns after column 0 at which a pass begins, ascending.
     thought_columns: those of them that hold a thought in some row; none for pause embeddings.
-    places: of each pass the places of its tokens in its flattened (B, columns), None where it holds
-        no padding.
-    labelled: (N,) long, the labelled predictions as places in the flattened (B, T - 1); None
-        without labels.
+    token_indices: for each pass, where its flattened (B, columns) holds tokens, (n,) long; None
+        where it holds no padding.
+    label_indices: (N,) long, the columns before labels in the flattened (B, T - 1); None without
+        labels.
     """
 
-    starts: list[int]
+    pass_starts: list[int]
     thought_columns: list[int]
-    places: list[Tensor | None]
-    labelled: Tensor | None
+    token_indices: list[Tensor | None]
+    label_indices: Tensor | None
 
 
 class Coconut(nn.Module):
@@ -128,7 +139,9 @@ class Coconut(nn.Module):
             raise ValueError(f"window_scope={window_scope!r} is none of {WINDOW_SCOPES}")
         if thought not in THOUGHT_KINDS:
             raise ValueError(f"thought={thought!r} is none of {THOUGHT_KINDS}")
-        _check_thought_norm(thought_norm)
+        is_number = isinstance(thought_norm, int | float) and not isinstance(thought_norm, bool)
+        if thought_norm not in (None, "average") and not (is_number and 0 < thought_norm < inf):
+            raise ValueError(f"thought_norm={thought_norm!r} must be None, 'average' or above 0")
         prepare(base_causallm)
         self.base_causallm = base_causallm
         self.latent_token_id = latent_token_id
@@ -140,21 +153,14 @@ class Coconut(nn.Module):
         self.thought_kind = thought
         self.thought_norm = thought_norm
         # Made in float64 so that a float64 model gets 0.6 itself and not its float32 neighbour.
-        exact = torch.tensor(weights, dtype=torch.float64)
+        exact = torch.tensor(weights, dtype=torch.float64)  # (m,)
         embedding = base_causallm.get_input_embeddings().weight
-        # (m,), a buffer so that it follows the model's dtype and device; not part of state_dict.
-        # Learned weights started from it.
+        # Follows the model's dtype and device, is not saved. Learned weights start from it.
         self.register_buffer("latent_weights", exact.to(embedding), persistent=False)
         self.window_logits = None
         if latent_weights == "learned":
             dtype = torch.promote_types(embedding.dtype, torch.float32)
             self.window_logits = nn.Parameter(exact.log().to(embedding.device, dtype))
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The layers of the base model, in order: what its authors say should never be split."""
-        names = set(self.base_causallm._no_split_modules or ())
-        return [m for m in self.base_causallm.modules() if type(m).__name__ in names]
 
     def thought(self, hidden_states: Tensor, attention_mask: Tensor, is_first: Tensor) -> Tensor:
         """The thought that follows the given states: (B, D), in the dtype of `hidden_states`.
@@ -164,7 +170,7 @@ class Coconut(nn.Module):
         is_first: (B,) bool, whether it is the row's first thought.
         Rows in which this column is no latent get a value that is not used.
         """
-        weights = self.average_weights(attention_mask, is_first)
+        weights = self.average_weights(attention_mask, is_first)  # (B, n)
         # Not a matrix product: autocast would round it to bf16, and h_{t-1} alone must stay exact.
         thought = (weights[:, :, None] * hidden_states).sum(1)
         if self.thought_norm == "average":
@@ -189,9 +195,7 @@ class Coconut(nn.Module):
 
     def _weights(self) -> Tensor:
         """(m,) w, nearest state first, not normalised."""
-        if self.window_logits is None:
-            return self.latent_weights
-        return self.window_logits.softmax(0)
+        return self.latent_weights if self.window_logits is None else self.window_logits.softmax(0)
 
     @property
     def window_weights(self) -> list[float]:
@@ -204,10 +208,72 @@ class Coconut(nn.Module):
         """Whether a pass begins at each latent; else one pass reads all."""
         return self.thought_kind != "pause"
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of the base model, in order: what its authors say should never be split."""
+        names = set(self.base_causallm._no_split_modules or ())
+        return [m for m in self.base_causallm.modules() if type(m).__name__ in names]
+
     def extra_parameters(self) -> dict[str, nn.Parameter]:
         """By name, the parameters outside the base model: learned weights, a subclass's own."""
         named = self.named_parameters()
         return {name: p for name, p in named if not name.startswith("base_causallm.")}
+
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
+        keep_cache: bool = False,
+    ) -> tuple[Tensor, Tensor, Cache | None]:
+        """Read all columns pass by pass, thoughts in place.
+
+        input_ids, attention_mask, position_ids, layout: as `forward` takes them.
+        keep_cache: make a cache even where one pass needs none.
+        Returns the states after the final norm (B, T, D), the embeddings that were read (B, T, D),
+        and the cache: a PassCache where passes.py serves the model, else a DynamicCache, or None.
+
+        One pass of the base model over these embeddings gives the same states to rounding, and
+        those of every layer and attention weights where it is asked for them.
+
+        Raises: ValueError as `forward` does.
+        """
+        base = self.base_causallm
+        if layout is None:
+            layout = self.layout(input_ids, attention_mask)
+        if layout.pass_starts and self.training and is_checkpointed(base):
+            raise ValueError(
+                "gradient checkpointing drops the cache that latent thoughts need; switch it off"
+            )
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        token_embeds = base.get_input_embeddings()(input_ids)  # (B, T, D)
+        is_latent = self._is_latent(input_ids, attention_mask)
+        is_padded = any(indices is not None for indices in layout.token_indices)
+        cache = make_cache(base, is_needed=keep_cache or bool(layout.pass_starts))
+        hidden_passes, embeds_passes = [], []  # (B, columns, D) each
+        window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
+        bounds = pairwise([0, *layout.pass_starts, input_ids.size(1)])
+        for (begin, stop), token_indices in zip(bounds, layout.token_indices, strict=True):
+            embeds = token_embeds[:, begin:stop]
+            if begin in layout.thought_columns:
+                recent = attention_mask[:, begin - window.size(1) : begin]
+                is_first = ~is_latent[:, :begin].any(1)
+                thought = self.thought(window, recent, is_first).to(embeds.dtype)  # (B, D)
+                first = torch.where(is_latent[:, begin, None], thought, embeds[:, 0])
+                embeds = torch.cat([first[:, None], embeds[:, 1:]], 1)
+            mask = attention_mask[:, :stop] if is_padded else None
+            positions = position_ids[:, begin:stop]
+            hidden = read_pass(base, embeds, positions, cache, mask, token_indices)
+            window = torch.cat([window.to(hidden.dtype), hidden], 1)[:, -self.latent_window_size :]
+            hidden_passes.append(hidden)
+            embeds_passes.append(embeds)
+        return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache
+
+    def _is_latent(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) bool; whatever id pads a row, padding is never a latent."""
+        return (input_ids == self.latent_token_id) & (attention_mask != 0)
 
     def forward(
         self,
@@ -219,11 +285,12 @@ class Coconut(nn.Module):
     ) -> CoconutOutput:
         """Read the batch in max(K) + 1 passes, thoughts in place, and score the labels.
 
-        input_ids: (B, T) long; fewest passes when the first latents share a column (SPEC 4).
+        input_ids: (B, T) long; fewest passes when the first latents share a column
+            (docs/specification.md, section 4).
         attention_mask: (B, T), 1 on tokens, 0 on padding.
         labels: (B, T) long, -100 ignored; labels[:, t] is what column t - 1 should predict.
         position_ids: (B, T) long; by default counted from 0 at a row's first token.
-        layout: what `self.layout` says of this batch. Without it the batch is looked through here,
+        layout: what `self.layout` returned for this batch. Without it the batch is searched here,
             which makes the host wait for the device.
 
         Raises: ValueError when a row starts with a latent, which has nothing before it, or when
@@ -231,7 +298,7 @@ class Coconut(nn.Module):
         """
         if layout is None:
             layout = self.layout(input_ids, attention_mask, labels)
-        with self._joined_gradients():
+        with deferred_weight_gradients(self.base_causallm):
             hidden_states, inputs_embeds, _ = self.read(
                 input_ids, attention_mask, position_ids, layout
             )
@@ -248,12 +315,12 @@ class Coconut(nn.Module):
         self, hidden_states: Tensor, labels: Tensor, layout: Layout
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy () over the N labels, and their logits (N, V)."""
-        labelled = layout.labelled.to(labels.device, non_blocking=True)
-        predicting = hidden_states[:, :-1].flatten(0, 1)[labelled]
+        indices = layout.label_indices.to(labels.device, non_blocking=True)
+        predicting = hidden_states[:, :-1].flatten(0, 1)[indices]  # (N, D)
         logits = self.base_causallm.get_output_embeddings()(predicting)
         exact = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        targets = labels[:, 1:].flatten()[labelled]
-        return F.cross_entropy(exact, targets, reduction="sum") / max(len(labelled), 1), logits
+        targets = labels[:, 1:].flatten()[indices]
+        return F.cross_entropy(exact, targets, reduction="sum") / max(len(indices), 1), logits
 
     def layout(
         self,
@@ -262,11 +329,11 @@ class Coconut(nn.Module):
         labels: Tensor | None = None,
         num_passes: int | None = None,
     ) -> Layout:
-        """Look a batch through for `forward`; on the CPU, before it goes to a device, this is free.
+        """Search a batch for `forward`; on the CPU, before it goes to a device, this is free.
 
         input_ids, attention_mask, labels: as `forward` takes them.
         num_passes: read in as many passes, for ranks that must keep step; where thoughts need
-            fewer, columns that hold none are passed by themselves, which changes no result.
+            fewer, columns that hold none get a pass of their own, which changes no result.
 
         Raises: ValueError when a row starts with a latent, and when `num_passes` is fewer than the
             thoughts need or more than there are columns.
@@ -287,20 +354,20 @@ class Coconut(nn.Module):
             raise ValueError("a row starts with a latent token: a thought needs a token before it")
         if num_passes is not None:
             starts = add_starts(starts, num_passes, end)
-        places = [
-            token_places(is_padding[:, begin:stop]) if any(holds_padding[begin:stop]) else None
+        token_indices = [
+            find_tokens(is_padding[:, begin:stop]) if any(holds_padding[begin:stop]) else None
             for begin, stop in pairwise([0, *starts, end])
         ]
-        labelled = None
+        label_indices = None
         if labels is not None:
-            labelled = (labels[:, 1:] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
-        return Layout(starts, thought_columns, places, labelled)
+            label_indices = (labels[:, 1:] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+        return Layout(starts, thought_columns, token_indices, label_indices)
 
     @torch.no_grad()
     def answer(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, max_new_tokens: int = 128
     ) -> tuple[Tensor, Tensor]:
-        """Score the right answers to prompts and write the model's own; prompts are read once.
+        """Score the right answers to prompts and decode the model's own; prompts are read once.
 
         input_ids: (B, T) long, left-padded prompts that all end in one column, each followed by its
             right answer, padded on the right.
@@ -324,7 +391,8 @@ class Coconut(nn.Module):
         if not isinstance(cache, PassCache):
             # Of a cache that forgets, as under a sliding window, the answers cannot be cut off.
             return loss, self.generate(prompts, prompt_mask, max_new_tokens)[:, width:]
-        return loss, self._write(hidden_states[:, width - 1], prompt_mask, cache, max_new_tokens)
+        cache.truncate(width)
+        return loss, self._decode(hidden_states[:, width - 1], prompt_mask, cache, max_new_tokens)
 
     @torch.no_grad()
     def generate(
@@ -334,20 +402,20 @@ class Coconut(nn.Module):
 
         input_ids: (B, T) long, left-padded so that all prompts end in column T - 1.
         attention_mask: (B, T), 1 on tokens, 0 on padding.
-        max_new_tokens: at most this many tokens are added; a row that ended is filled with EOS.
-        options: Hugging Face generation options (do_sample, num_beams, streamer, ...). The model
-            folder's generation_config is not consulted.
+        max_new_tokens: at most this many tokens are added; a finished row is filled with EOS.
+        options: those of Hugging Face's generation that GENERATE_OPTIONS names (do_sample,
+            num_beams, streamer, ...). The model folder's generation_config is not consulted.
         Returns (B * num_return_sequences, T + new) long: prompt and new tokens.
 
         Raises: ValueError when a prompt starts or ends with a latent or is padded on the right, for
             fewer new tokens than 1, for gradient checkpointing in training mode, which drops the
-            cache, and for `generation_config`, whose options are to be given one by one.
+            cache, and for options that do not continue the cache that holds the thoughts.
         """
         self._check_prompts(input_ids, attention_mask, max_new_tokens)
         if options:
-            return self._generate_by_base(input_ids, attention_mask, max_new_tokens, options)
-        hidden_states, _, cache = self.read(input_ids, attention_mask, keeps_cache=True)
-        new = self._write(hidden_states[:, -1], attention_mask, cache, max_new_tokens)
+            return self._generate_with(options, input_ids, attention_mask, max_new_tokens)
+        hidden_states, _, cache = self.read(input_ids, attention_mask, keep_cache=True)
+        new = self._decode(hidden_states[:, -1], attention_mask, cache, max_new_tokens)
         return torch.cat([input_ids, new], 1)
 
     def _check_prompts(
@@ -355,7 +423,7 @@ class Coconut(nn.Module):
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        if self.training and self._is_checkpointed:
+        if self.training and is_checkpointed(self.base_causallm):
             raise ValueError(
                 "gradient checkpointing drops the cache that answers need; call eval() before"
             )
@@ -365,168 +433,106 @@ class Coconut(nn.Module):
         if self.thought_kind == "continuous" and bool(ends_latent.any()):
             raise ValueError("a prompt ends with a latent token: close it with the end marker")
 
-    def _write(
+    def _decode(
         self, last_states: Tensor, attention_mask: Tensor, cache: Cache, max_new_tokens: int
     ) -> Tensor:
-        """(B, new) long: greedy tokens up to EOS, then EOS; rows that ended leave the batch.
+        """(B, new) long: greedy tokens up to EOS, then EOS; finished rows leave the batch.
 
         last_states: (B, D), those of the prompts' last column.
-        attention_mask: (B, T) of the prompts.
-        cache: holds their columns; a PassCache may hold more.
+        attention_mask: (B, T) of the prompts, whose columns the cache holds.
         """
-        head = self.base_causallm.get_output_embeddings()
-        embed = self.base_causallm.get_input_embeddings()
-        is_packed = isinstance(cache, PassCache)
-        if is_packed:
-            cache.go_on_after(attention_mask.size(1), max_new_tokens)
-        rows = torch.arange(len(last_states), device=last_states.device)
-        written = rows.new_full((len(rows), max_new_tokens), self.eos_token_id)
-        goes_on = torch.ones_like(rows, dtype=torch.bool)
+        base = self.base_causallm
+        head, embed = base.get_output_embeddings(), base.get_input_embeddings()
+        rows = torch.arange(len(last_states), device=last_states.device)  # those in the batch
+        decoded = rows.new_full((len(rows), max_new_tokens), self.eos_token_id)
+        is_unfinished = torch.ones_like(rows, dtype=torch.bool)
         positions = attention_mask.long().sum(1)
+        is_padded = not bool(attention_mask.all())
         for column in range(max_new_tokens):
-            tokens = torch.where(goes_on, likeliest(head, last_states), self.eos_token_id)
-            written[rows, column] = tokens
-            goes_on = tokens != self.eos_token_id
-            num_left = int(goes_on.sum())
-            if num_left == 0 or column == max_new_tokens - 1:
+            tokens = torch.where(is_unfinished, argmax_tokens(head, last_states), self.eos_token_id)
+            decoded[rows, column] = tokens
+            is_unfinished = tokens != self.eos_token_id
+            num_unfinished = int(is_unfinished.sum())
+            if num_unfinished == 0 or column == max_new_tokens - 1:
                 break
-            # Leaving costs a copy of the others' keys.
-            if num_left <= LEAVING_SHARE * len(rows):
-                left = goes_on.nonzero().squeeze(1)
-                (cache.keep_rows if is_packed else cache.batch_select_indices)(left)
-                rows, tokens, goes_on = rows[left], tokens[left], goes_on[left]
-                attention_mask, positions = attention_mask[left], positions[left]
+            # Dropping rows costs a copy of the others' keys.
+            if num_unfinished <= MAX_UNFINISHED_SHARE * len(rows):
+                kept = is_unfinished.nonzero().squeeze(1)
+                cache.batch_select_indices(kept)
+                rows, tokens, is_unfinished = rows[kept], tokens[kept], is_unfinished[kept]
+                attention_mask, positions = attention_mask[kept], positions[kept]
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            embeds, places = embed(tokens[:, None]), positions[:, None]
-            if is_packed:
-                hidden_states = read_packed(self.base_causallm, embeds, places, cache, None)
-            else:
-                hidden_states = read_padded(
-                    self.base_causallm, embeds, places, cache, attention_mask
-                )
-            last_states, positions = hidden_states[:, 0], positions + 1
-        return written[:, : column + 1]
+            mask = attention_mask if is_padded else None
+            states = read_pass(base, embed(tokens[:, None]), positions[:, None], cache, mask)
+            last_states, positions = states[:, 0], positions + 1
+        return decoded[:, : column + 1]
 
-    def _generate_by_base(
-        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, options: dict
+    def _generate_with(
+        self, options: dict, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int
     ) -> Tensor:
-        """`generate` with options, over a cache that holds the thoughts."""
-        if "generation_config" in options:
-            raise ValueError("give generation options one by one, not as generation_config")
+        """`generate` by the base model's own, over a cache that holds the thoughts."""
+        base = self.base_causallm
         defaults = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
         defaults |= {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id}
         # Under FSDP transformers would wait for the other ranks at every token, which may have
         # another number of batches; the parameters are whole here, so nothing needs it.
         defaults["synced_gpus"] = False
-        options = defaults | options
-        has_latents = bool(self._is_latent(input_ids, attention_mask).any())
-        if has_latents and self.reads_in_passes:
+        options = defaults | _check_options(options)
+        if input_ids.size(1) > 1:
             # The last prompt column stays out of the cache: generate must read at least one token
             # itself, and over a complete cache it would return wrong tokens without an error.
-            known_ids, known_mask = input_ids[:, :-1], attention_mask[:, :-1]
-            *_, cache = self.read(known_ids, known_mask, keeps_cache=True)
+            *_, cache = self.read(input_ids[:, :-1], attention_mask[:, :-1], keep_cache=True)
             if isinstance(cache, PassCache):
-                cache = cache.as_dynamic(self.base_causallm.config)
+                cache = cache.to_dynamic(base.config)
             copies = max(options["num_beams"], options["num_return_sequences"])
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
             options["past_key_values"] = cache
-        folder_config = self.base_causallm.generation_config
-        self.base_causallm.generation_config = GenerationConfig()
+        folder_config = base.generation_config
+        base.generation_config = GenerationConfig()
         try:
-            return self.base_causallm.generate(
-                input_ids=input_ids,
+            output = base.generate(
+                input_ids=_hide_padding(input_ids, attention_mask, options),
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 **options,
             )
         finally:
-            self.base_causallm.generation_config = folder_config
+            base.generation_config = folder_config
+        prompts = input_ids.repeat_interleave(len(output) // len(input_ids), 0)
+        return torch.cat([prompts, output[:, input_ids.size(1) :]], 1)
 
-    @property
-    def _is_checkpointed(self) -> bool:
-        return getattr(self.base_causallm.base_model, "gradient_checkpointing", False)
 
-    def _joined_gradients(self) -> AbstractContextManager:
-        """Within, passes share one product a weight in their backward pass, where that serves."""
-        # What checkpointing computes again it computes outside of this, and differently.
-        if not torch.is_grad_enabled() or is_compiled(self.base_causallm) or self._is_checkpointed:
-            return nullcontext()
-        return joined_weight_gradients(self.base_causallm)
+def _check_options(options: dict) -> dict:
+    """The options of `generate` that say something; those at their neutral value are left out."""
+    if options.get("generation_config") is not None:
+        raise ValueError("give generation options one by one, not as generation_config")
+    neutral = {"use_cache": True}
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None and value is not neutral.get(name, False)
+    }
+    refused = sorted(given.keys() - GENERATE_OPTIONS)
+    if refused:
+        raise ValueError(
+            f"generate refuses {', '.join(refused)}: options must continue the cache that holds the"
+            " thoughts, count new tokens alone and return token ids (see coconut.GENERATE_OPTIONS)"
+        )
+    return given
 
-    def read(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor | None = None,
-        layout: Layout | None = None,
-        keeps_cache: bool = False,
-    ) -> tuple[Tensor, Tensor, Cache | None]:
-        """Read all columns, thoughts in place: what the model thinks, before any vocabulary.
 
-        input_ids, attention_mask, position_ids, layout: as `forward` takes them.
-        keeps_cache: make a cache even where one pass needs none.
-        Returns states after the final norm (B, T, D), the embeddings read (B, T, D), and the cache:
-        a PassCache where passes.py serves the model, else a DynamicCache, or None.
+def _hide_padding(input_ids: Tensor, attention_mask: Tensor, options: dict) -> Tensor:
+    """`input_ids` for penalties on tokens that occurred: ids at padding must not count as such.
 
-        One pass of the base model over these embeddings gives the same states to rounding, and
-        those of every layer and attention weights where it is asked for them.
-
-        Raises: ValueError as `forward` does.
-        """
-        if layout is None:
-            layout = self.layout(input_ids, attention_mask)
-        position_ids = _count_positions(attention_mask, position_ids)
-        token_embeds = self.base_causallm.get_input_embeddings()(input_ids)
-        is_latent = self._is_latent(input_ids, attention_mask)
-        if layout.starts and self.training and self._is_checkpointed:
-            raise ValueError(
-                "gradient checkpointing drops the cache that latent thoughts need; switch it off"
-            )
-        reads_packed = can_pack(self.base_causallm) and not self._is_checkpointed
-        is_padded = any(places is not None for places in layout.places)
-        cache = None
-        if reads_packed:
-            cache = PassCache(attention_mask if is_padded else None, len(input_ids))
-        elif layout.starts or keeps_cache:
-            cache = DynamicCache(config=self.base_causallm.config)
-        hidden_passes, embeds_passes = [], []
-        window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
-        bounds = pairwise([0, *layout.starts, input_ids.size(1)])
-        for (begin, stop), places in zip(bounds, layout.places, strict=True):
-            embeds = token_embeds[:, begin:stop]
-            if begin in layout.thought_columns:
-                embeds = self._place_thoughts(embeds, window, begin, is_latent, attention_mask)
-            positions = position_ids[:, begin:stop]
-            if reads_packed:
-                hidden = read_packed(self.base_causallm, embeds, positions, cache, places)
-            else:
-                mask = attention_mask[:, :stop] if is_padded else None
-                hidden = read_padded(self.base_causallm, embeds, positions, cache, mask)
-            window = torch.cat([window.to(hidden.dtype), hidden], 1)
-            window = window[:, -self.latent_window_size :]
-            hidden_passes.append(hidden)
-            embeds_passes.append(embeds)
-        return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache
-
-    def _is_latent(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) bool; whatever id pads a row, padding is never a latent."""
-        return (input_ids == self.latent_token_id) & (attention_mask != 0)
-
-    def _place_thoughts(
-        self,
-        embeds: Tensor,
-        window: Tensor,
-        column: int,
-        is_latent: Tensor,
-        attention_mask: Tensor,
-    ) -> Tensor:
-        """`embeds` (B, n, D) of columns [column, column + n) with the first one's thoughts in."""
-        recent = attention_mask[:, column - window.size(1) : column]
-        is_first = ~is_latent[:, :column].any(1)
-        thought = self.thought(window, recent, is_first).to(embeds.dtype)
-        first = torch.where(is_latent[:, column, None], thought, embeds[:, 0])
-        return torch.cat([first[:, None], embeds[:, 1:]], 1)
+    A row's padding becomes its own first token, or for n-grams the end of text, which nothing
+    follows.
+    """
+    first = attention_mask.long().argmax(1, keepdim=True)  # (B, 1)
+    filler = input_ids.gather(1, first)
+    if (options.get("no_repeat_ngram_size") or 0) > 1:
+        filler = torch.full_like(filler, options["pad_token_id"])
+    return torch.where(attention_mask != 0, input_ids, filler)
 
 
 def initial_weights(latent_weights: Sequence[float] | str, latent_window_size: int) -> list[float]:
@@ -534,23 +540,20 @@ def initial_weights(latent_weights: Sequence[float] | str, latent_window_size: i
 
     Raises: ValueError for a window below 1 and for weights that make no average of it.
     """
-    m = latent_window_size
+    m, weights = latent_window_size, latent_weights
     if m < 1:
         raise ValueError(f"latent_window_size={m} must be at least 1")
-    weights = latent_weights
-    if latent_weights == "learned":
+    if weights == "learned":
         is_default = m == len(DEFAULT_WEIGHTS)
         weights = DEFAULT_WEIGHTS if is_default else f"exponential:{LEARNED_START_RATIO}"
-    if weights == "uniform":
-        weights = [1.0] * m
-    elif isinstance(weights, str):
-        weights = _exponential_weights(weights, m)
+    if isinstance(weights, str):
+        weights = _exponential_weights("exponential:1" if weights == "uniform" else weights, m)
     if len(weights) < m:
         raise ValueError(
             f"latent_weights has {len(weights)} entries, fewer than latent_window_size={m}"
         )
     weights = list(weights[:m])
-    if min(weights) < 0 or not 0 < weights[0] < float("inf") or sum(weights) == float("inf"):
+    if min(weights) < 0 or not 0 < weights[0] < inf or sum(weights) == inf:
         raise ValueError(
             f"latent_weights={weights} must be finite, not negative, and the first above 0"
         )
@@ -562,7 +565,7 @@ def _exponential_weights(text: str, m: int) -> list[float]:
     name, _, number = text.partition(":")
     try:
         ratio = float(number)
-        if name != "exponential" or not 0 < ratio < float("inf"):
+        if name != "exponential" or not 0 < ratio < inf:
             raise ValueError
         return [ratio**j for j in range(m)]
     except (ValueError, OverflowError):
@@ -570,14 +573,6 @@ def _exponential_weights(text: str, m: int) -> list[float]:
             f"latent_weights={text!r} is not a list of numbers, 'uniform', 'learned', or"
             " 'exponential:R' with R above 0, such as 'exponential:0.5'"
         ) from None
-
-
-def _check_thought_norm(thought_norm: float | str | None) -> None:
-    if thought_norm is None or thought_norm == "average":
-        return
-    is_number = isinstance(thought_norm, int | float) and not isinstance(thought_norm, bool)
-    if not is_number or not (isfinite(thought_norm) and thought_norm > 0):
-        raise ValueError(f"thought_norm={thought_norm!r} must be None, 'average' or above 0")
 
 
 def _scale_to_norm(vectors: Tensor, like: Tensor) -> Tensor:
@@ -589,10 +584,3 @@ def _scale_to_norm(vectors: Tensor, like: Tensor) -> Tensor:
         # A state at padding is zero and not used, but its gradient must stay finite.
         ratio = torch.where(own > 0, wanted / own, torch.ones_like(own))
     return vectors * ratio
-
-
-def _count_positions(attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
-    """`position_ids`, where None (B, T) counted from 0 at a row's first token."""
-    if position_ids is not None:
-        return position_ids
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,17 +1,16 @@
-"""What makes many short passes over one batch cheap, under Hugging Face models of any kind.
+"""What makes many short passes over one batch cheap, for Hugging Face models of any kind.
 
 Coconut reads a batch in K + 1 passes (coconut.py), and most of them hold one column. Three things
 keep their cost near that of the arithmetic; none changes a result but in the last bits:
 
-- `PassCache` lets linear layers see the tokens of a pass alone, without padding: (1, n, D) in
-  place of (B, columns, D). Attention puts them back into rows. Keys of the first pass stay one
-  tensor that all later passes read: joining them anew in each pass would keep K + 1 copies.
-- `joined_weight_gradients` computes one product a weight matrix for all passes, when the backward
-  pass is through with them, in place of one a pass that reads and writes the whole gradient. Where
-  the head is the table of embeddings, the gradients of its rows are added to the head's.
-- Without gradients `PassCache` writes new keys into room kept for them, one column for every token
-  of an answer, and rows whose answers are complete leave it. `likeliest` takes the next tokens from
-  the vocabulary block by block.
+- `PassCache` lets the layers see the tokens of a pass without padding: (1, n, D) in place of
+  (B, C, D). Attention puts them back into rows. The keys of the first pass stay one tensor that
+  all later passes read; concatenating them anew in each pass would keep K + 1 copies.
+- `deferred_weight_gradients` computes one product per weight matrix for all passes, once the
+  backward pass is through with them, in place of one per pass that reads and writes the whole
+  gradient. Where the head is the embedding table, its rows' gradients are added to the head's.
+- Without gradients `PassCache` writes new keys into buffers with room to grow, a column for every
+  token of an answer, and finished rows leave it. `argmax_tokens` scores the vocabulary in blocks.
 
 Like coconut.py this needs torch and transformers alone. What a thought is stands there.
 
@@ -26,47 +25,51 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AttentionInterface,
-    Cache,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 ATTENTION = "coconut_passes"
-# Queries of a first pass that the CPU takes at once where no kernel serves: keys after them are
-# left out, so smaller blocks compute less that is masked, and larger ones call less often.
-QUERY_BLOCK = 96
-# Columns that the room for keys grows by.
-ROOM = 64
+# Queries of a first pass that the CPU takes at once where no kernel serves: each chunk skips the
+# keys after it, so smaller chunks compute less that is masked, and larger ones call less often.
+QUERY_CHUNK = 96
+# Columns by which the buffers of keys and values grow.
+BUFFER_GROWTH = 64
 # Rows of the head's table that the CPU multiplies at once, so that they stay in its caches.
 VOCABULARY_BLOCK = 1024
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Let a model's layers take part in `joined_weight_gradients`; fuse GPT-2's activation.
+    """Let a model's layers take part in `deferred_weight_gradients`; fuse GPT-2's activation.
 
     Transformers computes `gelu_new` by eight operations where torch has one.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_head = getattr(head, "weight", None) is table.weight
-    if is_head and type(table) is nn.Embedding and _is_plain(table):
-        table.__class__ = _JoinedEmbedding
+    is_tied = getattr(head, "weight", None) is table.weight
+    if is_tied and type(table) is nn.Embedding and _has_plain_gradient(table):
+        table.__class__ = _DeferredEmbedding
     for module in model.modules():
-        if type(module) in _JOINED:
-            module.__class__ = _JOINED[type(module)]
+        if type(module) in _DEFERRED:
+            module.__class__ = _DEFERRED[type(module)]
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether `PassCache` serves this model: attention over all that came before, by an interface.
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether torch.compile has the model's passes; its tracing loses what is done here."""
+    return model.base_model._compiled_call_impl is not None
 
-    The user's choice of a kernel other than sdpa counts as well.
+
+def is_checkpointed(model: PreTrainedModel) -> bool:
+    """Whether activation checkpointing is on, which in training mode drops the cache."""
+    return getattr(model.base_model, "gradient_checkpointing", False)
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether `PassCache` serves this model: attention to all columns before, by an interface.
+
+    Not where the user chose another kernel than sdpa.
     """
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -74,29 +77,72 @@ def can_pack(model: PreTrainedModel) -> bool:
     return (
         model._supports_attention_backend
         and not is_compiled(model)
+        and not is_checkpointed(model)
         and config._attn_implementation == "sdpa"
         and layer_types == {"full_attention"}
         and not has_window
     )
 
 
-def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether torch.compile has the model's passes, whose tracing loses what is done here."""
-    return model.base_model._compiled_call_impl is not None
+def make_cache(model: PreTrainedModel, is_needed: bool = True) -> Cache | None:
+    """An empty cache for `read_pass`; None where one pass reads all and no cache `is_needed`.
+
+    With gradients enabled or without, it has to be used as it was made.
+    """
+    if can_pack(model):
+        return PassCache()
+    return DynamicCache(config=model.config) if is_needed else None
 
 
-# Tokens without padding
+def read_pass(
+    model: PreTrainedModel,
+    embeds: Tensor,
+    position_ids: Tensor,
+    cache: Cache | None,
+    attention_mask: Tensor | None = None,
+    token_indices: Tensor | None = None,
+) -> Tensor:
+    """Read the next C columns: their states after the final norm, (B, C, D); `cache` grows by them.
+
+    embeds: (B, C, D). position_ids: (B, C) long.
+    cache: from `make_cache`.
+    attention_mask: (B, L), 0 on padding, up to the last of these columns; None without padding.
+    token_indices: (n,) long, where the flattened (B, C) holds tokens; None where it holds no
+        padding.
+    """
+    if not isinstance(cache, PassCache):
+        return model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+    if token_indices is not None:
+        token_indices = token_indices.to(embeds.device, non_blocking=True)
+    cache.begin_pass(embeds.shape[:2], attention_mask, token_indices)
+    with _attention_over_pass_cache(model):
+        hidden_states = model.base_model(
+            inputs_embeds=cache.pack(embeds),
+            position_ids=cache.pack(position_ids),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    return cache.unpack(hidden_states)
 
 
-def token_places(is_padding: Tensor) -> Tensor:
-    """(n,) long, the places of tokens in the flattened (B, columns) of a pass; at least one."""
-    places = (~is_padding).flatten().nonzero().squeeze(1)
+def find_tokens(is_padding: Tensor) -> Tensor:
+    """(n,) long, where a flattened (B, C) mask holds tokens; at least one entry."""
+    indices = (~is_padding).flatten().nonzero().squeeze(1)
     # A pass of padding alone keeps step with other ranks, and a model wants something to read.
-    return places if len(places) else places.new_zeros(1)
+    return indices if len(indices) else indices.new_zeros(1)
 
 
 def add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
-    """`starts` and the last free columns before `end`, so that `num_passes` passes result."""
+    """`starts` and the last free columns before `end`, so that `num_passes` passes result.
+
+    Raises: ValueError when `starts` make more passes than that, or `end` columns fewer.
+    """
     free = [column for column in range(1, end) if column not in starts]
     missing = num_passes - 1 - len(starts)
     if not 0 <= missing <= len(free):
@@ -107,65 +153,76 @@ def add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
     return sorted(starts + free[len(free) - missing :])
 
 
-class PassCache(Cache):
-    """Keys and values of the passes so far, in rows, and the attention over them.
+def argmax_tokens(head: nn.Module, hidden_states: Tensor) -> Tensor:
+    """(B,) long: the token to which `head` gives the largest logit after each of (B, D) states."""
+    is_table = isinstance(head, nn.Linear) and head.bias is None
+    # Autocast would cast every block anew for every token.
+    if not is_table or hidden_states.is_cuda or torch.is_autocast_enabled("cpu"):
+        return head(hidden_states).argmax(-1)
+    logits_of = (F.linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
+    values, tokens = map(torch.stack, zip(*(logits.max(-1) for logits in logits_of), strict=True))
+    best = values.argmax(0, keepdim=True)  # (1, B), a block each
+    return (tokens.gather(0, best) + best * VOCABULARY_BLOCK)[0]
 
-    Given to a model as `past_key_values` within `attention_by_passes`, with inputs (1, n, D). Made
-    with gradients enabled or without, it has to be used so.
-    attention_mask: (B, T), 0 on padding, of all columns that will come; None where none is padding.
-    num_rows: B.
+
+# --- Passes without padding -------------------------------------------------------------------
+
+
+class PassCache(Cache):
+    """Keys and values of the passes so far, in rows, for attention over them.
+
+    `read_pass` gives it to a model as `past_key_values`, with inputs (1, n, D).
     """
 
-    def __init__(self, attention_mask: Tensor | None, num_rows: int):
+    def __init__(self):
         super().__init__(layers=[])
-        self.attention_mask = attention_mask
-        self.num_rows = num_rows
         self.has_gradients = torch.is_grad_enabled()
-        self.num_columns, self.num_seen = 0, 0
-        self.places: Tensor | None = None
+        self.num_rows, self.num_columns, self.num_seen = 0, 0, 0  # B, C, L
+        self.token_indices: Tensor | None = None
         self.visible: Tensor | None = None
         # By layer: (keys, values), each (B, G, columns, E). With gradients at most two of them, of
-        # the first pass and of all later ones together; without, one that begins a room.
+        # the first pass and of all later ones together; without, one that is a slice of a buffer.
         self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.rooms: dict[int, tuple[Tensor, Tensor]] = {}
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def begin(self, num_columns: int, places: Tensor | None) -> None:
-        """A pass over the next C columns begins.
-
-        places: (n,) long, its tokens in the flattened (B, C); None where no column is padding.
-        """
-        self.num_columns, self.places = num_columns, places
-        self.num_seen += num_columns
-        # (B or 1, 1, C, L) bool, what each column may see; None where that is all before it.
+    def begin_pass(
+        self, shape: tuple[int, int], attention_mask: Tensor | None, token_indices: Tensor | None
+    ) -> None:
+        """Begin a pass of `shape` (B, C); the mask (B, L) and indices as in `read_pass`."""
+        self.num_rows, self.num_columns = shape
+        self.num_seen += self.num_columns
+        self.token_indices = token_indices
+        # (B, 1, C, L) bool, what each column may see; None where that is all before it.
         self.visible = None
-        if self.attention_mask is not None:
-            columns = torch.arange(self.num_seen, device=self.attention_mask.device)
-            rows = columns[-num_columns:, None]
-            is_token = self.attention_mask[:, None, None, : self.num_seen] != 0
+        if attention_mask is not None:
+            columns = torch.arange(self.num_seen, device=attention_mask.device)
+            rows = columns[-self.num_columns :, None]
+            is_token = attention_mask[:, None, None] != 0
             # Padding sees itself: a row of a softmax needs something to see.
             self.visible = ((columns <= rows) & is_token) | (columns == rows)
 
     def pack(self, rows: Tensor) -> Tensor:
         """(B, C, ...) -> (1, n, ...): the tokens of the pass."""
         flat = rows.flatten(0, 1)
-        return (flat if self.places is None else flat[self.places])[None]
+        return (flat if self.token_indices is None else flat[self.token_indices])[None]
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """(1, n, ...) -> (B, C, ...), zeros at padding."""
         flat = tokens[0]
-        if self.places is not None:
+        if self.token_indices is not None:
             empty = flat.new_zeros(self.num_rows * self.num_columns, *flat.shape[1:])
-            flat = empty.index_copy(0, self.places, flat)
+            flat = empty.index_copy(0, self.token_indices, flat)
         return flat.unflatten(0, (self.num_rows, self.num_columns))
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple:
-        """Keep a layer's keys and values (1, G, n, E); what it hands on is for `_attend` alone."""
+        """Keep a layer's keys and values (1, G, n, E); returns itself, for `_attend` alone."""
+        # (1, G, n, E) -> (B, G, C, E)
         new = [self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key_states, value_states)]
         if not self.has_gradients:
             self._append(layer_idx, new)
             return self, None
         # In order of memory, or every pass would copy the first one's keys for its products.
-        new = tuple(side.contiguous() for side in new)
+        new = tuple(states.contiguous() for states in new)
         parts = self.parts.setdefault(layer_idx, [])
         if len(parts) < 2:
             parts.append(new)
@@ -176,102 +233,45 @@ class PassCache(Cache):
     def _append(self, layer_idx: int, new: list[Tensor]) -> None:
         """Write keys and values (B, G, C, E) behind those of the layer so far."""
         begin, stop = self.num_seen - self.num_columns, self.num_seen
-        room = self.rooms.get(layer_idx)
-        if room is None or stop > room[0].size(2):
-            shapes = [(*side.shape[:2], stop + ROOM, side.size(3)) for side in new]
-            room = tuple(side.new_empty(shape) for side, shape in zip(new, shapes, strict=True))
-            for larger, former in zip(room, self.rooms.get(layer_idx, ()), strict=False):
-                larger[:, :, :begin] = former[:, :, :begin]
-            self.rooms[layer_idx] = room
-        for side, states in zip(room, new, strict=True):
-            side[:, :, begin:stop] = states
-        self.parts[layer_idx] = [tuple(side[:, :, :stop] for side in room)]
+        buffers = self.buffers.get(layer_idx)
+        if buffers is None or stop > buffers[0].size(2):
+            shapes = [(*x.shape[:2], stop + BUFFER_GROWTH, x.size(3)) for x in new]
+            larger = tuple(x.new_empty(shape) for x, shape in zip(new, shapes, strict=True))
+            for target, source in zip(larger, buffers or (), strict=False):
+                target[:, :, :begin] = source[:, :, :begin]
+            buffers = self.buffers[layer_idx] = larger
+        for buffer, states in zip(buffers, new, strict=True):
+            buffer[:, :, begin:stop] = states
+        self.parts[layer_idx] = [tuple(buffer[:, :, :stop] for buffer in buffers)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns before those of the pass that has begun."""
         return self.num_seen - self.num_columns
 
-    def go_on_after(self, num_columns: int, num_more: int) -> None:
-        """Forget all but the first `num_columns`; `num_more` may follow, of tokens in every row."""
+    def truncate(self, num_columns: int) -> None:
+        """Keep the first `num_columns` columns alone; only without gradients."""
+        assert not self.has_gradients
         self.num_seen = num_columns
-        if self.attention_mask is not None:
-            kept = self.attention_mask[:, :num_columns]
-            self.attention_mask = F.pad(kept, (0, num_more), value=1)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows but `rows`, (B',) long."""
-        self.num_rows = len(rows)
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[rows]
-        # Layer by layer, so that no more than one lies here twice.
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (B',) long alone; only without gradients."""
+        assert not self.has_gradients
+        # Layer by layer, so that no more than one is in memory twice.
         self.parts.clear()
-        for layer_idx, room in self.rooms.items():
-            self.rooms[layer_idx] = tuple(side[rows] for side in room)
+        for layer_idx, buffers in self.buffers.items():
+            self.buffers[layer_idx] = tuple(buffer[indices] for buffer in buffers)
 
-    def as_dynamic(self, config: PretrainedConfig) -> Cache:
-        """The same keys as the cache that Hugging Face's `generate` goes on with."""
+    def to_dynamic(self, config: PretrainedConfig) -> DynamicCache:
+        """The same keys and values as a cache that Hugging Face's `generate` continues."""
         cache = DynamicCache(config=config)
         for layer_idx, parts in sorted(self.parts.items()):
-            cache.update(*(torch.cat(side, 2) for side in zip(*parts, strict=True)), layer_idx)
+            cache.update(*(torch.cat(x, 2) for x in zip(*parts, strict=True)), layer_idx)
         return cache
 
 
-def read_packed(
-    model: PreTrainedModel,
-    embeds: Tensor,
-    position_ids: Tensor,
-    cache: PassCache,
-    places: Tensor | None,
-) -> Tensor:
-    """States (B, C, D) of the next C columns, whose padding the layers never see."""
-    if places is not None:
-        places = places.to(embeds.device, non_blocking=True)
-    cache.begin(embeds.size(1), places)
-    with attention_by_passes(model):
-        hidden_states = model.base_model(
-            inputs_embeds=cache.pack(embeds),
-            position_ids=cache.pack(position_ids),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-    return cache.unpack(hidden_states)
-
-
-def read_padded(
-    model: PreTrainedModel,
-    embeds: Tensor,
-    position_ids: Tensor,
-    cache: Cache | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """The same by the model's own attention, for kernels and models that know no other way.
-
-    mask: (B, L), attention_mask up to the last of these columns; None without padding.
-    """
-    return model.base_model(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
-
-
-def likeliest(head: nn.Module, hidden_states: Tensor) -> Tensor:
-    """(B,) long: the token to which `head` gives the largest logit after each of (B, D) states."""
-    is_table = isinstance(head, nn.Linear) and head.bias is None
-    # Autocast would lower every block anew for every token.
-    if not is_table or hidden_states.is_cuda or torch.is_autocast_enabled("cpu"):
-        return head(hidden_states).argmax(-1)
-    logits_of = (F.linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
-    values, tokens = map(torch.stack, zip(*(logits.max(-1) for logits in logits_of), strict=True))
-    winner = values.argmax(0, keepdim=True)
-    return (tokens.gather(0, winner) + winner * VOCABULARY_BLOCK)[0]
-
-
 @contextmanager
-def attention_by_passes(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model's attention is that over a `PassCache`, and makes no masks of its own."""
+def _attention_over_pass_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model's attention is `_attend`, and the model makes no masks of its own."""
     config = model.config.get_text_config()
     chosen = config._attn_implementation
     config._attn_implementation = ATTENTION
@@ -291,51 +291,60 @@ def _attend(
     scaling: float | None = None,
     **_,
 ) -> tuple[Tensor, None]:
-    """The attention layer's part: queries (1, H, n, E) -> (1, n, H, E), in transformers' terms."""
+    """An attention layer's part, by transformers' interface: (1, H, n, E) -> (1, n, H, E)."""
     cache, parts = key, key.parts[module.layer_idx]
     query = cache.unpack(query.transpose(1, 2)).transpose(1, 2)  # (B, H, C, E)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     is_first = query.size(2) == cache.num_seen
     if len(parts) > 1 or not (is_first or query.is_cuda):
         # For few queries no kernel of the CPU is faster, and it wants grouped keys repeated.
-        rows = weigh(query, parts, cache.visible, dropout, scaling)
+        attended = attend_over_parts(query, parts, cache.visible, dropout, scaling)
     elif query.is_cuda or dropout == 0:
-        rows = _fused(query, *parts[0], cache.visible, dropout, scaling)
+        attended = _attend_by_kernel(query, *parts[0], cache.visible, dropout, scaling)
     else:
-        # No CPU kernel knows dropout: torch would keep three matrices of C x C a head.
-        (keys, values), blocks = parts[0], []
-        for begin in range(0, query.size(2), QUERY_BLOCK):
-            stop = min(begin + QUERY_BLOCK, query.size(2))
-            visible = None
-            if cache.visible is not None:
-                visible = cache.visible[:, :, begin:stop, :stop]
-            seen = [(keys[:, :, :stop], values[:, :, :stop])]
-            blocks.append(weigh(query[:, :, begin:stop], seen, visible, dropout, scaling))
-        rows = torch.cat(blocks, 2)
-    return cache.pack(rows.transpose(1, 2)), None
+        attended = _attend_in_chunks(query, *parts[0], cache.visible, dropout, scaling)
+    return cache.pack(attended.transpose(1, 2)), None
 
 
 AttentionInterface.register(ATTENTION, _attend)
 
 
-def _fused(
+def _attend_by_kernel(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, dropout: float,
     scaling: float,
 ) -> Tensor:  # fmt: skip
     """Attention by torch's kernels, over keys of one part: (B, H, C, E)."""
     C, L = query.size(2), keys.size(2)
     if visible is None and 1 < C < L:
-        visible = _before(C, L, query.device)
-    groups = query.size(1) // keys.size(1)
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        visible = _causal_mask(C, L, query.device)
+    group_size = query.size(1) // keys.size(1)
+    if group_size > 1:
+        keys, values = (x.repeat_interleave(group_size, 1) for x in (keys, values))
     return F.scaled_dot_product_attention(
         query, keys, values, attn_mask=visible, dropout_p=dropout, scale=scaling,
         is_causal=visible is None and C == L,
     )  # fmt: skip
 
 
-def weigh(
+def _attend_in_chunks(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, dropout: float,
+    scaling: float,
+) -> Tensor:  # fmt: skip
+    """Attention of a first pass with dropout on the CPU: (B, H, C, E).
+
+    No CPU kernel has dropout: torch would keep three matrices of C x C per head.
+    """
+    chunks = []
+    for begin in range(0, query.size(2), QUERY_CHUNK):
+        stop = min(begin + QUERY_CHUNK, query.size(2))
+        may_see = None if visible is None else visible[:, :, begin:stop, :stop]
+        part = keys[:, :, :stop], values[:, :, :stop]
+        chunk = query[:, :, begin:stop]
+        chunks.append(attend_over_parts(chunk, [part], may_see, dropout, scaling))
+    return torch.cat(chunks, 2)
+
+
+def attend_over_parts(
     query: Tensor,
     parts: list[tuple[Tensor, Tensor]],
     visible: Tensor | None,
@@ -357,7 +366,7 @@ def weigh(
     lengths = [part.size(-1) for part in scores]
     scores = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).view(B, H, C, -1)
     if visible is None and C > 1:
-        visible = _before(C, scores.size(-1), query.device)
+        visible = _causal_mask(C, scores.size(-1), query.device)
     if visible is not None:
         scores = scores.masked_fill_(~visible, float("-inf"))
     weights = F.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -365,122 +374,69 @@ def weigh(
         # Keeps a mask of one byte a weight; F.dropout on the CPU keeps one of four.
         weights, _ = torch.native_dropout(weights, dropout, True)
     weights = weights.to(parts[0][1].dtype).view(B, G, -1, sum(lengths)).split(lengths, -1)
-    rows = sum(part @ values for part, (_, values) in zip(weights, parts, strict=True))
-    return rows.view(B, H, C, E)
+    attended = sum(part @ values for part, (_, values) in zip(weights, parts, strict=True))
+    return attended.view(B, H, C, E)
 
 
-def _before(C: int, L: int, device: torch.device) -> Tensor:
+def _causal_mask(C: int, L: int, device: torch.device) -> Tensor:
     """(C, L) bool: each of the last C columns sees itself and those before it."""
     return torch.ones(C, L, dtype=torch.bool, device=device).tril(L - C)
 
 
-# One product a weight for all passes
-
-
-class _Joined:
-    """A layer whose weight gradients of several passes can be computed together.
-
-    joining: while passes are being joined, what `_Together` made of weights and biases so far, for
-        all layers of the model; else None.
-    """
-
-    joining: dict[tuple, tuple[Tensor, Tensor | None, "_Gathered"]] | None = None
-    weight_is_transposed = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.joining is None or not self.weight.requires_grad:
-            return super().forward(x)
-        bias = getattr(self, "bias", None)
-        # Layers that share a weight share its gradient.
-        key = self.weight, bias
-        if key not in self.joining:
-            has_bias = bias is not None and bias.requires_grad
-            gathered = _Gathered(self.weight_is_transposed, has_bias)
-            self.joining[key] = *_Together.apply(self.weight, bias, gathered), gathered
-        return self.use(x, *self.joining[key])
-
-    def use(self, x: Tensor, weight: Tensor, bias: Tensor | None, gathered: "_Gathered") -> Tensor:
-        """The layer's output, its weights' gradient left to `gathered`."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _Use.apply(x, weight, bias, gathered)
-
-
-class _JoinedLinear(_Joined, nn.Linear):
-    """torch's linear layer: weight (out, in)."""
-
-
-class _JoinedConv1D(_Joined, Conv1D):
-    """GPT-2's linear layer: weight (in, out)."""
-
-    weight_is_transposed = False
-
-
-class _JoinedEmbedding(_Joined, nn.Embedding):
-    """A table of embeddings that is the head's weight too: (V, D)."""
-
-    def use(self, x: Tensor, weight: Tensor, bias: None, gathered: "_Gathered") -> Tensor:
-        """The rows `x` of the table itself: `weight` may be a copy of less precision."""
-        return _UseRows.apply(weight, x, self.weight.detach(), gathered)
-
-
-_JOINED = {nn.Linear: _JoinedLinear, Conv1D: _JoinedConv1D}
-
-
-def _is_plain(table: nn.Embedding) -> bool:
-    """Whether a row's gradient is the sum of those of its uses."""
-    is_special = table.scale_grad_by_freq or table.sparse
-    return table.padding_idx is None and table.max_norm is None and not is_special
+# --- One product per weight for all passes ----------------------------------------------------
 
 
 @contextmanager
-def joined_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Passes of `model` within share one product a weight matrix in their backward pass.
+def deferred_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Passes of `model` within share one product per weight matrix in their backward pass.
 
-    For models that `prepare` saw.
+    For models that `prepare` saw; without effect where gradients are off, under torch.compile, and
+    under activation checkpointing, which would recompute the layers outside of this, differently.
 
     Raises: RuntimeError in a backward pass with create_graph=True.
     """
-    layers = [module for module in model.modules() if isinstance(module, _Joined)]
-    joining: dict = {}
+    if not torch.is_grad_enabled() or is_compiled(model) or is_checkpointed(model):
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, _DeferredLayer)]
+    deferred: dict = {}
     for layer in layers:
-        layer.joining = joining
+        layer.deferred = deferred
     try:
         yield
     finally:
         for layer in layers:
-            layer.joining = None
+            layer.deferred = None
 
 
 @dataclass
-class _Gathered:
+class _Pending:
     """What the backward passes through one weight leave for its gradient.
 
-    weight_is_transposed: whether the weight is (out, in).
-    has_bias: whether a bias wants its gradient as well.
+    is_transposed: whether the weight is (out, in).
+    has_bias: whether a bias needs its gradient as well.
     weight_grad, bias_grad: of the uses that were multiplied already, None where none was.
-    short: (input, gradient of the output) of the others as matrices, (n, in) and (n, out).
-    rows: (ids, gradient of these rows) of each use as a table, (n,) and (n, D).
+    short_uses: (input, gradient of the output) of the others as matrices, (n, in) and (n, out).
+    row_uses: (ids, gradient of these rows) of each use as a table, (n,) and (n, D).
     """
 
-    weight_is_transposed: bool
+    is_transposed: bool
     has_bias: bool
     weight_grad: Tensor | None = None
     bias_grad: Tensor | None = None
-    short: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    short_uses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    row_uses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def take(self, x: Tensor, gradient: Tensor) -> None:
-        """One use. A long one is multiplied at once: keeping it would cost more than it saves."""
+    def add_use(self, x: Tensor, gradient: Tensor) -> None:
+        """Take one use. A long one is multiplied at once: it would cost more to keep than that."""
         if x.numel() + gradient.numel() > x.size(1) * gradient.size(1):
             self.multiply(x, gradient)
         else:
-            self.short.append((x, gradient))
+            self.short_uses.append((x, gradient))
 
     def multiply(self, x: Tensor, gradient: Tensor) -> None:
-        """Add what a use, or several together, give."""
-        is_transposed = self.weight_is_transposed
-        left, right = (gradient.t(), x) if is_transposed else (x.t(), gradient)
+        """Add the product of one use, or of several concatenated."""
+        left, right = (gradient.t(), x) if self.is_transposed else (x.t(), gradient)
         if self.weight_grad is None:
             self.weight_grad = left @ right
         else:
@@ -489,27 +445,83 @@ class _Gathered:
             bias_grad = gradient.sum(0)
             self.bias_grad = bias_grad if self.bias_grad is None else self.bias_grad + bias_grad
 
-    def sum_up(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradients of weight, in its own dtype, and bias; nothing is left here."""
-        if self.short:
-            self.multiply(*map(torch.cat, zip(*self.short, strict=True)))
-        weight_grad, bias_grad, rows = self.weight_grad, self.bias_grad, self.rows
-        self.weight_grad, self.bias_grad, self.short, self.rows = None, None, [], []
+    def pop(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of weight, in its own dtype, and bias; nothing stays here."""
+        if self.short_uses:
+            self.multiply(*map(torch.cat, zip(*self.short_uses, strict=True)))
+        weight_grad, bias_grad, row_uses = self.weight_grad, self.bias_grad, self.row_uses
+        self.weight_grad, self.bias_grad, self.short_uses, self.row_uses = None, None, [], []
         weight_grad = torch.zeros_like(weight) if weight_grad is None else weight_grad.to(weight)
-        for ids, gradient in rows:
+        for ids, gradient in row_uses:
             weight_grad.index_add_(0, ids, gradient.to(weight.dtype))
         return weight_grad, bias_grad
 
 
-class _Together(torch.autograd.Function):
+class _DeferredLayer:
+    """A layer whose weight gradients of several passes can be computed together.
+
+    deferred: within `deferred_weight_gradients`, by weight and bias what `_DeferGradient` returned
+        for them and their `_Pending`, for all layers of the model; else None.
+    """
+
+    deferred: dict[tuple, tuple[Tensor, Tensor | None, _Pending]] | None = None
+    is_transposed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.deferred is None or not self.weight.requires_grad:
+            return super().forward(x)
+        bias = getattr(self, "bias", None)
+        # Layers that share a weight share its gradient.
+        key = self.weight, bias
+        if key not in self.deferred:
+            has_bias = bias is not None and bias.requires_grad
+            pending = _Pending(self.is_transposed, has_bias)
+            self.deferred[key] = *_DeferGradient.apply(self.weight, bias, pending), pending
+        return self.use(x, *self.deferred[key])
+
+    def use(self, x: Tensor, weight: Tensor, bias: Tensor | None, pending: _Pending) -> Tensor:
+        """The layer's output; its weights' gradient is left to `pending`."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _LinearUse.apply(x, weight, bias, pending)
+
+
+class _DeferredLinear(_DeferredLayer, nn.Linear):
+    """torch's linear layer: weight (out, in)."""
+
+
+class _DeferredConv1D(_DeferredLayer, Conv1D):
+    """GPT-2's linear layer: weight (in, out)."""
+
+    is_transposed = False
+
+
+class _DeferredEmbedding(_DeferredLayer, nn.Embedding):
+    """A table of embeddings that is the head's weight too: (V, D)."""
+
+    def use(self, x: Tensor, weight: Tensor, bias: None, pending: _Pending) -> Tensor:
+        """The rows `x` of the table itself: `weight` may be a copy of less precision."""
+        return _EmbeddingUse.apply(weight, x, self.weight.detach(), pending)
+
+
+_DEFERRED = {nn.Linear: _DeferredLinear, Conv1D: _DeferredConv1D}
+
+
+def _has_plain_gradient(table: nn.Embedding) -> bool:
+    """Whether a row's gradient is the sum of those of its uses."""
+    is_special = table.scale_grad_by_freq or table.sparse
+    return table.padding_idx is None and table.max_norm is None and not is_special
+
+
+class _DeferGradient(torch.autograd.Function):
     """A layer's weights on their way into its uses; on the way back, their gradient from all.
 
-    Autograd comes here when every use that counts is through, whatever their order.
+    Autograd comes here once every use that counts is through, whatever their order.
     """
 
     @staticmethod
-    def forward(ctx, weight, bias, gathered):
-        ctx.gathered = gathered
+    def forward(ctx, weight, bias, pending):
+        ctx.pending = pending
         ctx.set_materialize_grads(False)
         ctx.weight, ctx.bias_dtype = weight.detach(), None if bias is None else bias.dtype
         if not torch.is_autocast_enabled(weight.device.type):
@@ -520,57 +532,57 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         _refuse_second_order()
-        weight_grad, bias_grad = ctx.gathered.sum_up(ctx.weight)
+        weight_grad, bias_grad = ctx.pending.pop(ctx.weight)
         return weight_grad, None if bias_grad is None else bias_grad.to(ctx.bias_dtype), None
 
 
-class _Use(torch.autograd.Function):
+class _LinearUse(torch.autograd.Function):
     """One pass through a linear layer; its backward pass leaves the weights' gradient for later."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gathered):
+    def forward(ctx, x, weight, bias, pending):
         ctx.save_for_backward(x, weight)
-        ctx.gathered = gathered
+        ctx.pending = pending
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight if gathered.weight_is_transposed else weight.t(), bias)
+            return F.linear(x, weight if pending.is_transposed else weight.t(), bias)
 
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_order()
         x, weight = ctx.saved_tensors
-        if _will_come_to(ctx.next_functions[1]):
-            ctx.gathered.take(x.flatten(0, -2), gradient.flatten(0, -2))
+        if _will_run(ctx.next_functions[1]):
+            ctx.pending.add_use(x.flatten(0, -2), gradient.flatten(0, -2))
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = gradient @ (weight if ctx.gathered.weight_is_transposed else weight.t())
+            x_grad = gradient @ (weight if ctx.pending.is_transposed else weight.t())
         return x_grad, None, None, None
 
 
-class _UseRows(torch.autograd.Function):
+class _EmbeddingUse(torch.autograd.Function):
     """Rows of a table; the backward pass leaves the table's gradient for later.
 
-    weight: what `_Together` made of the table; autograd finds the way back by it.
+    weight: what `_DeferGradient` returned for the table; autograd finds the way back by it.
     """
 
     @staticmethod
-    def forward(ctx, weight, ids, table, gathered):
+    def forward(ctx, weight, ids, table, pending):
         ctx.save_for_backward(ids)
-        ctx.gathered = gathered
+        ctx.pending = pending
         return F.embedding(ids, table)
 
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_order()
         (ids,) = ctx.saved_tensors
-        if _will_come_to(ctx.next_functions[0]):
-            ctx.gathered.rows.append((ids.flatten(), gradient.flatten(0, -2)))
+        if _will_run(ctx.next_functions[0]):
+            ctx.pending.row_uses.append((ids.flatten(), gradient.flatten(0, -2)))
         return None, None, None, None
 
 
-def _will_come_to(edge: tuple) -> bool:
-    """Whether this backward pass goes on to the `_Together` at the end of `edge`.
+def _will_run(edge: tuple) -> bool:
+    """Whether this backward pass reaches the `_DeferGradient` at the end of `edge`.
 
-    It does not where only gradients of other parameters were asked for. What were left for it then
+    It does not where only gradients of other parameters were asked for; what was left for it then
     would be counted by the next backward pass.
     """
     return torch._C._will_engine_execute_node(edge[0])
@@ -580,6 +592,6 @@ def _refuse_second_order() -> None:
     # Grad mode is on in a backward pass for create_graph=True alone.
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "create_graph: joined weight gradients cannot be differentiated again; read the batch"
-            " outside of joined_weight_gradients"
+            "create_graph: deferred weight gradients cannot be differentiated again; read the batch"
+            " with Coconut.read, outside of deferred_weight_gradients"
         )

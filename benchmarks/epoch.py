@@ -116,10 +116,10 @@ def measure_padding(
             batch = collator[indices]
             mask = batch["attention_mask"]
             layout = coconut.layout(batch["input_ids"], mask, batch["labels"])
-            bounds = pairwise([0, *layout.starts, mask.size(1)])
+            bounds = pairwise([0, *layout.pass_starts, mask.size(1)])
             read += sum(
-                len(mask) * (stop - begin) if places is None else len(places)
-                for (begin, stop), places in zip(bounds, layout.places, strict=True)
+                len(mask) * (stop - begin) if tokens is None else len(tokens)
+                for (begin, stop), tokens in zip(bounds, layout.token_indices, strict=True)
             )
             attended += mask.numel()
             real += int(mask.sum())

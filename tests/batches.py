@@ -103,6 +103,12 @@ def ragged_rows(seed=0):
     return [make_row(rng, *shape) for shape in shapes]
 
 
+def enable_checkpointing(base):
+    """Recompute activations in backward passes; transformers 5.17 has the older name alone."""
+    name = "activation_checkpointing_enable"
+    getattr(base, name, base.gradient_checkpointing_enable)()
+
+
 def count_columns(module, argument="inputs_embeds"):
     """A list that grows by (rows, columns) at every call of a transformer body."""
     calls = []

@@ -98,18 +98,22 @@ def batch_loss(model, input_ids, attention_mask, labels, position_ids=None, **se
 
 
 @torch.no_grad()
-def generate_row(model, prompt_ids, max_new_tokens, eos_token_id=None, **settings):
+def generate_row(model, prompt_ids, max_new_tokens, eos_token_id=None, adjust=None, **settings):
     """Greedy new tokens (a list) after one prompt without padding, up to and including EOS.
 
-    The entire row, thoughts included, is computed anew for every token. A latent token that the
-    model itself writes is an ordinary token.
+    The entire row, thoughts included, is recomputed for every token. A latent token that the model
+    itself writes is an ordinary token. `adjust(token_ids, logits)`, each (1, ...), may change the
+    logits (1, V) that follow the tokens so far.
     """
     table = model.get_input_embeddings().weight
     new_tokens = []
     while len(new_tokens) < max_new_tokens:
         embeds = embed_row(model, prompt_ids, **settings) + [table[token] for token in new_tokens]
         _, logits = run_model(model, embeds)
-        new_tokens.append(int(logits[-1].argmax()))
+        scores = logits[-1:]
+        if adjust is not None:
+            scores = adjust(torch.tensor([prompt_ids + new_tokens]), scores.float())
+        new_tokens.append(int(scores.argmax()))
         if new_tokens[-1] == eos_token_id:
             break
     return new_tokens

@@ -18,6 +18,7 @@ from batches import (
     START,
     WEIGHTS,
     count_columns,
+    enable_checkpointing,
     families,
     laws,
     lay_out,
@@ -466,7 +467,7 @@ def test_nothing_waits_for_the_device_between_layout_and_gradients(tiny_model, f
     batch = lay_out(rows, [make_labels(row) for row in rows], extra_left=padding)
     model = wrap(tiny_model(family))
     layout = model.layout(**batch)
-    assert (layout.places[0] is None) == (padding == 0)
+    assert (layout.token_indices[0] is None) == (padding == 0)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         model(**batch, layout=layout).loss.backward()
     seen = {event.key for event in profiled.key_averages()}
@@ -568,7 +569,7 @@ def test_activation_checkpointing_is_right_without_thoughts_and_refused_with(tin
         lay_out(rows, [make_labels(row) for row in rows]) for rows in (thoughts, plain)
     )
     wanted = gradients(model(**without).loss, base)
-    base.activation_checkpointing_enable()
+    enable_checkpointing(base)
     assert_close(gradients(model(**without).loss, base), wanted, **exact)
     with pytest.raises(ValueError, match="gradient checkpointing drops the cache"):
         model(**with_thoughts)

@@ -14,6 +14,7 @@ from batches import (
     LATENT,
     START,
     count_columns,
+    enable_checkpointing,
     families,
     laws,
     lay_out,
@@ -25,9 +26,16 @@ from batches import (
     wrap,
 )
 from torch.testing import assert_close
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.generation import logits_process as processors
 
 import coconut
+from coconut import GENERATE_OPTIONS
 
 
 def cut_at_eos(tokens, eos_token_id):
@@ -140,7 +148,7 @@ def test_generation_reads_every_token_once(tiny_model, family):
 
 
 @families
-def test_rows_that_ended_leave_the_batch(tiny_model, family, monkeypatch):
+def test_finished_rows_leave_the_batch(tiny_model, family, monkeypatch):
     base = tiny_model(family).eval()
     rows = ragged_rows()
     streams = greedy_streams(base, rows, 8)
@@ -151,12 +159,13 @@ def test_rows_that_ended_leave_the_batch(tiny_model, family, monkeypatch):
     model = wrap(base, eos_token_id=eos_token_id)
     outputs = []
     for share in (0.0, 1.0):
-        monkeypatch.setattr(coconut, "LEAVING_SHARE", share)
+        monkeypatch.setattr(coconut, "MAX_UNFINISHED_SHARE", share)
         calls = count_columns(base.base_model)
         outputs.append(model.generate(**prompts, max_new_tokens=8))
-        # Token n + 1 is asked of the rows that have not ended by their first n tokens.
-        left = [sum(length > n for length in lengths) for n in range(1, 8)]
-        assert calls[-7:] == [(1, count) for count in (left if share else [len(rows)] * 7)]
+        # Token n + 1 is decoded for the rows that are unfinished after n tokens.
+        unfinished = [sum(length > n for length in lengths) for n in range(1, 8)]
+        counts = unfinished if share else [len(rows)] * 7
+        assert calls[-7:] == [(1, count) for count in counts]
     assert torch.equal(*outputs)
 
 
@@ -191,7 +200,7 @@ def test_answers_of_models_that_are_not_packed_are_the_same(tiny_model, family):
 
 
 @pytest.mark.parametrize("sliding_window", [None, 4])
-def test_rows_leave_whatever_cache_a_model_has(sliding_window):
+def test_finished_rows_leave_every_kind_of_cache(sliding_window):
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -208,14 +217,14 @@ def test_rows_leave_whatever_cache_a_model_has(sliding_window):
     _, new = model.answer(**whole, max_new_tokens=8)
     wanted = greedy_streams(base, rows, 8, eos_token_id)
     assert [cut_at_eos(row, eos_token_id) for row in new] == wanted
-    # Packed, all rows' tokens are one row.
-    assert len({max(call) for call in calls[-6:]}) > 1, "rows left"
+    # Packed, the tokens of all rows are one row.
+    assert len({max(call) for call in calls[-6:]}) > 1, "rows left the batch"
 
 
 @families
-def test_what_checkpointing_would_drop_is_not_generated_over(tiny_model, family):
+def test_checkpointing_in_training_mode_is_refused(tiny_model, family):
     base = tiny_model(family)
-    base.activation_checkpointing_enable()
+    enable_checkpointing(base)
     model, prompt = wrap(base), lay_out([[5, 6, 7]], align="end")
     for options in ({}, {"do_sample": False}):
         with pytest.raises(ValueError, match="checkpointing drops the cache that answers need"):
@@ -226,7 +235,7 @@ def test_what_checkpointing_would_drop_is_not_generated_over(tiny_model, family)
 
 
 @families
-def test_answers_need_prompts_that_end_together(tiny_model, family):
+def test_answers_need_prompts_that_end_in_one_column(tiny_model, family):
     model = wrap(tiny_model(family))
     rows = ragged_rows()
     with pytest.raises(ValueError, match="labels that begin in the same column"):
@@ -240,8 +249,8 @@ def test_answers_need_prompts_that_end_together(tiny_model, family):
 
 @families
 @pytest.mark.parametrize("num_latents", [0, 1, 3])
-def test_beams_equal_hugging_faces_own_search(tiny_model, family, num_latents):
-    """Per record, over embeddings that the oracle computed, without padding or our cache."""
+def test_beams_equal_hugging_faces_search(tiny_model, family, num_latents):
+    """Record by record over embeddings from the oracle, without padding or our cache."""
     base = tiny_model(family).eval()
     rng = random.Random(num_latents)
     rows = [make_row(rng, size, num_latents, 1) for size in (4, 1, 7)]
@@ -312,6 +321,135 @@ def test_minimum_length_counts_new_tokens(tiny_model, family):
     assert not (output[:, width : width + 3] == eos_token_id).any()
 
 
+# Option -> its value and what it does to logits, by transformers' own processors, after a prompt of
+# `length` tokens; a and b are tokens that are decoded without it.
+ADJUSTMENTS = {
+    "repetition_penalty": lambda a, b, length, eos: (
+        3.0, processors.RepetitionPenaltyLogitsProcessor(3.0),
+    ),
+    "no_repeat_ngram_size=1": lambda a, b, length, eos: (
+        1, processors.NoRepeatNGramLogitsProcessor(1),
+    ),
+    "no_repeat_ngram_size=2": lambda a, b, length, eos: (
+        2, processors.NoRepeatNGramLogitsProcessor(2),
+    ),
+    "suppress_tokens": lambda a, b, length, eos: (
+        [a, b], processors.SuppressTokensLogitsProcessor([a, b]),
+    ),
+    "begin_suppress_tokens": lambda a, b, length, eos: (
+        [a, b], processors.SuppressTokensAtBeginLogitsProcessor([a, b], length),
+    ),
+    "bad_words_ids": lambda a, b, length, eos: (
+        [[a], [b, a]], processors.NoBadWordsLogitsProcessor([[a], [b, a]], eos),
+    ),
+    "sequence_bias": lambda a, b, length, eos: (
+        [[[a], -9.0], [[b, a], 4.0]],
+        processors.SequenceBiasLogitsProcessor([[[a], -9.0], [[b, a], 4.0]]),
+    ),
+    "min_new_tokens": lambda a, b, length, eos: (
+        7, processors.MinNewTokensLengthLogitsProcessor(length, 7, eos),
+    ),
+    "exponential_decay_length_penalty": lambda a, b, length, eos: (
+        (2, 1.5), processors.ExponentialDecayLengthPenalty((2, 1.5), eos, length),
+    ),
+}  # fmt: skip
+
+
+@families
+@pytest.mark.parametrize("name", ADJUSTMENTS)
+@pytest.mark.parametrize("padding", [EOS, 9])
+def test_penalties_see_the_prompt_without_its_padding(tiny_model, family, name, padding):
+    base = tiny_model(family).eval()
+    rows = ragged_rows()
+    plain = greedy_streams(base, rows, 8)
+    first, second, eos = plain[0][0], plain[5][0], plain[0][5]
+    assert len({first, second, eos}) == 3
+    prompts = prompts_of(rows)
+    prompts["input_ids"] = prompts["input_ids"].where(prompts["attention_mask"] != 0, padding)
+    width = prompts["input_ids"].shape[1]
+    wanted = []
+    for row in rows:
+        prompt = row[: row.index(END) + 1]
+        value, adjust = ADJUSTMENTS[name](first, second, len(prompt), torch.tensor([eos]))
+        wanted.append(oracle.generate_row(base, prompt, 8, eos, adjust, **settings_of()))
+    model = wrap(base, eos_token_id=eos)
+    output = model.generate(**prompts, max_new_tokens=8, **{name.split("=")[0]: value})
+    assert torch.equal(output[:, :width], prompts["input_ids"])
+    assert [cut_at_eos(new, eos) for new in output[:, width:]] == wanted
+    assert wanted != greedy_streams(base, rows, 8, eos), "the option matters"
+
+
+REFUSED = {
+    "use_cache": False, "cache_implementation": "static", "cache_config": {"nbits": 4},
+    "max_cache_len": 64, "past_key_values": object(), "assistant_model": object(),
+    "prompt_lookup_num_tokens": 2, "assistant_early_exit": 1, "use_mtp": True,
+    "speculation_type": "dflash", "is_assistant": True, "custom_generate": "some/repository",
+    "trust_remote_code": True, "penalty_alpha": 0.6, "dola_layers": "low", "num_beam_groups": 2,
+    "constraints": [object()], "force_words_ids": [[3]], "token_healing": True,
+    "guidance_scale": 1.5, "negative_prompt_ids": object(), "encoder_repetition_penalty": 2.0,
+    "prefill_chunk_size": 2, "inputs_embeds": object(), "inputs": object(),
+    "position_ids": object(), "max_length": 20, "min_length": 20, "output_scores": True,
+    "return_dict_in_generate": True, "temprature": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("prompt", [[5, START, LATENT, END], [5, END]])
+def test_options_that_do_not_continue_the_cache_are_refused_by_name(tiny_model, name, prompt):
+    model = wrap(tiny_model("gpt2").eval())
+    with pytest.raises(ValueError, match=f"generate refuses {name}: options must continue"):
+        model.generate(**lay_out([prompt], align="end"), num_beams=1, **{name: REFUSED[name]})
+
+
+def test_options_at_their_neutral_values_change_nothing(tiny_model):
+    base = tiny_model("gpt2").eval()
+    prompts, model = prompts_of(ragged_rows()), wrap(base)
+    wanted = model.generate(**prompts, max_new_tokens=5)
+    neutral = {"use_cache": True, "return_dict_in_generate": False, "assistant_model": None}
+    neutral |= {"num_beams": None, "do_sample": False, "output_scores": False}
+    neutral |= {"generation_config": None, "disable_compile": True, "bos_token_id": 3}
+    for name, value in neutral.items():
+        output = model.generate(**prompts, max_new_tokens=5, **{name: value})
+        assert torch.equal(output, wanted), name
+    with pytest.raises(ValueError, match="give generation options one by one"):
+        model.generate(**prompts, generation_config=GenerationConfig())
+
+
+def test_every_option_of_the_list_is_one_of_transformers():
+    known = set(vars(GenerationConfig())) | set(GenerationMixin.generate.__annotations__)
+    assert known | {"tokenizer"} >= GENERATE_OPTIONS
+
+
+def test_stop_lists_and_streamers_work_over_thoughts(tiny_model):
+    base = tiny_model("llama").eval()
+    prompt = [5, 6, START, LATENT, LATENT, END]
+    batch = lay_out([prompt], align="end")
+    stream = oracle.generate_row(base, prompt, 8, **settings_of())
+    model = wrap(base, eos_token_id=min(set(range(40)) - set(stream)))
+
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, tokens):
+            self.tokens += tokens.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    streamer = Streamer()
+    model.generate(**batch, max_new_tokens=8, streamer=streamer)
+    assert streamer.tokens == [*prompt, *stream, "end"]
+    stops = [stream[3], stream[5]]
+    until_stop = stream[: min(map(stream.index, stops)) + 1]
+    output = model.generate(**batch, max_new_tokens=8, eos_token_id=stops)
+    assert output[0, len(prompt) :].tolist() == until_stop
+    output = model.generate(
+        **batch, max_new_tokens=8, stopping_criteria=[lambda ids, _: ids[:, -1] == stops[0]]
+    )
+    assert output[0, len(prompt) :].tolist() == stream[: stream.index(stops[0]) + 1]
+
+
 @families
 def test_generation_ignores_the_models_generation_config(tiny_model, family):
     base = tiny_model(family).eval()
@@ -356,7 +494,7 @@ def test_bf16_generation_runs(tiny_model, family):
 
 
 @families
-def test_prompts_that_generation_cannot_continue_are_refused(tiny_model, family):
+def test_prompts_that_cannot_be_continued_are_refused(tiny_model, family):
     model = wrap(tiny_model(family))
     rows = [[5, 6, START, LATENT, END], [7, START, LATENT, END]]
     with pytest.raises(ValueError, match="left-padded"):

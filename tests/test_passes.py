@@ -1,10 +1,11 @@
-"""passes.py: attention in parts, packed tokens, joined weight gradients and room for keys.
+"""passes.py: attention over parts, packed tokens, deferred weight gradients, buffers for keys.
 
-That Coconut as a whole equals the textbook is test_coconut.py's to show, over these same parts.
+That Coconut as a whole equals the textbook is shown by test_coconut.py, through these functions.
 Letters: B rows, H query heads, G key heads, C columns of a pass, L columns so far, E width.
 """
 
 import copy
+import itertools
 from collections import defaultdict
 
 import oracle
@@ -25,7 +26,7 @@ from torch.testing import assert_close
 from transformers import MistralConfig, MistralForCausalLM
 
 import passes
-from passes import PassCache, prepare, weigh
+from passes import PassCache, attend_over_parts, prepare
 
 exact = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -34,14 +35,14 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-# Attention
+# --- Attention --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("G", [4, 2, 1])
 @pytest.mark.parametrize("lengths", [(7,), (5, 2), (6, 1)])
 @pytest.mark.parametrize("C", [1, 2])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_attention_in_parts_is_attention(G, lengths, C, is_padded):
+def test_attention_over_parts_is_attention(G, lengths, C, is_padded):
     torch.manual_seed(0)
     B, H, E, L = 3, 4, 8, sum(lengths)
     query, keys, values = draw(B, H, C, E), draw(B, G, L, E), draw(B, G, L, E)
@@ -53,7 +54,7 @@ def test_attention_in_parts_is_attention(G, lengths, C, is_padded):
         attn_mask=visible, scale=0.3,
     )  # fmt: skip
     parts = list(zip(keys.split(lengths, 2), values.split(lengths, 2), strict=True))
-    got = weigh(query, parts, visible if is_padded else None, 0.0, 0.3)
+    got = attend_over_parts(query, parts, visible if is_padded else None, 0.0, 0.3)
     assert_close(got, wanted, **exact)
     upstream = torch.randn_like(got)
     inputs = (query, keys, values)
@@ -64,16 +65,16 @@ def test_attention_in_parts_is_attention(G, lengths, C, is_padded):
     )
 
 
-def test_attention_with_dropout_has_the_slope_of_what_it_computed():
+def test_attention_with_dropout_has_the_gradient_of_what_it_computed():
     query, keys, values = draw(2, 2, 3, 4), draw(2, 2, 5, 4), draw(2, 2, 5, 4)
 
     def seeded(query, keys, values):
         torch.manual_seed(3)
-        return weigh(query, [(keys, values)], None, 0.4, 0.5)
+        return attend_over_parts(query, [(keys, values)], None, 0.4, 0.5)
 
     with torch.no_grad():
         assert not torch.allclose(
-            seeded(query, keys, values), weigh(query, [(keys, values)], None, 0.0, 0.5)
+            seeded(query, keys, values), attend_over_parts(query, [(keys, values)], None, 0.0, 0.5)
         )
     assert torch.autograd.gradcheck(seeded, (query, keys, values))
 
@@ -82,15 +83,15 @@ def test_attention_with_dropout_is_right_on_average():
     torch.manual_seed(0)
     query, keys, values = (x.detach().repeat(4000, 1, 1, 1) for x in
                            (draw(1, 2, 2, 4), draw(1, 2, 3, 4), draw(1, 2, 3, 4)))  # fmt: skip
-    plain = weigh(query[:1], [(keys[:1], values[:1])], None, 0.0, 0.5)
-    dropped = weigh(query, [(keys, values)], None, 0.25, 0.5)
+    plain = attend_over_parts(query[:1], [(keys[:1], values[:1])], None, 0.0, 0.5)
+    dropped = attend_over_parts(query, [(keys, values)], None, 0.25, 0.5)
     error = dropped.std(0) / 4000**0.5
     assert ((dropped.mean(0) - plain[0]).abs() < 5 * error + 1e-12).all()
 
 
 @families
-def test_questions_read_in_blocks_are_whole(tiny_model, family, monkeypatch):
-    """As the CPU reads them under dropout; here with so little of it that nothing is dropped."""
+def test_attention_in_chunks_matches_recompute(tiny_model, family, monkeypatch):
+    """The CPU reads a first pass so under dropout; here it is so small that nothing is dropped."""
     base = tiny_model(family)
     rows = ragged_rows()
     batch = lay_out(rows, [make_labels(row) for row in rows])
@@ -99,22 +100,22 @@ def test_questions_read_in_blocks_are_whole(tiny_model, family, monkeypatch):
     def without_dropout(query, parts, visible, dropout, scaling):
         sizes.append(query.size(2))
         assert 0 < dropout < 1e-6
-        return weigh(query, parts, visible, 0.0, scaling)
+        return attend_over_parts(query, parts, visible, 0.0, scaling)
 
     for module in base.modules():
         if hasattr(module, "attn_dropout"):
             module.attn_dropout.p = 1e-9
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 1e-9
-    monkeypatch.setattr(passes, "weigh", without_dropout)
-    monkeypatch.setattr(passes, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(passes, "attend_over_parts", without_dropout)
+    monkeypatch.setattr(passes, "QUERY_CHUNK", 4)
     loss = wrap(base)(**batch).loss
     assert sizes[:3] == [4, 4, 2]
     wanted, _, _ = oracle.batch_loss(base.eval(), **batch, **settings_of())
     assert_close(loss, wanted, **exact)
 
 
-def test_a_sliding_window_is_left_to_the_model_itself():
+def test_sliding_windows_are_left_to_the_model():
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -127,10 +128,10 @@ def test_a_sliding_window_is_left_to_the_model_itself():
     wanted, _, _ = oracle.batch_loss(base, **batch, **settings_of())
     assert_close(wrap(base)(**batch).loss, wanted, rtol=1e-5, atol=1e-6)
     config.sliding_window = None
-    assert not torch.allclose(wrap(base)(**batch).loss, wanted, rtol=1e-3), "the window counts"
+    assert not torch.allclose(wrap(base)(**batch).loss, wanted, rtol=1e-3), "the window matters"
 
 
-def test_a_compiled_model_is_read_without_what_tracing_loses(tiny_model):
+def test_a_compiled_model_is_read_without_what_tracing_would_lose(tiny_model):
     """Traced by torch.compile but run as it is: the compiler itself would take minutes."""
     base = tiny_model("gpt2")
     rows = ragged_rows()[:2]
@@ -148,7 +149,7 @@ def test_a_compiled_model_is_read_without_what_tracing_loses(tiny_model):
 
 
 @families
-def test_the_models_choice_of_attention_is_put_back(tiny_model, family):
+def test_the_models_choice_of_attention_is_restored(tiny_model, family):
     base = tiny_model(family)
     batch = lay_out(ragged_rows())
     wrap(base)(**batch)
@@ -160,11 +161,11 @@ def test_the_models_choice_of_attention_is_put_back(tiny_model, family):
     assert base.config._attn_implementation == "sdpa"
 
 
-# Linear layers
+# --- Deferred weight gradients ----------------------------------------------------------------
 
 
 @families
-def test_a_prepared_model_computes_what_it_did(tiny_model, family):
+def test_preparing_a_model_changes_no_result(tiny_model, family):
     base = tiny_model(family)
     plain = copy.deepcopy(base)
     prepare(base)
@@ -182,28 +183,28 @@ def test_a_prepared_model_computes_what_it_did(tiny_model, family):
 
 
 @families
-def test_a_weight_has_one_product_for_all_passes(tiny_model, family, monkeypatch):
+def test_a_weight_gradient_takes_one_product_for_all_passes(tiny_model, family, monkeypatch):
     base = tiny_model(family)
     rows = ragged_rows()
     batch = lay_out(rows, [make_labels(row) for row in rows])
     layers = [m for m in base.modules() if type(m) in (torch.nn.Linear, passes.Conv1D)]
     taken, products = defaultdict(list), defaultdict(list)
-    for name, calls in (("take", taken), ("multiply", products)):
-        whole = getattr(passes._Gathered, name)
+    for name, calls in (("add_use", taken), ("multiply", products)):
+        whole = getattr(passes._Pending, name)
 
         def counted(self, x, gradient, whole=whole, calls=calls):
             calls[id(self)].append(len(x))
             whole(self, x, gradient)
 
-        monkeypatch.setattr(passes._Gathered, name, counted)
+        monkeypatch.setattr(passes._Pending, name, counted)
     model = wrap(base)
     output = model(**batch)
     output.loss.backward()
     layout = model.layout(**batch)
-    of_passes = [len(places) for places in reversed(layout.places)]
+    of_passes = [len(indices) for indices in reversed(layout.token_indices)]
     of_head = [len(output.logits)]
     assert sorted(taken.values()) == sorted([of_head] + [of_passes] * (len(layers) - 1))
-    # Passes that are long beside a small weight are multiplied by themselves, the rest together.
+    # Passes longer than a small weight is wide are multiplied alone, the others together.
     assert {sum(product) for product in products.values()} == {sum(of_passes), sum(of_head)}
     assert all(len(product) <= 3 < len(of_passes) for product in products.values())
     assert [of_passes[-1], sum(of_passes[:-1])] in products.values()
@@ -211,7 +212,9 @@ def test_a_weight_has_one_product_for_all_passes(tiny_model, family, monkeypatch
 
 @families
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_a_table_that_is_the_head_too_has_one_gradient(tiny_model, family, monkeypatch, is_frozen):
+def test_an_embedding_table_tied_to_the_head_gets_one_gradient(
+    tiny_model, family, monkeypatch, is_frozen
+):
     base = tiny_model(family)
     base.config.tie_word_embeddings = True
     base.tie_weights()
@@ -223,13 +226,13 @@ def test_a_table_that_is_the_head_too_has_one_gradient(tiny_model, family, monke
     (wanted,) = torch.autograd.grad(loss, [table])
     table.requires_grad_(not is_frozen)
     num_rows = []
-    whole = passes._Gathered.sum_up
+    whole = passes._Pending.pop
 
     def spied(self, weight):
-        num_rows.append(len(self.rows))
+        num_rows.append(len(self.row_uses))
         return whole(self, weight)
 
-    monkeypatch.setattr(passes._Gathered, "sum_up", spied)
+    monkeypatch.setattr(passes._Pending, "pop", spied)
     wrap(base)(**batch).loss.backward()
     if is_frozen:
         assert table.grad is None
@@ -258,7 +261,7 @@ def test_frozen_weights_get_no_gradient_and_change_no_other(tiny_model, family):
 
 
 @families
-def test_forwards_before_a_backward_keep_their_gradients_apart(tiny_model, family):
+def test_two_forwards_before_a_backward_keep_their_gradients_apart(tiny_model, family):
     rows = ragged_rows()
     batches = [lay_out(part, [make_labels(row) for row in part]) for part in (rows[:3], rows[3:])]
     base = tiny_model(family)
@@ -273,7 +276,7 @@ def test_forwards_before_a_backward_keep_their_gradients_apart(tiny_model, famil
     assert_close([p.grad for p in base.parameters()], wanted, **exact)
 
 
-def test_a_graph_that_is_kept_gives_its_gradients_again(tiny_model):
+def test_a_retained_graph_gives_its_gradients_again(tiny_model):
     base = tiny_model("gpt2")
     rows = ragged_rows()
     loss = wrap(base)(**lay_out(rows, [make_labels(row) for row in rows])).loss
@@ -284,7 +287,7 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(tiny_model):
 
 
 @families
-def test_a_backward_pass_for_some_parameters_leaves_nothing_to_the_next(tiny_model, family):
+def test_a_backward_pass_for_some_parameters_leaves_nothing_for_the_next(tiny_model, family):
     base = tiny_model(family)
     rows = ragged_rows()
     batch = lay_out(rows, [make_labels(row) for row in rows])
@@ -315,31 +318,31 @@ def test_a_padding_row_of_a_tied_table_gets_no_gradient_from_its_uses(tiny_model
 
 
 @families
-def test_joined_gradients_under_autocast_are_the_plain_ones_to_rounding(tiny_model, family):
+def test_gradients_under_autocast_are_the_plain_ones_to_rounding(tiny_model, family):
     base = tiny_model(family).float()
     base.config.tie_word_embeddings = True
     base.tie_weights()
     rows = ragged_rows()
     batch = lay_out(rows, [make_labels(row) for row in rows])
     model, parameters = wrap(base), list(base.parameters())
-    exactly = torch.autograd.grad(model(**batch).loss, parameters)
+    plain = torch.autograd.grad(model(**batch).loss, parameters)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch).loss
     rounded = torch.autograd.grad(loss, parameters)
-    for one, other in zip(exactly, rounded, strict=True):
+    for one, other in zip(plain, rounded, strict=True):
         assert other.dtype == torch.float32
         assert (one - other).norm() < 0.05 * one.norm()
 
 
-def test_gradients_of_gradients_are_refused_and_not_wrong(tiny_model):
+def test_gradients_of_gradients_are_refused(tiny_model):
     base = tiny_model("gpt2")
     rows = ragged_rows()
     loss = wrap(base)(**lay_out(rows, [make_labels(row) for row in rows])).loss
-    with pytest.raises(RuntimeError, match="create_graph: joined weight gradients cannot be"):
+    with pytest.raises(RuntimeError, match="create_graph: deferred weight gradients cannot be"):
         torch.autograd.grad(loss, list(base.parameters()), create_graph=True)
 
 
-def test_the_fused_activation_is_the_published_one(tiny_model):
+def test_the_fused_activation_is_gelu_new(tiny_model):
     base = tiny_model("gpt2")
     prepare(base)
     activations = [block.mlp.act for block in base.transformer.h]
@@ -350,71 +353,74 @@ def test_the_fused_activation_is_the_published_one(tiny_model):
     assert_close(activations[0](x), textbook, rtol=1e-12, atol=1e-14)
 
 
-# Without gradients
+# --- Without gradients ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("room", [1, 3, 64])
-def test_a_room_holds_the_keys_that_came_last(monkeypatch, room):
-    monkeypatch.setattr(passes, "ROOM", room)
+@pytest.mark.parametrize("growth", [1, 3, 64])
+def test_buffers_hold_the_keys_of_the_columns_and_rows_that_are_kept(monkeypatch, growth):
+    monkeypatch.setattr(passes, "BUFFER_GROWTH", growth)
     torch.manual_seed(0)
     mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]])
     with torch.no_grad():
-        cache = PassCache(mask, 3)
+        cache = PassCache()
     expected = {0: torch.zeros(2, 3, 2, 0, 4), 1: torch.zeros(2, 3, 2, 0, 4)}
 
-    def read(columns, places=None):
-        cache.begin(columns, places)
+    def read(columns, mask, token_indices=None):
+        cache.begin_pass((len(mask), columns), mask, token_indices)
         for layer in expected:
-            rows = torch.randn(2, 3, 2, columns, 4)[:, : cache.num_rows]
-            if places is not None:
-                is_token = mask[:, cache.num_seen - columns : cache.num_seen, None]
-                rows = rows * is_token[None, :, None]
-            packed = [cache.pack(side.transpose(1, 2)).transpose(1, 2) for side in rows]
+            rows = torch.randn(2, len(mask), 2, columns, 4)
+            if token_indices is not None:
+                rows = rows * mask[None, :, None, -columns:, None]
+            packed = [cache.pack(states.transpose(1, 2)).transpose(1, 2) for states in rows]
             cache.update(*packed, layer)
             expected[layer] = torch.cat([expected[layer], rows], 3)
             ((keys, values),) = cache.parts[layer]
             assert_close(torch.stack([keys, values]), expected[layer], rtol=0, atol=0)
 
-    read(4, mask[:, :4].flatten().nonzero().squeeze(1))
-    read(2, mask[:, 4:].flatten().nonzero().squeeze(1))
-    cache.go_on_after(4, 9)
+    read(4, mask[:, :4], mask[:, :4].flatten().nonzero().squeeze(1))
+    read(2, mask, mask[:, 4:].flatten().nonzero().squeeze(1))
+    cache.truncate(4)
     expected = {layer: rows[:, :, :, :4] for layer, rows in expected.items()}
-    read(1)
+    mask = F.pad(mask[:, :4], (0, 1), value=1)
+    read(1, mask)
     visible = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]) == 1
     assert torch.equal(cache.visible[:, 0, 0], visible)
     kept = torch.tensor([0, 2])
-    cache.keep_rows(kept)
+    cache.batch_select_indices(kept)
     expected = {layer: rows[:, kept] for layer, rows in expected.items()}
+    mask = mask[kept]
     for _ in range(5):
-        read(1)
+        mask = F.pad(mask, (0, 1), value=1)
+        read(1, mask)
     assert cache.visible.shape == (2, 1, 1, 10)
 
 
-def test_keys_are_copied_when_the_room_is_used_up_alone(monkeypatch):
-    monkeypatch.setattr(passes, "ROOM", 3)
+def test_keys_are_copied_only_when_the_buffer_is_full(monkeypatch):
+    monkeypatch.setattr(passes, "BUFFER_GROWTH", 3)
     with torch.no_grad():
-        cache, places = PassCache(None, 1), []
+        cache, addresses = PassCache(), []
     for _ in range(9):
-        cache.begin(1, None)
+        cache.begin_pass((1, 1), None, None)
         cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
-        places.append(cache.parts[0][0][0].untyped_storage().data_ptr())
-    assert len(set(places[:4])) == 1
-    assert [places[i] != places[i + 1] for i in range(8)] == [i in (3, 7) for i in range(8)]
+        addresses.append(cache.parts[0][0][0].untyped_storage().data_ptr())
+    assert len(set(addresses[:4])) == 1
+    was_copied = [before != after for before, after in itertools.pairwise(addresses)]
+    assert was_copied == [i in (3, 7) for i in range(8)]
 
 
 @pytest.mark.parametrize("V", [1, 16, 37, 64])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_the_likeliest_token_is_that_of_all_logits(monkeypatch, V, has_bias):
+def test_the_vocabulary_in_blocks_has_the_same_largest_logit(monkeypatch, V, has_bias):
     monkeypatch.setattr(passes, "VOCABULARY_BLOCK", 16)
     torch.manual_seed(V)
     head = torch.nn.Linear(5, V, bias=has_bias, dtype=torch.float64)
     states = torch.randn(50, 5, dtype=torch.float64)
     logits = states @ head.weight.T + (head.bias if has_bias else 0)
-    assert passes.likeliest(head, states).tolist() == logits.argmax(1).tolist()
+    assert passes.argmax_tokens(head, states).tolist() == logits.argmax(1).tolist()
 
 
-def test_of_tokens_that_are_equally_likely_the_first_is_taken(monkeypatch):
+def test_of_equal_logits_the_first_token_wins(monkeypatch):
     monkeypatch.setattr(passes, "VOCABULARY_BLOCK", 3)
     head = torch.nn.Linear(2, 8, bias=False)
     torch.nn.init.ones_(head.weight)
-    assert passes.likeliest(head, torch.tensor([[1.0, 2.0], [-1.0, 0.5]])).tolist() == [0, 0]
+    assert passes.argmax_tokens(head, torch.tensor([[1.0, 2.0], [-1.0, 0.5]])).tolist() == [0, 0]
