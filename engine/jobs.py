@@ -144,7 +144,7 @@ def report_failure(error: BaseException, config: Config) -> int | None:
         log.error("interrupted" + continues)
         return EXIT_INTERRUPTED
     if isinstance(error, ReportedError):
-        log.error(error)
+        log.error(str(error))
         return error.exit_status
     if isinstance(error, torch.OutOfMemoryError):
         cause = (str(error) or "no more is known").splitlines()[0]

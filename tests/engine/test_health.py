@@ -204,9 +204,9 @@ def test_a_full_disk_under_metrics_jsonl_leaves_no_gap(tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert filled.main() == 0
     shown = capsys.readouterr().out
-    assert shown.count("cannot be written (No space left on device); training goes on") == 1
+    assert shown.count("cannot be written (No space left on device); training continues") == 1
     # Steps 3 to 8 and the evaluation after step 5.
-    assert shown.count("written again, 7 line(s) late, 0 lost") == 1
+    assert shown.count("written again, 7 line(s) at once") == 1
     assert filled.metrics() == straight.metrics()
 
 

@@ -1,7 +1,7 @@
 """tracking.py: metrics.jsonl whatever happens, and wandb that never stops or holds up a run."""
 
-import io
 import json
+import logging
 import math
 import resource
 import sys
@@ -53,6 +53,11 @@ class FakeWandb:
 
     def teardown(self):
         self.teardowns += 1
+
+
+@pytest.fixture(autouse=True)
+def log_everything(caplog):
+    caplog.set_level(logging.INFO, logger="coconut")
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +118,7 @@ def test_non_finite_numbers_become_null_and_scalars_plain(tmp_path):
     ]
 
 
-def test_truncate_keeps_lines_up_to_the_step_and_drops_a_torn_one(tmp_path, capsys):
+def test_truncate_keeps_lines_up_to_the_step_and_drops_a_torn_one(tmp_path, caplog):
     tracker = make(tmp_path)
     for step in (1, 2, 3):
         tracker.log({"x": step}, step)
@@ -121,11 +126,11 @@ def test_truncate_keeps_lines_up_to_the_step_and_drops_a_torn_one(tmp_path, caps
         file.write('{"step": 4, "x')
     tracker.truncate(2)
     assert [entry["step"] for entry in entries(tmp_path)] == [1, 2]
-    assert "dropped 1 unreadable line(s)" in capsys.readouterr().out
+    assert "dropped 1 unreadable line(s)" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_truncate_drops_what_no_run_wrote(tmp_path, capsys):
+def test_truncate_drops_what_no_run_wrote(tmp_path, caplog):
     tracker = make(tmp_path)
     tracker.log({"x": 1}, 1)
     strange = ["[]", "7", '{"step": "x"}', '{"step": null}', '{"step": [1]}', "[" * 100_000]
@@ -134,7 +139,7 @@ def test_truncate_drops_what_no_run_wrote(tmp_path, capsys):
         file.write("\n".join(strange) + "\n")
     tracker.truncate(2, epoch=3)
     assert entries(tmp_path) == [{"step": 1, "x": 1}]
-    assert f"dropped {len(strange)} unreadable line(s)" in capsys.readouterr().out
+    assert f"dropped {len(strange)} unreadable line(s)" in caplog.text
 
 
 def test_truncate_drops_the_evaluation_that_will_be_made_again(tmp_path):
@@ -146,6 +151,17 @@ def test_truncate_drops_the_evaluation_that_will_be_made_again(tmp_path):
     assert len(entries(tmp_path)) == 3
     tracker.truncate(4, epoch=1)
     assert entries(tmp_path) == [{"step": 2, "eval/epoch": 0}, {"step": 4, "train/loss": 1.0}]
+
+
+def test_truncate_keeps_evaluations_within_an_epoch_up_to_the_step(tmp_path):
+    tracker = make(tmp_path)
+    for step in (2, 4, 6):
+        tracker.log({"train/loss": 1.0}, step)
+        tracker.log({"eval_step/acc": 0.5, "eval_step/epoch": 1}, step)
+    tracker.truncate(4, epoch=1)
+    assert [(entry["step"], "eval_step/acc" in entry) for entry in entries(tmp_path)] == [
+        (2, False), (2, True), (4, False), (4, True),
+    ]  # fmt: skip
 
 
 def test_truncate_without_a_file_does_nothing(tmp_path):
@@ -184,93 +200,67 @@ def fill_disk(tmp_path):
     fill(None)
 
 
-def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, fill_disk, capsys):
-    tracker = make(tmp_path)
+def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, fill_disk, caplog):
+    path, tracker = tmp_path / "metrics.jsonl", make(tmp_path)
     tracker.log({"x": 1}, 1)
     # Room for a part of a line must not tear it.
     fill_disk(10)
     for step in (2, 3, 4):
         tracker.log({"x": step}, step)
         assert len(entries(tmp_path)) == 2
-    assert capsys.readouterr().out == (
-        f"{tmp_path / 'metrics.jsonl'}: cannot be written (File too large); training goes on, up to"
-        " 20000 lines wait in memory until it can\n"
-    )
     fill_disk(None)
     tracker.log({"x": 5}, 5)
     assert [entry["step"] for entry in entries(tmp_path)] == [0, 1, 2, 3, 4, 5]
-    assert capsys.readouterr().out.endswith(": written again, 4 line(s) late, 0 lost\n")
     tracker.log({"x": 6}, 6)
-    assert capsys.readouterr().out == ""
-    # The next time it is told of again, and the end of the run is a last chance.
+    # The next time it is reported again, and the end of the run is a last chance.
     fill_disk(0)
     tracker.log({"x": 7}, 7)
     fill_disk(None)
     tracker.close()
     assert entries(tmp_path)[-1] == {"step": 7, "x": 7}
-    assert capsys.readouterr().out.count("cannot be written") == 1
+    refused = "cannot be written (File too large); training continues, and lines wait in memory"
+    assert caplog.messages == [
+        f"{path}: {refused} until it can", f"{path}: written again, 4 line(s) at once",
+        f"{path}: {refused} until it can", f"{path}: written again, 1 line(s) at once",
+    ]  # fmt: skip
 
 
-def test_lines_that_can_no_longer_wait_are_counted(tmp_path, fill_disk, capsys, monkeypatch):
-    monkeypatch.setattr("engine.tracking.MAX_WAITING_LINES", 3)
-    tracker = make(tmp_path)
-    fill_disk(0)
-    for step in range(1, 6):
-        tracker.log({}, step)
-    fill_disk(None)
-    tracker.log({}, 6)
-    assert [entry["step"] for entry in entries(tmp_path)] == [0, 4, 5, 6]
-    assert capsys.readouterr().out.endswith(": written again, 3 line(s) late, 3 lost\n")
-
-
-def test_lines_that_are_never_written_are_counted_at_the_end(tmp_path, fill_disk, capsys):
+def test_lines_that_are_never_written_are_counted_at_the_end(tmp_path, fill_disk, caplog):
     tracker = make(tmp_path)
     fill_disk(5)
     for step in range(1, 4):
         tracker.log({}, step)
     tracker.close()
-    assert capsys.readouterr().out.endswith(": 3 line(s) could not be written and are lost\n")
+    assert caplog.messages[-1].endswith(": 3 line(s) could not be written and are lost")
     tracker.close()
-    assert capsys.readouterr().out == ""
+    assert len(caplog.messages) == 2
     assert len(entries(tmp_path)) == 1
 
 
-def test_a_run_that_goes_on_tells_of_lines_that_its_crash_took_along(tmp_path, capsys):
+def test_a_resumed_run_reports_lines_that_its_crash_lost(tmp_path, caplog):
     tracker = make(tmp_path)
     for step in (1, 2, 5):
         tracker.log({}, step)
     tracker.truncate(5)
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
     tracker.truncate(4)
-    words = "metrics.jsonl: what followed step 2 up to 4 was lost\n"
-    assert capsys.readouterr().out.endswith(words)
+    assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: the lines from step 3 to 4 are lost"]
 
 
-def test_a_console_that_takes_no_more_ends_nothing(tmp_path, monkeypatch):
-    with open("/dev/full", "wb", buffering=0) as full:
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
-        make(tmp_path).message("hello")
-
-
-def test_other_ranks_write_and_show_nothing(tmp_path, capsys, use_wandb):
+def test_other_ranks_write_nothing(tmp_path, use_wandb):
     fake = use_wandb()
     tracker = make(tmp_path / "run", wandb_mode="online", is_main=False)
     tracker.log({"x": 1}, 1)
     tracker.table("t", ["a"], [[1]])
-    tracker.message("hello")
     tracker.truncate(0)
     tracker.close()
     assert not (tmp_path / "run").exists()
     assert not fake.inits
-    assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_run_directory_nothing_is_saved_but_messages_are_shown(capsys, use_wandb):
+def test_without_a_run_directory_nothing_is_saved(use_wandb):
     fake = use_wandb()
-    tracker = make(None, wandb_mode="online")
-    tracker.log({"x": 1}, 1)
-    tracker.message("hello")
-    assert capsys.readouterr().out == "hello\n"
+    make(None, wandb_mode="online").log({"x": 1}, 1)
     assert not fake.inits
 
 
@@ -282,10 +272,10 @@ def test_disabled_never_imports_wandb(tmp_path, monkeypatch):
     assert tracker.wandb_id == "kept"
 
 
-def test_a_missing_wandb_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_missing_wandb_is_reported_and_the_run_continues(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
     make(tmp_path, wandb_mode="online").log({"x": 1}, 1)
-    assert "wandb='online' but wandb is not installed" in capsys.readouterr().out
+    assert "wandb='online' but wandb is not installed" in caplog.text
     assert entries(tmp_path) == [{"step": 1, "x": 1}]
 
 
@@ -316,7 +306,7 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path, use_wandb):
     ]
 
 
-def test_the_id_of_the_wandb_run_goes_along_with_the_training_state(tmp_path, use_wandb):
+def test_the_id_of_the_wandb_run_is_saved_with_the_training_state(tmp_path, use_wandb):
     fake = use_wandb()
     experiment = Experiment(tmp_path, wandb="online", num_train=4)
     for num_epochs in (1, 2, 3):
@@ -324,22 +314,22 @@ def test_the_id_of_the_wandb_run_goes_along_with_the_training_state(tmp_path, us
     assert [init["id"] for init in fake.inits] == [None, "fresh", "fresh"]
 
 
-def test_online_without_a_key_goes_offline_with_a_notice(tmp_path, use_wandb, capsys):
+def test_online_without_a_key_goes_offline_with_a_warning(tmp_path, use_wandb, caplog):
     fake = use_wandb(has_key=False)
     make(tmp_path, wandb_mode="online")
     assert [init["mode"] for init in fake.inits] == ["offline"]
-    assert "no key is stored (wandb login): going offline" in capsys.readouterr().out
+    assert "no key is stored (wandb login); continuing offline" in caplog.text
 
 
-def test_a_malformed_key_goes_offline_with_a_notice(tmp_path, use_wandb, capsys):
+def test_a_malformed_key_goes_offline_with_a_warning(tmp_path, use_wandb, caplog):
     fake = use_wandb(failing=("login",))
     make(tmp_path, wandb_mode="online")
     assert [init["mode"] for init in fake.inits] == ["offline"]
-    out = capsys.readouterr().out
+    out = caplog.text
     assert "wandb cannot log in: key is malformed\n" in out
 
 
-def test_an_unreachable_server_goes_offline_under_the_same_id(tmp_path, use_wandb, capsys):
+def test_an_unreachable_server_goes_offline_under_the_same_id(tmp_path, use_wandb, caplog):
     fake = use_wandb(failing=("online",))
     tracker = make(tmp_path, wandb_mode="online", wandb_id="old")
     assert [(init["mode"], init["id"]) for init in fake.inits] == [
@@ -347,41 +337,52 @@ def test_an_unreachable_server_goes_offline_under_the_same_id(tmp_path, use_wand
         ("offline", "old"),
     ]
     assert fake.teardowns == 1
-    assert "wandb did not start online: server is away\n" in capsys.readouterr().out
+    assert "wandb did not start online: server is away\n" in caplog.text
     tracker.log({"x": 1}, 1)
     assert fake.logged == [{"step": 1, "x": 1}]
 
 
-def test_a_wandb_that_cannot_start_at_all_leaves_metrics_jsonl(tmp_path, use_wandb, capsys):
+def test_a_wandb_that_cannot_start_at_all_leaves_metrics_jsonl(tmp_path, use_wandb, caplog):
     use_wandb(failing=("offline",))
     make(tmp_path, wandb_mode="offline").log({"x": 1}, 1)
-    assert "wandb did not start offline: server is away\n" in capsys.readouterr().out
+    assert "wandb did not start offline: server is away\n" in caplog.text
     assert entries(tmp_path) == [{"step": 1, "x": 1}]
 
 
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_the_environment_can_keep_wandb_from_going_online(
-    tmp_path, use_wandb, monkeypatch, capsys, mode
+@pytest.mark.parametrize(
+    "mode, environment, acting",
+    [
+        ("online", "offline", "offline"),
+        ("online", "dryrun", "offline"),
+        ("online", "disabled", "disabled"),
+        ("offline", "disabled", "disabled"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+        ("online", "nonsense", "online"),
+    ],
+)
+def test_the_environment_can_let_wandb_send_less_but_never_more(
+    tmp_path, use_wandb, monkeypatch, caplog, mode, environment, acting
 ):
     fake = use_wandb()
-    monkeypatch.setenv("WANDB_MODE", mode)
-    make(tmp_path, wandb_mode="online")
-    assert [init["mode"] for init in fake.inits] == [mode] * (mode == "offline")
-    assert f"WANDB_MODE={mode} in the environment" in capsys.readouterr().out
+    monkeypatch.setenv("WANDB_MODE", environment)
+    make(tmp_path, wandb_mode=mode)
+    assert [init["mode"] for init in fake.inits] == [acting] * (acting != "disabled")
+    assert ("WANDB_MODE" in caplog.text) is (acting != mode)
 
 
-def test_a_failing_wandb_is_told_once_and_training_goes_on(tmp_path, use_wandb, capsys):
+def test_a_failing_wandb_is_reported_once_and_training_continues(tmp_path, use_wandb, caplog):
     use_wandb(failing=("log",))
     tracker = make(tmp_path, wandb_mode="online")
     tracker.log({"x": 1}, 1)
     tracker.log({"x": 2}, 2)
     tracker.close()
-    out = capsys.readouterr().out
-    assert out.count("wandb stopped, metrics.jsonl goes on: disk is full") == 1
+    out = caplog.text
+    assert out.count("wandb stopped, metrics.jsonl continues: disk is full") == 1
     assert len(entries(tmp_path)) == 2
 
 
-def test_the_real_wandb_without_a_key_neither_asks_nor_stops(tmp_path, monkeypatch, capsys):
+def test_the_real_wandb_without_a_key_neither_asks_nor_stops(tmp_path, monkeypatch, caplog):
     pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
@@ -392,8 +393,8 @@ def test_the_real_wandb_without_a_key_neither_asks_nor_stops(tmp_path, monkeypat
     tracker.log({"train/loss": math.nan}, 1)
     tracker.table("data_table", ["a"], [[1]])
     tracker.close()
-    out = capsys.readouterr().out
-    assert "going offline" in out
+    out = caplog.text
+    assert "continuing offline" in out
     assert "wandb stopped" not in out
     assert list(run_dir.glob("wandb/offline-run-*-abcd1234/*.wandb"))
     table = {"columns": ["a"], "data": [[1]]}
