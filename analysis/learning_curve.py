@@ -30,7 +30,7 @@ BANDS = ("#f1f2f4", "#ffffff")
 class Curve:
     """What a run logged.
 
-    steps: (epoch and the part of it that is done, training loss), one an optimizer step.
+    steps: (epochs done, with the part of the current one, training loss), one an optimizer step.
     evaluations: the lines of metrics.jsonl with an evaluation, in order.
     """
 
@@ -54,11 +54,12 @@ def read_curve(run_dir: Path) -> Curve:
     if not evaluations:
         raise UserError(f"{path}: holds no evaluation yet; let the run finish an epoch")
     logged = [entry for entry in entries if entry.get("train/loss") is not None]
-    steps = []
-    for epoch, lines in groupby(logged, key=lambda entry: entry["train/epoch"]):
-        losses = [line["train/loss"] for line in lines]
-        steps += [(epoch + (i + 1) / len(losses), loss) for i, loss in enumerate(losses)]
-    return Curve(steps, evaluations)
+    if not logged or "train/epochs_done" not in logged[0]:
+        raise UserError(
+            f"{path}: holds no training losses with train/epochs_done beside them; name the folder"
+            " of a training run of this version"
+        )
+    return Curve([(line["train/epochs_done"], line["train/loss"]) for line in logged], evaluations)
 
 
 def in_a_row(curves: list[Curve]) -> list[Curve]:
@@ -112,7 +113,9 @@ def draw_learning_curve(
     bottom.plot(ends, accuracy, color=HELD_OUT, marker="o", markersize=4)
     bottom.set(ylabel="held-out accuracy (%)", ylim=(-3, 103), xlabel="epochs")
     begin = min(line["eval/epoch"] for line in evaluations)
-    bottom.set(xlim=(begin, max(ends)), xticks=range(int(begin), int(max(ends)) + 1))
+    # The last epoch may be unfinished.
+    end = max(ends + [epochs_done for epochs_done, _ in steps])
+    bottom.set(xlim=(begin, end), xticks=range(int(begin), int(end) + 1))
     levels = [("chance", chance)] if chance is not None else []
     levels = sorted(levels + ([reference] if reference else []), key=lambda each: -each[1])
     for number, (label, level) in enumerate(levels):

@@ -278,6 +278,7 @@ class Trainer:
         self.tracker.log(
             {
                 "train/epoch": epoch,
+                "train/epochs_done": epoch + self.position.steps_done / self.steps_per_epoch,
                 "train/step": self.position.optimizer_step,
                 "train/loss": loss,
                 "train/stage": stage,

@@ -140,12 +140,17 @@ def test_stage_spans_join_equal_neighbours():
     assert learning_curve.stage_spans(lines) == [(0, 0, 2), (1, 2, 3), (2, 3, 6)]
 
 
-def test_training_steps_are_spread_over_their_epoch(tmp_path):
-    lines = [{"step": i, "train/epoch": i // 2, "train/loss": 1.0} for i in range(4)]
-    lines.append({"step": 4, "eval/epoch": 1, "eval/stage": 0})
-    text = "\n".join(map(json.dumps, lines))
-    (tmp_path / "metrics.jsonl").write_text(text)
-    assert [x for x, _ in learning_curve.read_curve(tmp_path).steps] == [0.5, 1.0, 1.5, 2.0]
+def test_an_unfinished_epoch_is_drawn_as_far_as_it_came(tmp_path):
+    places = [0.5, 1.0, 1.25]
+    lines = [{"step": i, "train/epochs_done": x, "train/loss": 1.0} for i, x in enumerate(places)]
+    figures = dict.fromkeys(("acc", "acc_low", "acc_high", "loss"), 0.5)
+    figures |= {"epoch": 0, "stage": 0}
+    lines.append({"step": 2} | {f"eval/{name}": value for name, value in figures.items()})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curve = learning_curve.read_curve(tmp_path)
+    assert [place for place, _ in curve.steps] == places
+    _, bottom = learning_curve.draw_learning_curve([curve]).axes
+    assert bottom.get_xlim() == (0, 1.25)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,7 @@ def test_training_steps_are_spread_over_their_epoch(tmp_path):
         (None, r"metrics\.jsonl: No such file or directory; name the folder of a training run"),
         ('{"step": 1}\n{"st', r"metrics\.jsonl: broken \(.*\); continue the run, which mends it"),
         ('{"step": 1}\n', r"metrics\.jsonl: holds no evaluation yet; let the run finish an epoch"),
+        ('{"step": 1, "eval/epoch": 0}\n', r"metrics\.jsonl: holds no training losses with train"),
     ],
 )
 def test_unusable_metrics_are_told(tmp_path, text, message, capsys):
