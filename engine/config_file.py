@@ -107,6 +107,10 @@ for _tag, _constructor in (
 ):
     StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor)
 StrictLoader.add_constructor(None, StrictLoader.construct_undefined)
+# PyYAML writes a mapping without lists in it on one line.
+StrictDumper.add_representer(
+    dict, lambda dumper, values: dumper.represent_mapping("tag:yaml.org,2002:map", values, False)
+)
 
 
 def read_file(path: str) -> tuple[dict[str, Any], list[str]]:

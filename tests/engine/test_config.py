@@ -523,8 +523,9 @@ def test_a_dump_loads_back_equal(
     assert load_config(file) == config
 
 
-def test_a_dump_lists_every_key_in_schema_order(cot_file):
-    lines = dump_config(load_config(cot_file)).splitlines()
+@pytest.mark.parametrize("weights", [[], ["latent_weights=learned"]])
+def test_a_dump_lists_every_key_in_schema_order(cot_file, weights):
+    lines = dump_config(load_config(cot_file, weights)).splitlines()
     assert [line.partition(":")[0] for line in lines] == list(Config.model_fields)
 
 
