@@ -104,16 +104,25 @@ def describe_thought(config: Config) -> str | None:
     """What is fed back at a latent position, in words; None for a method without thoughts."""
     if config.method != "coconut":
         return None
-    if config.thought == "pause":
-        return "pause: the latent token's learned embedding, read in one pass"
+    if config.thought != "continuous":
+        passes = "in one pass" if config.thought == "pause" else "in as many passes as Coconut's"
+        return f"{config.thought}: the latent token's learned embedding, read {passes}"
     m = config.latent_window_size
-    if m == 1:
-        return "the last hidden state alone, as in the original Coconut"
-    weights = initial_weights(config.latent_weights, m)
-    shares = ", ".join(f"{weight / sum(weights):.3g}" for weight in weights)
-    text = f"average of the last {m} states ({shares}); latent_window_size: 1 is the original"
-    if config.window_scope == "pass":
-        text += "; window_scope: pass gives it to a row's first thought alone"
+    text = "the last hidden state alone, as in the original Coconut"
+    if m > 1:
+        weights = initial_weights(config.latent_weights, m)
+        shares = ", ".join(f"{weight / sum(weights):.3g}" for weight in weights)
+        learned = "learned, from " if config.latent_weights == "learned" else ""
+        text = f"average of the last {m} states ({learned}{shares})"
+        if config.window_scope == "pass":
+            text += " for a row's first thought, the last state for the others"
+        if config.thought_norm == "average":
+            text = f"the last hidden state at the norm of the {text}"
+        text += "; latent_window_size: 1 is the original Coconut"
+    if isinstance(config.thought_norm, float):
+        text = f"{config.thought_norm:g} times the {text.removeprefix('the ')}"
+    if config.coconut_class is not None:
+        text = f"made by {config.coconut_class}; in Coconut itself the {text.removeprefix('the ')}"
     return text
 
 

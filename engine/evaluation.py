@@ -64,6 +64,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss and greedy accuracy of `model` on `records` at `stage`. Every rank must call.
 
+    Leaves the model's mode and torch's random generators as they were.
+
     batch_size: records at once on each process.
     progress_bar: made with the number of batches and a description; its `update` is called.
     before_batch: called before each batch; what it raises ends the evaluation.
@@ -82,6 +84,8 @@ def evaluate(
     num_labels = staged.num_labels
     summed_loss, num_tokens, mine = 0.0, 0, []
     with (
+        # A subclass of Coconut, or a loader of batches, may draw random numbers.
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         distributed.gathered_parameters(model),
         autocast(bf16, device),
     ):

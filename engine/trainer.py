@@ -8,11 +8,13 @@ continued. Evaluation, files and consoles are asked of their own rooms.
 import json
 import math
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import numpy as np
 import torch
 
+from coconut import Coconut
 from dataset import (
     Collator,
     Curriculum,
@@ -50,6 +52,13 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+def parameter_groups(model: Coconut, weight_decay: float) -> list[dict]:
+    """AdamW's groups: the base model, which decays, and what Coconut adds to it, which does not."""
+    groups = [{"params": list(model.base_causallm.parameters()), "weight_decay": weight_decay}]
+    extra = list(model.extra_parameters().values())
+    return groups + ([{"params": extra, "weight_decay": 0.0}] if extra else [])
+
+
 class Trainer:
     """One training run on this rank.
 
@@ -84,11 +93,10 @@ class Trainer:
         self.total_steps = (config.num_epochs - config.resume) * self.steps_per_epoch
         self.model = model
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            parameter_groups(distributed.unwrap(model), config.weight_decay),
             lr=config.lr,
             betas=ADAM_BETAS,
             eps=ADAM_EPS,
-            weight_decay=config.weight_decay,
             fused=True,
         )
         self.position = Position(epoch=config.resume)
@@ -140,7 +148,7 @@ class Trainer:
             self._train_epoch(epoch, stage)
             self._save_state()
         began = time.perf_counter()
-        outcome = self._evaluate(stage)
+        outcome = self._evaluate(stage, self._stop_evaluation_if_asked)
         self.figures = outcome.figures
         seconds = time.perf_counter() - began
         is_best = self.position.finish_evaluation(stage, outcome.figures["acc"], seconds)
@@ -288,15 +296,29 @@ class Trainer:
             },
             step=self.position.optimizer_step,
         )
+        if self.position.steps_done == self.steps_per_epoch:
+            return  # the epoch's end evaluates, saves and stops by itself
+        if self._step_evaluation_is_due():
+            self._evaluate_within_epoch(epoch, stage)
         stop, save = distributed.sum_over_ranks(
             [float(self.requests.stop > 0), float(self._save_is_due())]
         )
-        if self.position.steps_done == self.steps_per_epoch:
-            return
         if stop or save:
             self._save_state()
         if stop:
             self._stop()
+
+    def _step_evaluation_is_due(self) -> bool:
+        """Whether eval_every_steps asks for an evaluation after this step."""
+        every = self.config.eval_every_steps
+        return every is not None and self.position.optimizer_step % every == 0
+
+    def _evaluate_within_epoch(self, epoch: int, stage: int) -> None:
+        """Log what eval_every_steps asks for; nothing else of the run changes."""
+        began = time.perf_counter()
+        figures = self._evaluate(stage, lambda: None).figures
+        self.position.eval_seconds += time.perf_counter() - began
+        self.tracker.log(_step_figures(figures, epoch), step=self.position.optimizer_step)
 
     def _save_is_due(self) -> bool:
         """Whether rank 0's clock or a SIGUSR1 asks for a save after this step."""
@@ -322,7 +344,7 @@ class Trainer:
         if reset == "epoch" or (reset == "stage" and changed):
             self.optimizer.state.clear()
 
-    def _evaluate(self, stage: int) -> Evaluation:
+    def _evaluate(self, stage: int, before_batch: Callable[[], None]) -> Evaluation:
         return evaluate(
             distributed.unwrap(self.model),
             self.tokenizer,
@@ -334,7 +356,7 @@ class Trainer:
             bf16=self.config.bf16,
             num_workers=self.config.num_workers,
             progress_bar=progress_bar,
-            before_batch=self._stop_evaluation_if_asked,
+            before_batch=before_batch,
         )
 
     def _stop_evaluation_if_asked(self) -> None:
@@ -353,7 +375,7 @@ class Trainer:
         seconds: what its evaluation took.
         """
         config = self.config
-        figures = {f"eval/{name}": value for name, value in outcome.figures.items()}
+        window_weights = self._window_weights()
         if not config.debug:
             if outcome.predictions is not None:
                 path = config.run_dir / f"predictions_{epoch}.jsonl"
@@ -364,7 +386,7 @@ class Trainer:
                     config.run_dir / f"checkpoint_{epoch + 1}",
                     self.model,
                     self.tokenizer,
-                    self.metadata.at(stage, epoch).model_dump(),
+                    self.metadata.at(stage, epoch, window_weights).model_dump(),
                 )
                 if config.keep_checkpoints is not None and distributed.is_main():
                     run_dir.prune_checkpoints(
@@ -372,6 +394,11 @@ class Trainer:
                         epoch + 1,
                         config.keep_checkpoints,
                     )
+        figures = {f"eval/{name}": value for name, value in outcome.figures.items()}
+        if self._step_evaluation_is_due():
+            figures |= _step_figures(outcome.figures, epoch)
+        if window_weights is not None:
+            figures["train/window_weights"] = window_weights
         figures |= {
             "eval/epoch": epoch,
             "eval/best_acc": self.position.best_accuracy,
@@ -380,6 +407,14 @@ class Trainer:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self.tracker.log(figures, step=self.position.optimizer_step)
+
+    def _window_weights(self) -> list[float] | None:
+        """The learned weights of the window as they are now; None where they are fixed."""
+        if self.config.latent_weights != "learned":
+            return None
+        coconut = distributed.unwrap(self.model)
+        with distributed.gathered_parameters(coconut):
+            return coconut.window_weights
 
     def _show_examples(self, collator: Collator, indices: np.ndarray) -> None:
         """The first examples as the model sees them, for wandb's table."""
@@ -466,3 +501,9 @@ class Trainer:
             f"loss {loss} or gradient norm {norm} is not finite at optimizer step {step}"
             f" (epoch {self.position.epoch}); the weights were not changed, {where}"
         )
+
+
+def _step_figures(figures: dict, epoch: int) -> dict:
+    """What eval_every_steps logs of an evaluation's figures."""
+    names = ("acc", "acc_low", "acc_high", "loss", "stage")
+    return {f"eval_step/{name}": figures[name] for name in names} | {"eval_step/epoch": epoch}

@@ -63,10 +63,16 @@ def test_without_a_terminal_a_line_comes_every_so_often_with_the_time_left(monke
     "keys, words",
     [
         ({}, "average of the last 3 states (0.6, 0.3, 0.1); latent_window_size: 1 is the original"),
+        ({"latent_weights": "learned"}, "the last 3 states (learned, from 0.6, 0.3, 0.1);"),
+        ({"latent_weights": "uniform"}, "the last 3 states (0.333, 0.333, 0.333);"),
+        ({"thought_norm": "average"}, "the last hidden state at the norm of the average of the"),
+        ({"thought_norm": 0.5}, "0.5 times the average of the last 3 states"),
+        ({"coconut_class": "mine:Mine"}, "made by mine:Mine; in Coconut itself the average of"),
         ({"latent_window_size": 2}, "average of the last 2 states (0.667, 0.333);"),
         ({"latent_window_size": 1}, "the last hidden state alone, as in the original Coconut"),
-        ({"window_scope": "pass"}, "window_scope: pass gives it to a row's first thought alone"),
+        ({"window_scope": "pass"}, "for a row's first thought, the last state for the others;"),
         ({"thought": "pause"}, "pause: the latent token's learned embedding, read in one pass"),
+        ({"thought": "pause_multipass"}, "embedding, read in as many passes as Coconut's"),
     ],
 )
 def test_a_run_says_what_a_thought_is(tmp_path, keys, words):

@@ -147,6 +147,7 @@ def test_evaluation_leaves_the_mode_of_the_model_and_the_generators_alone(
         return evaluate(
             model, tokenizer, records, curriculum(), 1,
             batch_size=4, max_new_tokens=NEW_TOKENS, progress_bar=progress_bar,
+            before_batch=lambda: torch.rand(1),
         )  # fmt: skip
 
     before = torch.get_rng_state()

@@ -151,6 +151,29 @@ def test_steps_are_adamw_on_the_mean_cross_entropy(tmp_path, reset, resets, max_
     assert_same_weights(base.state_dict(), twin.state_dict(), rtol=1e-8, atol=1e-10)
 
 
+def test_learned_window_weights_train_at_the_same_rate_without_decay(tmp_path):
+    trained = []
+    for weight_decay in (0.0, 0.5):
+        trainer = make_trainer(
+            tmp_path / str(weight_decay), build_tiny_model("gpt2"), make_records(7),
+            latent_weights="learned", weight_decay=weight_decay, curriculum=False, num_epochs=1,
+            batch_size_training=8, lr=0.01,
+        )  # fmt: skip
+        before = trainer.model.window_logits.detach().clone()
+        trainer.run()
+        moved = trainer.model.window_logits.detach() - before
+        # AdamW's first step is the learning rate, whatever the gradient.
+        torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.01), rtol=1e-3, atol=0)
+        (logged_weights,) = logged(trainer, "train/window_weights")
+        assert logged_weights == trainer.model.window_weights
+        assert sum(logged_weights) == pytest.approx(1.0)
+        trained.append(trainer.model.state_dict())
+    no_decay, decay = trained
+    assert torch.equal(no_decay["window_logits"], decay["window_logits"])
+    name = "base_causallm.transformer.wte.weight"
+    assert not torch.equal(no_decay[name], decay[name])
+
+
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tmp_path):
     config = load_config(str(Experiment(tmp_path, lr=0.8, warmup_steps=4).yaml))
     cosine = config.model_copy(update={"lr_scheduler": "cosine"})
@@ -299,6 +322,54 @@ def test_a_run_told_to_stop_when_its_last_epoch_is_over_has_ended(disturbed, mon
     monkeypatch.setattr(Trainer, "_store", store_and_signal)
     assert disturbed.main() == 0
     assert "stopped after" not in capsys.readouterr().err
+
+
+def without_step_evaluations(entries):
+    """Lines of metrics.jsonl as a run without eval_every_steps writes them."""
+    plain = [{k: v for k, v in e.items() if not k.startswith("eval_step/")} for e in entries]
+    return [entry for entry in plain if entry.keys() != {"step"}]
+
+
+def test_evaluations_within_epochs_change_nothing_else_and_resume(
+    straight, disturbed, tmp_path, monkeypatch
+):
+    evaluated = Experiment(tmp_path / "evaluated", eval_every_steps=2, **KEYS)
+    assert evaluated.main() == 0
+    steps = [entry["step"] for entry in evaluated.metrics() if "eval_step/acc" in entry]
+    assert steps == [2, 4, 6, 8, 10, 12, 14]
+    assert without_step_evaluations(evaluated.metrics()) == straight.metrics()
+    assert_same_weights(evaluated.weights(), straight.weights())
+    # Step 10 ends epoch 1, whose evaluation is the same.
+    (both,) = [e for e in evaluated.metrics() if e["step"] == 10 and "eval/acc" in e]
+    for name in ("acc", "acc_low", "acc_high", "loss", "stage", "epoch"):
+        assert both[f"eval_step/{name}"] == both[f"eval/{name}"]
+
+    log, plan = Tracker.log, [4, 7, 10]
+
+    def log_and_signal(tracker, metrics, step):
+        log(tracker, metrics, step)
+        if plan and step == plan[0]:
+            signal.raise_signal(signal.SIGTERM)
+            plan.pop(0)
+
+    disturbed.change(eval_every_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", log_and_signal)
+        while plan:
+            assert disturbed.main() == run.EXIT_INTERRUPTED
+    assert disturbed.main() == 0
+    assert_same_run(disturbed, evaluated)
+
+
+def test_learned_window_weights_resume_as_if_never_stopped(tmp_path, monkeypatch):
+    keys = KEYS | {"latent_weights": "learned", "lr_scheduler": "constant"}
+    whole, parts = (Experiment(tmp_path / name, **keys) for name in ("whole", "parts"))
+    assert whole.main() == 0
+    assert parts.main("num_epochs=2") == 0
+    assert parts.main() == 0
+    assert parts.metrics() == whole.metrics()
+    weights = [e["train/window_weights"] for e in whole.metrics() if "eval/acc" in e]
+    assert len(set(map(tuple, weights))) == 3
 
 
 def test_a_run_killed_in_every_phase_goes_on_as_if_never_stopped(straight, disturbed):
@@ -639,8 +710,10 @@ def test_data_workers_that_outlive_a_killed_run_do_not_hold_its_directory(straig
 
 
 def test_only_improving_epochs_are_kept(tmp_path, monkeypatch):
-    experiment = Experiment(tmp_path, save_only_improve=True, num_epochs=4, num_train=4)
-    accuracies = iter([0.25, 0.25, 0.5, 0.0])
+    keys = {"save_only_improve": True, "num_epochs": 4, "num_train": 8, "eval_every_steps": 1}
+    experiment = Experiment(tmp_path, **keys)
+    # Those within an epoch, here of the first of its two steps, do not count.
+    accuracies = iter([1.0, 0.25, 1.0, 0.25, 1.0, 0.5, 1.0, 0.0])
     summarize = evaluation.summarize
     monkeypatch.setattr(
         evaluation, "summarize", lambda rows: summarize(rows) | {"acc": next(accuracies)}
