@@ -1,14 +1,16 @@
-"""Ragged rows, padded batches and settings that the tests of coconut.py share.
+"""Ragged rows, padded batches, settings and comparisons that the tests of coconut.py share.
 
-Sits between the laws and the two parties: `wrap` builds a Coconut, `settings_of` says the same to
-oracle.py. Letters: B batch, T columns, K latents of a row, m window.
+`wrap` builds a Coconut, `settings_of` gives oracle.py the same choices.
+Letters: B batch, T columns, K latents of a row, m window.
 """
 
 import itertools
 import random
 
+import oracle
 import pytest
 import torch
+from torch.testing import assert_close
 
 from coconut import Coconut
 
@@ -18,6 +20,8 @@ WEIGHTS = (0.5, 0.7, 0.2, 0.9, 0.4)  # neither sorted nor summing to 1 at any le
 FAMILIES = ("gpt2", "llama")
 WINDOWS = (1, 3, 5)
 SCOPES = ("sequence", "pass")
+
+exact = {"rtol": 1e-9, "atol": 1e-10}
 
 laws = pytest.mark.parametrize(
     "family, m, scope", list(itertools.product(FAMILIES, WINDOWS, SCOPES))
@@ -52,7 +56,7 @@ def make_row(rng, num_question, num_latents, num_rest):
 
 
 def make_labels(row):
-    """-100 up to and including the end marker, then the tokens (SPEC section 3)."""
+    """-100 up to and including the end marker, then the tokens."""
     cut = row.index(END) + 1
     return [-100] * cut + row[cut:]
 
@@ -101,6 +105,34 @@ def ragged_rows(seed=0):
     rng = random.Random(seed)
     shapes = [(5, 2, 4), (1, 4, 6), (7, 0, 3), (0, 1, 2), (9, 3, 1), (3, 0, 5)]
     return [make_row(rng, *shape) for shape in shapes]
+
+
+def gradients(loss, model):
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+    }
+
+
+def real_embeds(output, batch):
+    """Per row, inputs_embeds without padding: tensors (T_row, D)."""
+    mask = batch["attention_mask"].bool()
+    return [embeds[real] for embeds, real in zip(output.inputs_embeds, mask, strict=True)]
+
+
+def assert_matches_oracle(base, batch, position_ids=None, **choices):
+    """Loss, logits, inputs_embeds and every gradient of one batch equal the textbook's."""
+    output = wrap(base, **choices)(**batch, position_ids=position_ids)
+    loss, logits, embeds = oracle.batch_loss(
+        base, **batch, position_ids=position_ids, **settings_of(**choices)
+    )
+    assert_close(output.loss, loss, **exact)
+    assert_close(output.logits, logits, **exact)
+    for ours, textbook in zip(real_embeds(output, batch), embeds, strict=True):
+        assert_close(ours, textbook, **exact)
+    assert_close(gradients(output.loss, base), gradients(loss, base), **exact)
 
 
 def enable_checkpointing(base):

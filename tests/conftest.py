@@ -24,9 +24,9 @@ VOCAB_SIZE = 40
 EOS, UNK = "<eos>", "<unk>"
 WORDS = [EOS, UNK, *"0123456789", "+", "-", "*", "=", "<<", ">>", "###", "#", "?", ".", ",", ":"]
 WORDS += ["Is", "Tom", "Every", "a", "or", "is", "wumpus", "True", "False", "red", "blue"]
-MODEL_TOKENS = VOCAB_SIZE - 3  # the three markers of SPEC section 2 bring it to VOCAB_SIZE
+MODEL_TOKENS = VOCAB_SIZE - 3  # the three markers bring it to VOCAB_SIZE
 
-# Tensors of these models are far too small for threads to pay.
+# The tensors of these models are too small for threads to pay.
 torch.set_num_threads(1)
 
 

@@ -1,8 +1,8 @@
-"""The textbook: Coconut by recomputation, one row at a time, without cache, padding or batches.
+"""The oracle: Coconut by recomputation, one row at a time, without cache, padding or batches.
 
-Written from SPEC sections 5 to 7 alone and sharing no code with coconut.py, so that the two can
-only agree by both being right. Slow on purpose. The base model is a Hugging Face causal LM; the
-gradient of everything here goes through plain autograd.
+Written from docs/specification.md, sections 5 to 7, alone. It shares no code with coconut.py, so
+the two agree only if both are right. Slow on purpose. The base model is a Hugging Face causal LM;
+gradients go through plain autograd.
 Letters: T tokens of a row, D width, V vocabulary, N labelled tokens of a batch, m window.
 """
 
@@ -30,12 +30,12 @@ def run_model(model, embeds, positions=None):
 
 
 def learned_weights(logits):
-    """Softmax over a window (m,), written out."""
+    """The softmax of (m,) logits, written out: a list of m tensors ()."""
     return [logit.exp() / sum(other.exp() for other in logits) for logit in logits]
 
 
 def contextual_thought(states, m, weights, norm=None):
-    """SPEC section 6's thought at t = len(states): `weights` nearest first, cut short at 0."""
+    """The specification's thought at t = len(states): `weights` nearest first, cut short at 0."""
     t = len(states)
     numerator, denominator = 0, 0
     for j in range(1, m + 1):

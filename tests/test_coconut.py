@@ -1,4 +1,4 @@
-"""Laws of Coconut.forward, most of them against the textbook recomputation in oracle.py.
+"""Laws of Coconut.forward, most of them against the uncached recomputation in oracle.py.
 
 Models are tiny, random and float64, so "equal" means to rounding. Letters: B batch, T columns,
 D width, V vocabulary, N labelled tokens, K latents of a row, P first latent column, m window.
@@ -17,15 +17,19 @@ from batches import (
     SCOPES,
     START,
     WEIGHTS,
+    assert_matches_oracle,
     count_columns,
     enable_checkpointing,
+    exact,
     families,
+    gradients,
     laws,
     lay_out,
     make_labels,
     make_row,
     prompts_of,
     ragged_rows,
+    real_embeds,
     settings_of,
     wrap,
 )
@@ -33,37 +37,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from coconut import Coconut
-
-exact = {"rtol": 1e-9, "atol": 1e-10}
-
-
-def gradients(loss, model):
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
-        for name, parameter, gradient in zip(names, parameters, found, strict=True)
-    }
-
-
-def real_embeds(output, batch):
-    """Per row, inputs_embeds without padding: tensors (T_row, D)."""
-    mask = batch["attention_mask"].bool()
-    return [embeds[real] for embeds, real in zip(output.inputs_embeds, mask, strict=True)]
-
-
-def assert_matches_oracle(base, batch, position_ids=None, **choices):
-    """Loss, logits, inputs_embeds and every gradient of one batch equal the textbook's."""
-    output = wrap(base, **choices)(**batch, position_ids=position_ids)
-    loss, logits, embeds = oracle.batch_loss(
-        base, **batch, position_ids=position_ids, **settings_of(**choices)
-    )
-    assert_close(output.loss, loss, **exact)
-    assert_close(output.logits, logits, **exact)
-    for ours, textbook in zip(real_embeds(output, batch), embeds, strict=True):
-        assert_close(ours, textbook, **exact)
-    assert_close(gradients(output.loss, base), gradients(loss, base), **exact)
-
 
 # --- Training: cached passes against the textbook ---------------------------------------------
 
@@ -87,7 +60,7 @@ def test_labels_may_stand_on_any_token_but_the_first(tiny_model, family, scope):
 
 
 @families
-def test_every_seed_and_single_rows_match_recompute(tiny_model, family):
+def test_random_shapes_and_single_rows_match_recompute(tiny_model, family):
     rng = random.Random(2)
     base = tiny_model(family, seed=3)
     for size in (1, 1, 3, 4):
@@ -143,8 +116,8 @@ def test_position_ids_are_honoured(tiny_model, family):
 
 
 @families
-def test_the_gradient_is_the_slope_of_the_loss(tiny_model, family):
-    """Finite differences know of no cache, no graph and no detach."""
+def test_the_gradient_is_the_derivative_of_the_loss(tiny_model, family):
+    """By finite differences, which no cache, graph or detach can mislead."""
     base = tiny_model(family)
     rows = ragged_rows(seed=5)
     batch = lay_out(rows, [make_labels(row) for row in rows])
@@ -248,8 +221,8 @@ def test_window_of_one_is_the_original_coconut(tiny_model, family):
 
 
 @families
-def test_a_window_of_one_does_not_scale_the_state(tiny_model, family):
-    """m = 1 is exact: whatever w_1, even in bits, the thought is the state itself."""
+def test_a_window_of_one_never_scales_the_state(tiny_model, family):
+    """Whatever w_1, the thought is the state itself, bit for bit."""
     batch = lay_out(ragged_rows())
     base = tiny_model(family)
     one = wrap(base, m=1, weights=(1.0,))(**batch).inputs_embeds
@@ -288,7 +261,7 @@ def test_a_whole_window_covers_question_marker_and_thoughts(tiny_model, family):
 
 
 @families
-def test_of_more_weights_than_the_window_the_first_count(tiny_model, family):
+def test_weights_beyond_the_window_are_ignored(tiny_model, family):
     base = tiny_model(family)
     batch = lay_out(ragged_rows())
     many = wrap(base, m=2, weights=(0.5, 0.7, 0.2, 0.9))(**batch).inputs_embeds
@@ -328,14 +301,14 @@ def test_a_subclass_may_change_the_thought(tiny_model, family):
     assert embeds[~latent].abs().min(1).values.min() > 0
     with torch.no_grad():
         base.get_input_embeddings().weight[LATENT] = 0
-    # Suppressed, since a latent token that the model writes would not be a zero for Zeroed alone.
+    # Suppressed: a latent token that the model writes itself is an ordinary token, not a thought.
     options = {**prompts_of(rows), "max_new_tokens": 5, "suppress_tokens": [LATENT]}
     assert torch.equal(model.generate(**options), wrap(base, thought="pause").generate(**options))
 
 
 @families
 def test_scope_pass_reproduces_the_published_fork(tiny_model, family):
-    """Its weights run oldest first and its later windows hold one state; row by row, not batch."""
+    """Its weights run oldest first, and the windows of a row's later thoughts hold one state."""
     base = tiny_model(family)
     rows = [
         [5, 6, 7, START, LATENT, LATENT, LATENT, END, 8],
@@ -411,7 +384,7 @@ def test_without_labels_the_logits_are_the_last_columns(tiny_model, family):
 
 @families
 @pytest.mark.parametrize("latents", [(0, 0), (1,), (0, 2), (3, 1, 0), (5, 5)])
-def test_a_batch_costs_one_pass_more_than_its_latents(tiny_model, family, latents):
+def test_a_batch_takes_one_pass_more_than_its_latents(tiny_model, family, latents):
     base = tiny_model(family)
     rng = random.Random(0)
     rows = [make_row(rng, rng.randrange(1, 6), num_latents, 3) for num_latents in latents]
@@ -455,7 +428,7 @@ def test_more_passes_than_the_thoughts_need_change_nothing(tiny_model, family, k
             model.layout(**batch, num_passes=num_passes)
 
 
-# Operations after which the host has to know what the device computed.
+# Operations that make the host wait for what the device computed.
 WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
 
 
@@ -474,7 +447,9 @@ def test_nothing_waits_for_the_device_between_layout_and_gradients(tiny_model, f
     assert "aten::mm" in seen and not seen & set(WAITS)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         model(**batch)
-    assert {event.key for event in profiled.key_averages()} & set(WAITS), "these do show"
+    assert {event.key for event in profiled.key_averages()} & set(WAITS), (
+        "waits are seen"
+    )
 
 
 @families
@@ -560,7 +535,7 @@ def test_the_gradient_does_not_depend_on_the_split(tiny_model, family):
 
 @families
 def test_activation_checkpointing_is_right_without_thoughts_and_refused_with(tiny_model, family):
-    """transformers drops the cache under it with no more than a log line (HOUSE, Facts)."""
+    """Under it transformers drops the cache in training mode, with only a warning in the log."""
     base = tiny_model(family)
     model = wrap(base)
     thoughts = ragged_rows()
@@ -576,7 +551,7 @@ def test_activation_checkpointing_is_right_without_thoughts_and_refused_with(tin
 
 
 @families
-def test_a_batch_without_labels_on_it_adds_zero(tiny_model, family):
+def test_a_batch_whose_labels_are_all_ignored_adds_zero(tiny_model, family):
     base = tiny_model(family)
     row = [5, 6, START, LATENT, END, 7]
     output = wrap(base)(**lay_out([row], [[-100] * len(row)]))

@@ -1,4 +1,4 @@
-"""Laws of Coconut.generate: cached and batched equals uncached one by one, and Hugging Face rules.
+"""Laws of Coconut.generate and answer: cached and batched equals uncached one by one.
 
 Models are tiny, random and float64; the textbook is oracle.py. Letters: K latents of a row.
 """
@@ -98,7 +98,7 @@ def test_generation_stops_at_an_eos_that_comes_first(tiny_model, family):
 
 
 @families
-def test_generation_writes_no_more_than_max_new_tokens(tiny_model, family):
+def test_generation_adds_at_most_max_new_tokens(tiny_model, family):
     base = tiny_model(family).eval()
     prompts = prompts_of(ragged_rows())
     width = prompts["input_ids"].shape[1]
@@ -170,7 +170,7 @@ def test_finished_rows_leave_the_batch(tiny_model, family, monkeypatch):
 
 
 @laws
-def test_answers_are_those_of_forward_and_generate(tiny_model, family, m, scope):
+def test_answer_gives_the_loss_of_forward_and_the_text_of_generate(tiny_model, family, m, scope):
     base = tiny_model(family).eval()
     rows = ragged_rows()
     choices = {"m": m, "scope": scope, "eos_token_id": greedy_streams(base, rows, 3)[1][2]}
@@ -187,7 +187,7 @@ def test_answers_are_those_of_forward_and_generate(tiny_model, family, m, scope)
 
 
 @families
-def test_answers_of_models_that_are_not_packed_are_the_same(tiny_model, family):
+def test_answers_without_packing_are_the_same(tiny_model, family):
     # Llama's eager attention computes its softmax in fp32, for which a mask of fp64 is infinite.
     base = tiny_model(family).eval().float()
     rows = ragged_rows()

@@ -1,4 +1,4 @@
-"""Kinds of thoughts: weights fixed by name or learned, norms, pause embeddings, subclasses.
+"""Kinds of thoughts: named or learned weights, norms, pause embeddings, subclasses.
 
 Models are tiny, random and float64; the textbook is oracle.py. Letters: m window, K latents.
 """
@@ -13,16 +13,19 @@ from batches import (
     LATENT,
     SCOPES,
     START,
+    assert_matches_oracle,
     count_columns,
+    exact,
     families,
+    gradients,
     lay_out,
     make_labels,
     prompts_of,
     ragged_rows,
+    real_embeds,
     settings_of,
     wrap,
 )
-from test_coconut import assert_matches_oracle, exact, gradients, real_embeds
 from torch.testing import assert_close
 
 from coconut import Coconut, initial_weights
