@@ -1,10 +1,10 @@
 """What a run saves: checkpoints to use, and training states to resume from.
 
-A checkpoint (`checkpoint_N/`) is what Hugging Face loads as the base model, with coconut.json
-beside it. A training state (`resume/<optimizer_step>/`) holds weights, optimizer, every rank's
-random generators and the trainer's position; it is kept apart, and only the newest two, so that
-many checkpoints do not cost as many optimizer states. Both appear whole or not at all
-(docs/specification.md, section 9). When to save is trainer.py's decision.
+A checkpoint (`checkpoint_N/`) is what Hugging Face loads as the base model, with coconut.json and
+Coconut's own parameters, if it has any, beside it. A training state (`resume/<optimizer_step>/`)
+holds weights, optimizer, every rank's random generators and the trainer's position; it is kept
+apart, and only the newest two, so that many checkpoints do not cost as many optimizer states. Both
+appear whole or not at all (docs/specification.md, section 9). trainer.py decides when to save.
 
 Tensors are in safetensors files and everything else in JSON: nothing here unpickles. States are
 written and read by torch.distributed.checkpoint, shard by shard, so any number of ranks resumes
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import (
     CheckpointException,
@@ -41,6 +42,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from engine import distributed
+from engine.metadata import EXTRA_WEIGHTS, METADATA_FILE
 from engine.run_dir import RESUME_FOLDER, atomic_directory, holder, prune, states, writing
 from utils import UserError, atomic_write_text, log, sha256_file
 
@@ -87,26 +89,35 @@ def require_shared(run_dir: Path) -> None:
     distributed.run_on_all_ranks(check)
 
 
-def save_checkpoint(target: Path, model: nn.Module, tokenizer, settings: dict) -> None:
-    """Write `target` as a Hugging Face model directory with `settings` in coconut.json.
+def save_checkpoint(target: Path, model: nn.Module, tokenizer, metadata: dict) -> None:
+    """Write `target` as a Hugging Face model directory with `metadata` in coconut.json.
+
+    Parameters outside the base model go to EXTRA_WEIGHTS, under their names in the Coconut module.
 
     model: the Coconut module, wrapped or sharded. Every rank must call; rank 0 writes.
     """
-    state = get_model_state_dict(model, options=GATHERED)
+    # Gathered from shards, tied weights no longer share the storage by which they are known.
+    state = _without_duplicates(model, get_model_state_dict(model, options=GATHERED))
     if not distributed.is_main():
         return
-    base = distributed.unwrap(model).base_causallm
-    state = {name.removeprefix(BASE_PREFIX): tensor for name, tensor in state.items()}
-    # Gathered from shards, tied weights no longer share the storage by which they are known.
-    once = {name for name, _ in base.named_parameters()}
-    for name, _ in base.named_parameters(remove_duplicate=False):
-        if name not in once:
-            del state[name]
+    coconut = distributed.unwrap(model)
+    extra = {name: state[name] for name in coconut.extra_parameters()}
+    base = {n.removeprefix(BASE_PREFIX): t for n, t in state.items() if n.startswith(BASE_PREFIX)}
     with writing(target.parent, target.name), atomic_directory(target) as folder:
-        base.save_pretrained(folder, state_dict=state)
+        coconut.base_causallm.save_pretrained(folder, state_dict=base)
+        if extra:
+            save_file(extra, folder / EXTRA_WEIGHTS)
         tokenizer.save_pretrained(folder)
-        text = json.dumps(settings, indent=2) + "\n"
-        (folder / "coconut.json").write_text(text, encoding="utf-8")
+        text = json.dumps(metadata, indent=2) + "\n"
+        (folder / METADATA_FILE).write_text(text, encoding="utf-8")
+
+
+def _without_duplicates(model: nn.Module, state: dict) -> dict:
+    """`state` with each tied weight under the first of its names alone."""
+    coconut = distributed.unwrap(model)
+    names = {name for name, _ in coconut.named_parameters(remove_duplicate=False)}
+    names -= {name for name, _ in coconut.named_parameters()}
+    return {name: tensor for name, tensor in state.items() if name not in names}
 
 
 @dataclass(frozen=True)
@@ -289,10 +300,8 @@ def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     The tensors are those of model and optimizer themselves: loading into them is restoring.
     """
     moments = get_optimizer_state_dict(model, optimizer)["state"]
-    # A tied weight has two names and need not be stored twice.
-    names = {name for name, _ in distributed.unwrap(model).named_parameters()}
-    weights = get_model_state_dict(model)
-    return {f"{MODEL}{name}": tensor for name, tensor in weights.items() if name in names} | {
+    weights = _without_duplicates(model, get_model_state_dict(model))
+    return {f"{MODEL}{name}": tensor for name, tensor in weights.items()} | {
         f"{OPTIMIZER}{name}|{key}": tensor
         for name, values in moments.items()
         for key, tensor in values.items()

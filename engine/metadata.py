@@ -29,6 +29,8 @@ from engine.config import LEAST_FIRST_WEIGHT, Config, Count, PositiveCount, Stag
 from utils import UserError
 
 METADATA_FILE = "coconut.json"
+# Coconut's parameters outside the base model: learned weights, those of a subclass.
+EXTRA_WEIGHTS = "coconut.safetensors"
 # What makes a thought, by the names that configuration, coconut.json and Coconut share.
 WINDOW_FIELDS = ("latent_window_size", "latent_weights", "window_scope")
 THOUGHT_FIELDS = (*WINDOW_FIELDS, "thought", "thought_norm")
@@ -81,9 +83,13 @@ class Metadata(BaseModel):
 
     @model_validator(mode="after")
     def _weights_fit_window(self) -> "Metadata":
-        for weights in (self.latent_weights, self.learned_weights):
+        # Learned weights may come as close to 0 as they like.
+        for weights, least in (
+            (self.latent_weights, LEAST_FIRST_WEIGHT),
+            (self.learned_weights, 0),
+        ):
             if isinstance(weights, list) and (
-                len(weights) != self.latent_window_size or weights[0] < LEAST_FIRST_WEIGHT
+                len(weights) != self.latent_window_size or weights[0] < least
             ):
                 raise ValueError(f"{weights} are not weights of {self.latent_window_size} states")
         return self

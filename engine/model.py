@@ -15,6 +15,7 @@ from coconut import Coconut
 from dataset import MARKERS
 from engine.config import Config
 from engine.metadata import (
+    EXTRA_WEIGHTS,
     METADATA_FILE,
     THOUGHT_FIELDS,
     Metadata,
@@ -28,8 +29,6 @@ from engine.metadata import (
 from engine.weights import ModelSource, empty_model, load_folder, load_single_file, read_tensors
 from utils import UserError, log
 
-# What of Coconut lies outside the base model: learned weights, a subclass's parameters.
-EXTRA_TENSORS_FILE = "coconut.safetensors"
 # A model with one of these set does not score a hidden state h as lm_head(h).
 LOGIT_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 LOGIT_FIELDS += ("lm_head_multiplier", "output_multiplier")
@@ -189,7 +188,7 @@ def _load_extra_tensors(coconut: Coconut, source: ModelSource, is_required: bool
     """
     if not source.has_weights or source.metadata is None:
         return
-    file = Path(source.location, EXTRA_TENSORS_FILE)
+    file = Path(source.location, EXTRA_WEIGHTS)
     wanted = coconut.extra_parameters()
     metadata = source.metadata
     was_plain = metadata.coconut_class is None and metadata.latent_weights != "learned"
@@ -205,7 +204,7 @@ def _load_extra_tensors(coconut: Coconut, source: ModelSource, is_required: bool
     ]
     if faults:
         raise UserError(
-            f"{source.name}: {EXTRA_TENSORS_FILE} does not fit the model: {shorten(faults)}; use"
+            f"{source.name}: {EXTRA_WEIGHTS} does not fit the model: {shorten(faults)}; use"
             " the coconut_class and latent_weights of its training"
         )
     with torch.no_grad():

@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "engine.config", "coconut", "dataset", "engine.metadata", "engine.weights", "utils",
     },
     "engine.run_dir": {"utils"},
-    "engine.checkpoint": {"engine.distributed", "engine.run_dir", "utils"},
+    "engine.checkpoint": {"engine.distributed", "engine.metadata", "engine.run_dir", "utils"},
     "engine.evaluation": {
         "coconut", "dataset", "engine.metrics", "engine.distributed", "utils",
     },

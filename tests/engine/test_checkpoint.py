@@ -1,6 +1,6 @@
-"""Laws of what lies on disk: whole or not at all, loadable by others, damage is noticed.
+"""Laws of what is saved: whole or not at all, loadable by others, damage is noticed.
 
-That a run goes on from its states is test_training.py's.
+That a run resumes from its states is tested in test_trainer.py.
 """
 
 import errno
@@ -14,10 +14,12 @@ import pytest
 import torch
 from batches import FAMILIES, lay_out, make_row, wrap
 from runs import TENSORS, assert_same_weights
+from safetensors.torch import load_file
 from test_run_dir import contents, failing
 from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from coconut import Coconut
 from engine import checkpoint
 from engine.checkpoint import (
     TrainingState,
@@ -30,7 +32,7 @@ from engine.checkpoint import (
 from engine.run_dir import recover
 from utils import RunFailed, UserError
 
-SETTINGS = {"stage": 1, "epoch": 4}
+METADATA = {"stage": 1, "epoch": 4}
 
 
 # Checkpoints
@@ -41,7 +43,7 @@ def test_a_checkpoint_loads_as_a_hugging_face_model_with_the_same_logits(
     tiny_model, word_tokenizer, tmp_path, family
 ):
     model = wrap(tiny_model(family, torch.float32))
-    save_checkpoint(tmp_path / "checkpoint_1", model, word_tokenizer, SETTINGS)
+    save_checkpoint(tmp_path / "checkpoint_1", model, word_tokenizer, METADATA)
     loaded, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "checkpoint_1", output_loading_info=True
     )
@@ -53,8 +55,39 @@ def test_a_checkpoint_loads_as_a_hugging_face_model_with_the_same_logits(
     assert_same_weights(loaded.state_dict(), model.base_causallm.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint_1")
     assert tokenizer.get_vocab() == word_tokenizer.get_vocab()
-    assert json.loads((tmp_path / "checkpoint_1" / "coconut.json").read_text()) == SETTINGS
+    assert json.loads((tmp_path / "checkpoint_1" / "coconut.json").read_text()) == METADATA
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
+
+
+class Gated(Coconut):
+    """A subclass with a parameter of its own."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.gate = torch.nn.Parameter(torch.tensor([0.5, 2.0]))
+
+    def thought(self, hidden_states, attention_mask, is_first):
+        return super().thought(hidden_states, attention_mask, is_first) * self.gate.sum()
+
+
+def test_parameters_outside_the_base_model_lie_beside_it(tiny_model, word_tokenizer, tmp_path):
+    model = wrap(tiny_model("gpt2", torch.float32), weights="learned", kind=Gated)
+    save_checkpoint(tmp_path / "checkpoint_1", model, word_tokenizer, METADATA)
+    extra = load_file(tmp_path / "checkpoint_1" / "coconut.safetensors")
+    assert_same_weights(extra, {"window_logits": model.window_logits, "gate": model.gate})
+    _, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "checkpoint_1", output_loading_info=True
+    )
+    assert not any(report.values())
+
+
+def test_every_file_of_a_checkpoint_has_the_same_mode(tiny_model, word_tokenizer, tmp_path):
+    model = wrap(tiny_model("gpt2", torch.float32), weights="learned")
+    save_checkpoint(tmp_path / "checkpoint_1", model, word_tokenizer, METADATA)
+    modes = {path.stat().st_mode for path in (tmp_path / "checkpoint_1").iterdir()}
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert modes == {plain.stat().st_mode}
 
 
 @pytest.mark.parametrize(
@@ -74,14 +107,14 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint_or_the_new(
 ):
     """The clean-up that Python still does here is not relied on: runs are killed elsewhere."""
     path = tmp_path / "checkpoint_1"
-    save_checkpoint(path, wrap(tiny_model("gpt2", seed=1)), word_tokenizer, SETTINGS)
+    save_checkpoint(path, wrap(tiny_model("gpt2", seed=1)), word_tokenizer, METADATA)
     old = contents(path)
     new_model = wrap(tiny_model("gpt2", seed=2))
     with monkeypatch.context() as patch:
         patch.setattr(target, failing(pkgutil.resolve_name(target), number))
         words = r"checkpoint_1 could not be written \(disk full\); once it can be, nothing"
         with pytest.raises(RunFailed, match=words):
-            save_checkpoint(path, new_model, word_tokenizer, SETTINGS | {"epoch": 5})
+            save_checkpoint(path, new_model, word_tokenizer, METADATA | {"epoch": 5})
     recover(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint_1"]
     if survivor == "old":
@@ -96,9 +129,9 @@ def test_a_replaced_checkpoint_that_cannot_be_removed_ends_no_run(
     tiny_model, word_tokenizer, tmp_path, monkeypatch
 ):
     model = wrap(tiny_model("gpt2"))
-    save_checkpoint(tmp_path / "checkpoint_2", model, word_tokenizer, SETTINGS)
+    save_checkpoint(tmp_path / "checkpoint_2", model, word_tokenizer, METADATA)
     monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
-    save_checkpoint(tmp_path / "checkpoint_2", model, word_tokenizer, SETTINGS | {"epoch": 5})
+    save_checkpoint(tmp_path / "checkpoint_2", model, word_tokenizer, METADATA | {"epoch": 5})
     assert json.loads((tmp_path / "checkpoint_2/coconut.json").read_text())["epoch"] == 5
 
 
@@ -108,7 +141,7 @@ def test_a_replaced_checkpoint_that_cannot_be_removed_ends_no_run(
 @pytest.fixture
 def training(tiny_model, word_tokenizer, tmp_path):
     """(model, optimizer, save): `save(step)` does a step and writes its state."""
-    model = wrap(tiny_model("gpt2", torch.float32, dropout=0.1))
+    model = wrap(tiny_model("gpt2", torch.float32, dropout=0.1), weights="learned", kind=Gated)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     row = make_row(random.Random(0), 4, 2, 3)
 
@@ -193,9 +226,13 @@ def test_a_state_brings_back_weights_moments_and_generators_bit_for_bit(
     training, tiny_model, tmp_path
 ):
     model, optimizer, save = training
+    before = model.gate.clone()
     save(1)
+    assert not torch.equal(model.gate, before)
     expected = [train_step(model, optimizer) for _ in range(3)]
-    other = wrap(tiny_model("gpt2", torch.float32, dropout=0.1, seed=5))
+    base = tiny_model("gpt2", torch.float32, dropout=0.1, seed=5)
+    other = wrap(base, weights="learned", kind=Gated)
+    other.gate.data.zero_()
     fresh = torch.optim.AdamW(other.parameters(), lr=0.01, fused=True)
     torch.manual_seed(99)
     assert load_state(newest_state(tmp_path), other, fresh)
