@@ -15,8 +15,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from engine.config_file import fields_help, load_config
-from utils import EXIT_FAILED as EXIT_FAILED
-from utils import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, configure_logging, log
+from utils import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    ConfigError,
+    configure_logging,
+    log,
+    wait_for_first_process,
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None, is_silent: bool) -> argparse.Namespace:
@@ -49,13 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Until the ranks meet, one process of each machine prints what that machine sees.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     configure_logging(local_rank)
-    options = parse_arguments(arguments, is_silent=local_rank > 0)
+    try:
+        options = parse_arguments(arguments, is_silent=local_rank > 0)
+    except SystemExit as ended:
+        if ended.code:
+            wait_for_first_process()
+        raise
     try:
         config = load_config(options.config, options.overrides)
         # Only now what takes seconds to import: a mistake in the file is reported at once.
         from engine import jobs
     except ConfigError as error:
         log.error(error)
+        wait_for_first_process()
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -46,6 +47,9 @@ class Stopped(ReportedError):
     exit_status = EXIT_INTERRUPTED
 
 
+# torchrun kills the other processes of a machine as soon as one has failed.
+FIRST_PROCESS_TIMEOUT_S = 10.0
+
 log = logging.getLogger("coconut")
 
 
@@ -69,6 +73,12 @@ def configure_logging(rank: int = 0) -> None:
     if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
         log.addHandler(_ConsoleHandler())
     log.setLevel(logging.INFO if rank == 0 else logging.CRITICAL + 1)
+
+
+def wait_for_first_process() -> None:
+    """Before the ranks have met, give this machine's first process time to print why it ends."""
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(FIRST_PROCESS_TIMEOUT_S)
 
 
 def print_line(text: object) -> None:

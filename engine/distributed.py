@@ -13,7 +13,6 @@ num_passes).
 
 import os
 import random
-import signal
 import socket
 import threading
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import Store
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -38,7 +38,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError, print_line
+from utils import UserError
 
 # Parameter, gradient and two AdamW moments in fp32.
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -46,10 +46,7 @@ TRAINING_BYTES_PER_PARAMETER = 16
 STATE_SHARE_OF_DEVICE = 0.6
 # A rank that comes to a collective later than this after another is taken for lost.
 COLLECTIVE_TIMEOUT_S = 1800.0
-# Ranks that lost another wait this long for the rest to report, and for their store to answer.
-REPORT_TIMEOUT_S = 10.0
 STORE_TIMEOUT_S = 5.0
-REPORT_POLL_S = 0.2
 START_POLL_S = 0.02
 
 _Answer = TypeVar("_Answer")
@@ -63,14 +60,18 @@ def process_group() -> Iterator[None]:
 
     Raises: UserError for more processes than GPUs on this machine.
     """
-    if dist.is_initialized():
+    if has_group():
         yield
         return
     initialize()
     try:
         yield
-    finally:
-        shut_down()
+    except BaseException:
+        # NCCL would wait for ranks that may never come; the process ends anyway.
+        if not torch.cuda.is_available():
+            shut_down()
+        raise
+    shut_down()
 
 
 def initialize() -> None:
@@ -97,10 +98,10 @@ def initialize() -> None:
             rank=number,
             world_size=size,
         )
-        _store().set(_process_key(number), f"{os.getpid()} {socket.gethostname()}")
+        _store().set(_process_key(number), f"process {os.getpid()} on {socket.gethostname()}")
 
 
-def _store_of_this_start(store: dist.Store, number: int, size: int) -> dist.Store:
+def _store_of_this_start(store: Store, number: int, size: int) -> Store:
     """A part of `store` for the ranks of this start alone; every one of the `size` ranks calls.
 
     When a rank has died, torchrun starts all again with the store that they had. There the former
@@ -128,9 +129,14 @@ def _store_of_this_start(store: dist.Store, number: int, size: int) -> dist.Stor
     return part
 
 
+def has_group() -> bool:
+    """Whether this process has joined a process group."""
+    return dist.is_initialized()
+
+
 def shut_down() -> None:
     """Leave the process group."""
-    if dist.is_initialized():
+    if has_group():
         dist.destroy_process_group()
 
 
@@ -152,12 +158,6 @@ def local_rank() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, which alone writes shared files and speaks to the user."""
     return rank() == 0
-
-
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if is_main():
-        print_line(text)
 
 
 def device() -> torch.device:
@@ -454,93 +454,31 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or from_gloo
 
 
-def leave_word(error: BaseException) -> None:
-    """Let ranks that will miss this one know that it ends by an `error` of its own."""
-    if dist.is_initialized():
-        text = str(error) or type(error).__name__
-        _ask_store(lambda store: store.set(_report_key(rank()), text.splitlines()[0]))
-
-
-def lost_ranks(error: BaseException) -> str:
-    """Which ranks were lost when a collective failed with `error`, in words for the user.
-
-    Every rank that is left calls this once. The lowest gets the text, the others "".
-    """
-    if not dist.is_initialized():
-        return f"the ranks did not find each other ({str(error).splitlines()[0]})"
-    # torchrun ends the rest as soon as one has ended, but one must live to tell.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    answer = _ask_store(_await_reports)
-    if answer is None:
-        return "rank 0 or torchrun, whichever held the ranks' store, is gone or does not answer"
-    return answer
-
-
-def _await_reports(store: dist.Store) -> str:
-    """Report that this rank lives, wait for the others' reports, name those that send none."""
-    store.set(_report_key(rank()), "")
-    silent, words = set(range(world_size())) - {rank()}, {}
-    deadline = time.monotonic() + REPORT_TIMEOUT_S
-    while True:
-        for other in sorted(silent):
-            if store.check([_report_key(other)]):
-                words[other] = store.get(_report_key(other)).decode()
-        silent -= words.keys()
-        if any(other < rank() and not word for other, word in words.items()):
-            return ""
-        fates = {other: _fate(store, other) for other in sorted(silent)}
-        waits = any("died" not in fate for fate in fates.values())
-        if not waits or time.monotonic() > deadline:
-            break
-        time.sleep(REPORT_POLL_S)
-    # Rank 0 has told the user itself.
-    fates |= {other: f"ended: {word}" for other, word in words.items() if word and other > 0}
-    if not silent and not any(words.values()):
-        return "no rank is missing, but the connections between them broke"
-    return "; ".join(f"rank {other} {fate}" for other, fate in sorted(fates.items()))
-
-
-def _fate(store: dist.Store, other: int) -> str:
-    """What can be known here of a rank that does not report."""
-    if not store.check([_process_key(other)]):
-        return "does not answer"
-    pid, host = store.get(_process_key(other)).decode().split(" ", 1)
-    name = f"(process {pid} on {host})"
-    if host == socket.gethostname():
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return f"{name} has died"
-        except PermissionError:
-            pass
-    return f"{name} does not answer: it hangs, or its machine is cut off"
-
-
-def _report_key(of_rank: int) -> str:
-    return f"report/{of_rank}"
+def describe_rank(store: Store, other: int) -> str:
+    """What can be said of a rank that gives no sign."""
+    where = f" ({store.get(_process_key(other)).decode()})"
+    return f"rank {other}{where} does not answer: it has died or hangs, or its machine is cut off"
 
 
 def _process_key(of_rank: int) -> str:
     return f"process/{of_rank}"
 
 
-def _ask_store(question: Callable[[dist.Store], _Answer]) -> _Answer | None:
-    """The answer of the store by which the ranks found each other; None when it gives none."""
-    answers = []
+def ask_store(question: Callable[[Store], None], timeout_s: float) -> None:
+    """Run `question` on the store by which the ranks found each other, for at most `timeout_s`."""
 
     def ask() -> None:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         with suppress(OSError, RuntimeError):
             # Asked in vain, the store itself would fill the screen with a stack trace.
             socket.create_connection(address, STORE_TIMEOUT_S).close()
-            answers.append(question(_store()))
+            question(_store())
 
     # A store whose machine froze would hold this rank as well.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(REPORT_TIMEOUT_S + STORE_TIMEOUT_S)
-    return answers[0] if answers else None
+    thread.join(timeout_s)
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     return dist.PrefixStore("run.py", dist.distributed_c10d._get_default_store())

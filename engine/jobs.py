@@ -25,6 +25,7 @@ from engine import checkpoint, distributed, evaluation, run_dir
 from engine.config import Config
 from engine.config_file import dump_config
 from engine.console import progress_bar
+from engine.failures import report_failure
 from engine.metadata import Metadata
 from engine.model import build_coconut, load_backbone
 from engine.setup import (
@@ -39,9 +40,6 @@ from engine.tracking import Tracker
 from engine.trainer import Trainer
 from engine.weights import ModelSource
 from utils import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    ReportedError,
     UserError,
     atomic_write_text,
     configure_logging,
@@ -117,49 +115,18 @@ def dry_run(config: Config) -> None:
 
 def exit_status_of(job: Callable[[Config], object], config: Config) -> int:
     """Run `job(config)`; where it ends early, report why and return the exit status of that."""
-    with contextlib.ExitStack() as group:
-        try:
-            group.enter_context(distributed.process_group())
-            job(config)
-        except BaseException as error:
-            status = report_failure(error, config)
-            if status is None:
+    status = None
+    try:
+        with distributed.process_group():
+            try:
+                job(config)
+            except BaseException as error:
+                # Before this rank leaves the group, by which the others hear of it.
+                status = report_failure(error, config)
                 raise
-            return status
+    except BaseException as error:
+        return report_failure(error, config) if status is None else status
     return 0
-
-
-def report_failure(error: BaseException, config: Config) -> int | None:
-    """Print why the run ends early: the exit status, or None where a traceback should tell."""
-    saves = not (config.only_eval or config.debug)
-    continues = "; the same command continues from the last saved state" if saves else ""
-    notes = getattr(error, "__notes__", [])
-    if distributed.is_lost_contact(error):
-        lost = distributed.lost_ranks(error)
-        if lost:
-            _print_on_this_rank(f"{' '.join(['lost contact', *notes])}: {lost}{continues}")
-        return EXIT_FAILED
-    distributed.leave_word(error)
-    if isinstance(error, KeyboardInterrupt):
-        log.error("interrupted" + continues)
-        return EXIT_INTERRUPTED
-    if isinstance(error, ReportedError):
-        log.error(str(error))
-        return error.exit_status
-    if isinstance(error, torch.OutOfMemoryError):
-        cause = (str(error) or "no more is known").splitlines()[0]
-        _print_on_this_rank(
-            f"rank {distributed.rank()}: {' '.join(['out of memory', *notes])} ({cause}); training"
-            " needs less with a smaller batch_size_training or parallel: fsdp, evaluation with a"
-            f" smaller batch_size_eval or max_new_tokens{continues}"
-        )
-        return EXIT_FAILED
-    return None
-
-
-def _print_on_this_rank(text: str) -> None:
-    configure_logging(0)
-    log.error(text)
 
 
 def find_coconut_class(config: Config) -> type[Coconut] | None:

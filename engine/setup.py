@@ -20,7 +20,6 @@ from dataset import (
 )
 from engine import checkpoint, distributed, run_dir
 from engine.config import Config
-from engine.distributed import say
 from engine.metadata import (
     METADATA_FILE,
     Metadata,
@@ -32,7 +31,7 @@ from engine.metadata import (
 )
 from engine.model import ModelOutline, model_outline
 from engine.weights import ModelSource
-from utils import UserError
+from utils import UserError, log
 
 DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32
@@ -85,7 +84,7 @@ def prepare(
         if config.only_eval:
             evaluated = evaluated_stage(config, metadata, source.name)
         elif config.resume and not config.load_model_path and not metadata:
-            say(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
+            log.info(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
     else:
         check_stored_trainer(state.folder, state.trainer)
         source = ModelSource.of_state(state.folder)
@@ -93,7 +92,7 @@ def prepare(
         name = f"{config.run_dir}, which continues"
         require_class(metadata, coconut_class, name)
         config = config_with_metadata(config, metadata, name, resumes=True)
-        say(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
+        log.info(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
         config = restore_origin(config, state)
     data = load_data(config, source)
     if state is not None:
@@ -116,7 +115,7 @@ def restore_origin(config: Config, state: checkpoint.TrainingState) -> Config:
         value = getattr(config, name)
         is_said = name in ("resume", "load_model_path")
         if name in config.model_fields_set and value != before and not is_said:
-            say(f"{name}: {value} has no effect, since this run began with {before}")
+            log.info(f"{name}: {value} has no effect, since this run began with {before}")
     return config.model_copy(update=origin)
 
 
@@ -143,7 +142,7 @@ def check_trajectory(state: checkpoint.TrainingState, now: dict, config: Config)
                 " allow_changed_data: true to continue with these, or choose another name to start"
                 " a new run"
             )
-        say(f"{changed}; continuing, since allow_changed_data is true")
+        log.info(f"{changed}; continuing, since allow_changed_data is true")
 
 
 def newest_state(config: Config) -> checkpoint.TrainingState | None:
@@ -163,8 +162,8 @@ def load_data(config: Config, source: ModelSource) -> Data:
     def load() -> Data:
         train_texts = None
         if not config.only_eval:
-            train_texts = read_records(config.train_path, limits[0], say)
-        val_texts = read_records(config.val_path, limits[1], say)
+            train_texts = read_records(config.train_path, limits[0], log.info)
+        val_texts = read_records(config.val_path, limits[1], log.info)
         tokenizer = source.tokenizer
         train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
         return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
@@ -229,7 +228,7 @@ def evaluated_stage(config: Config, metadata: Metadata | None, name: str) -> tup
             require_metadata(config, name)
         return stage, config.resume
     if "resume" in config.model_fields_set and stage != metadata.stage:
-        say(
+        log.info(
             f"resume: {config.resume} implies stage {stage}, but {config.load_model_path} was"
             f" trained to stage {metadata.stage}, which is used"
         )

@@ -478,10 +478,9 @@ class Trainer:
         """What to say when a step over these micro-batches does not fit the device."""
         tokens = max(batch["input_ids"].numel() for batch in batches)
         return RunFailed(
-            f"rank {distributed.rank()} is out of memory at optimizer step"
-            f" {self.position.optimizer_step}; write tokens_per_micro_batch: {tokens // 2} or a"
-            " smaller batch_size_training (with effective_batch_size the gradient stays the same),"
-            " or parallel: fsdp for several GPUs"
+            f"out of memory at optimizer step {self.position.optimizer_step}; write"
+            f" tokens_per_micro_batch: {tokens // 2} or a smaller batch_size_training (with"
+            " effective_batch_size the gradient stays the same), or parallel: fsdp for several GPUs"
         )
 
     def _fail_non_finite(self, batches: list[dict], loss: float, norm: float) -> None:

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 import run
 from engine import model as backbone
+from utils import EXIT_USER_ERROR
 
 ROOT = Path(__file__).parents[1]
 PROCESS_TIMEOUT_S = 120
@@ -155,7 +156,7 @@ def tree(folder):
 def assert_refused(capsys, experiment, *arguments, words):
     """Status 2, a message that holds `words` on standard error, and nothing written."""
     before = tree(experiment.folder)
-    assert experiment.main(*arguments) == run.EXIT_USER_ERROR
+    assert experiment.main(*arguments) == EXIT_USER_ERROR
     captured = capsys.readouterr()
     for word in words:
         assert word in captured.err

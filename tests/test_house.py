@@ -22,6 +22,9 @@ SOURCES = sorted(
     for path in ROOT.glob(pattern)
 )
 
+# What brings all else together; nothing but the next of them imports them.
+LAST = {"engine.failures", "engine.trainer", "engine.jobs", "run"}
+
 MAY_IMPORT = {
     "utils": set(),
     "passes": set(),
@@ -43,14 +46,11 @@ MAY_IMPORT = {
     "engine.evaluation": {
         "coconut", "dataset", "engine.metrics", "engine.distributed", "utils",
     },
+    "engine.failures": {"engine.config", "engine.distributed", "engine.run_dir", "utils"},
     "engine.signals": {"utils"},
     "engine.console": {"coconut", "dataset", "engine.config", "engine.metadata", "utils"},
-    "engine.setup": {*MODULES}
-    - {
-        "engine.evaluation", "engine.jobs", "engine.setup", "run", "engine.tracking",
-        "engine.trainer",
-    },
-    "engine.trainer": {*MODULES} - {"engine.jobs", "engine.setup", "run", "engine.trainer"},
+    "engine.setup": {*MODULES} - {"engine.evaluation", "engine.setup", "engine.tracking", *LAST},
+    "engine.trainer": {*MODULES} - {"engine.setup", *LAST},
     "engine.jobs": {*MODULES} - {"engine.jobs", "run"},
     "run": {"engine.config_file", "engine.jobs", "utils"},
 }  # fmt: skip

@@ -42,10 +42,9 @@ from runs import (  # noqa: E402
     make_records,
 )
 
-import run  # noqa: E402
-from engine import checkpoint, distributed, run_dir  # noqa: E402
+from engine import checkpoint, distributed, failures, run_dir  # noqa: E402
 from engine import trainer as training  # noqa: E402
-from utils import RunFailed  # noqa: E402
+from utils import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailed  # noqa: E402
 
 KEYS = {
     "dropout": 0.1, "uniform_prob": 0.3, "warmup_steps": 3, "lr_scheduler": "cosine",
@@ -310,7 +309,7 @@ def limited_files(bench, kills, num_limits):
         if kills:
             ends(ranks, -signal.SIGXFSZ)
         else:
-            shown = ends(ranks, run.EXIT_FAILED, says="could not be written (")
+            shown = ends(ranks, EXIT_FAILED, says="could not be written (")
             assert f"the same command resumes from {newest(victim)}" in shown, shown
         lost = lost_steps(victim)
         end(victim)
@@ -339,7 +338,7 @@ def rank_kills(bench, parallel):
         if -signal.SIGKILL not in got:
             victim = bench.victim(parallel=parallel)
             continue
-        assert set(got) <= {-signal.SIGKILL, run.EXIT_FAILED}, got
+        assert set(got) <= {-signal.SIGKILL, EXIT_FAILED}, got
         shown = "".join(ranks.output(rank) for rank in range(2))
         assert "Traceback" not in shown, shown[-600:]
         lost, done = max(lost, lost_steps(victim)), done + 1
@@ -417,7 +416,7 @@ def stop_signal(bench, number):
         goal = bench.rng.randint(1, STEPS_AN_EPOCH + 1)
         wait_until(lambda v=victim, g=goal: logged_steps(v) >= g, f"step {goal}")
         os.kill(ranks.pid, number)
-        shown = ends(ranks, run.EXIT_INTERRUPTED, says="the same command continues from here")
+        shown = ends(ranks, EXIT_INTERRUPTED, says="the same command continues from here")
         (stopped,) = re.findall(r"stopped after optimizer step (\d+), state saved", shown)
         assert int(stopped) == saved_step(victim) >= goal
         lost = max(lost, lost_steps(victim))
@@ -479,7 +478,7 @@ def full_disk(bench, num_ranks=1, **keys):
         victim = bench.victim(**keys)
         with small_disk(victim, size) as disk:
             ranks = start(victim, num_ranks, EVERY_STEP)
-            shown = ends(ranks, run.EXIT_FAILED, says="No space left on device")
+            shown = ends(ranks, EXIT_FAILED, says="No space left on device")
             assert shown.count("could not be written (") == 1, shown
             step = saved_step(victim)
             left = f"resumes from {newest(victim)}" if step else "nothing was saved before"
@@ -504,7 +503,7 @@ def read_only(bench):
         shutil.copytree(source.run_dir, victim.run_dir)
         assert mount("none", disk, None, MS_REMOUNT | MS_RDONLY)
         says = "cannot be written (no permission, or mounted"
-        ends(start(victim), run.EXIT_USER_ERROR, says=says)
+        ends(start(victim), EXIT_USER_ERROR, says=says)
         assert mount("none", disk, None, MS_REMOUNT)
         lost = lost_steps(victim)
         end(victim)
@@ -566,7 +565,7 @@ def two_processes(bench):
     try:
         wait_until(here.exists, "the first process")
         second = Ranks(1, victim.folder / "exps", [[str(victim.yaml)]])
-        ends(second, run.EXIT_USER_ERROR, says="another training run is using this directory")
+        ends(second, EXIT_USER_ERROR, says="another training run is using this directory")
     finally:
         go.touch()
     ends(first, 0)
@@ -579,7 +578,7 @@ def changed_data(bench):
     before = victim.train.read_text()
     victim.write("train.json", make_records(18, seed=9))
     says = "holds other records than when the run began (sha256"
-    ends(start(victim), run.EXIT_USER_ERROR, says=says)
+    ends(start(victim), EXIT_USER_ERROR, says=says)
     allowed = bench.halfway(8)
     shutil.copy(victim.train, allowed.train)
     says = "going on, since allow_changed_data is true"
@@ -656,7 +655,7 @@ def spoilt_gradient(bench):
         victim, step = bench.victim(), bench.rng.randint(2, 3 * STEPS_AN_EPOCH)
         hook = functools.partial(spoil_a_gradient, step)
         says = f"is not finite at optimizer step {step - 1} "
-        shown = ends(start(victim, 1, EVERY_STEP, hook=hook), run.EXIT_FAILED, says=says)
+        shown = ends(start(victim, 1, EVERY_STEP, hook=hook), EXIT_FAILED, says=says)
         assert "weights unchanged: True" in shown, shown
         batch = victim.run_dir / f"nonfinite_step{step - 1}_rank0.json"
         assert json.loads(batch.read_text())[0]["input_ids"], "the batch was not saved"
@@ -669,7 +668,7 @@ def spoilt_gradient(bench):
 
 def lose_rank(which, step, action):
     """Rank `which` comes to harm before step `step`; the others wait seconds, not half an hour."""
-    distributed.COLLECTIVE_TIMEOUT_S, distributed.REPORT_TIMEOUT_S = 15.0, 2.0
+    distributed.COLLECTIVE_TIMEOUT_S, failures.LOST_TIMEOUT_S = 15.0, 2.0
     here = os.environ["RANK"] == str(which)
     at_call(step, "engine.trainer:Trainer.train_step", lambda: here and action())
 
@@ -688,7 +687,7 @@ def lost_rank(bench, which, action, words, speaks):
         process.join(PATIENCE_S)
     try:
         assert not any(process.is_alive() for process in others), "the others hang too"
-        assert [process.exitcode for process in others] == [run.EXIT_FAILED] * 2
+        assert [process.exitcode for process in others] == [EXIT_FAILED] * 2
     finally:
         for process in ranks.processes:
             process.kill()
@@ -708,12 +707,12 @@ def hang_self():
 
 
 KNOWN = r"lost contact after optimizer step 3 \(epoch 1\): rank {0} \(process \d+ on \S+\) "
-HANGS, DIED = KNOWN + "does not answer: it hangs", KNOWN + "has died"
+SILENT = KNOWN + "does not answer: it has died or hangs"
 NO_STORE = r"rank 0 or torchrun, whichever held the ranks' store, is gone or does not answer"
 LOSSES = {
-    "rank 1 of 3 hangs": (lost_rank, 1, hang_self, HANGS.format(1), 0),
-    "rank 0 of 3 hangs": (lost_rank, 0, hang_self, HANGS.format(0), 1),
-    "rank 2 of 3 killed": (lost_rank, 2, kill_self, DIED.format(2), 0),
+    "rank 1 of 3 hangs": (lost_rank, 1, hang_self, SILENT.format(1), 0),
+    "rank 0 of 3 hangs": (lost_rank, 0, hang_self, SILENT.format(0), 1),
+    "rank 2 of 3 killed": (lost_rank, 2, kill_self, SILENT.format(2), 0),
     "rank 0 of 3 frozen, with the ranks' store": (lost_rank, 0, freeze_self, NO_STORE, 1),
 }
 

@@ -23,9 +23,9 @@ import torch.distributed.checkpoint as dcp
 from runs import ROOT, Experiment, Ranks, assert_same_weights, at_call, use_float64
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-import run
 from engine import checkpoint, distributed
 from engine import model as backbone
+from utils import EXIT_INTERRUPTED
 
 KINDS = ("ddp", "fsdp", "fsdp-resharded")
 # Family, batch per process, accumulation and whether all records get equally many latents. Of 17
@@ -314,7 +314,7 @@ def test_ranks_stopped_in_an_evaluation_finish_it_together(tmp_path):
     experiment = Experiment(tmp_path)
     hook = signal_rank_0_in_its_first_evaluation
     ranks = Ranks(2, tmp_path, [[str(experiment.yaml)]], hook)
-    assert ranks.wait() == [run.EXIT_INTERRUPTED] * 2, ranks.output() + ranks.output(1)
+    assert ranks.wait() == [EXIT_INTERRUPTED] * 2, ranks.output() + ranks.output(1)
     assert "stopped after optimizer step 3, state saved" in ranks.output()
     assert len(experiment.predictions(0)) == 7
     assert [entry["eval/epoch"] for entry in experiment.metrics() if "eval/acc" in entry] == [0]

@@ -34,7 +34,7 @@ from engine.metadata import Metadata, check_stored_trainer, config_with_metadata
 from engine.model import build_coconut, load_backbone, model_outline
 from engine.setup import Data, check_fit
 from engine.weights import ModelSource
-from utils import ConfigError, UserError
+from utils import EXIT_USER_ERROR, ConfigError, UserError
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
 
@@ -213,7 +213,7 @@ HOSTILE = {
 def test_hostile_yaml_gets_one_message_and_status_2(tmp_path, capsys, content, words):
     path = tmp_path / "config.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert run.main([str(path)]) == run.EXIT_USER_ERROR
+    assert run.main([str(path)]) == EXIT_USER_ERROR
     error = capsys.readouterr().err
     assert error.startswith(f"{path}: ") and words in error
     assert len(error) < 5000
@@ -227,7 +227,7 @@ def test_a_hostile_override_gets_one_message_and_status_2(tmp_path, capsys):
         ('name="\\UFFFFFFFF"', "line 1: an escape is no character"),
         ("\x1b[2J=1", "'\\x1b[2J' is no plain word for a key; write key=value"),
     ):
-        assert experiment.main(override) == run.EXIT_USER_ERROR
+        assert experiment.main(override) == EXIT_USER_ERROR
         error = capsys.readouterr().err
         assert error.startswith("command line: ") and words in error
 
@@ -622,7 +622,7 @@ def check_run(experiment, capsys, *arguments):
     status = experiment.main(*arguments)
     captured = capsys.readouterr()
     assert "Traceback" not in captured.out + captured.err
-    assert status in (0, run.EXIT_USER_ERROR)
+    assert status in (0, EXIT_USER_ERROR)
     if status:
         assert str(experiment.folder.parent) in captured.err
         assert captured.err.replace("\n", "").isprintable()

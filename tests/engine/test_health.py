@@ -19,8 +19,8 @@ import torch
 from runs import ROOT, Experiment, assert_same_weights, at_call, kill_self
 
 import dataset
-import run
 from engine.tracking import Tracker
+from utils import EXIT_FAILED, EXIT_INTERRUPTED
 
 # What is left of a run
 
@@ -57,8 +57,8 @@ def go_wrong(tracker, metrics, step):
     "log, overrides, status",
     [
         (nothing, [], 0),
-        (nothing, ["lr=1e30"], run.EXIT_FAILED),
-        (stop_at_once, [], run.EXIT_INTERRUPTED),
+        (nothing, ["lr=1e30"], EXIT_FAILED),
+        (stop_at_once, [], EXIT_INTERRUPTED),
         (go_wrong, [], None),
     ],
     ids=["finished", "failed", "stopped", "broken"],

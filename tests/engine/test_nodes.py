@@ -37,6 +37,7 @@ from torch.distributed.run import get_args_parser
 import run
 from engine import model as backbone
 from engine.config_file import load_config
+from utils import EXIT_USER_ERROR
 
 AGENTS_TIMEOUT_S = 200
 EXACT = {"rtol": 1e-5, "atol": 1e-7}
@@ -218,7 +219,7 @@ def test_nodes_that_see_different_files_are_refused_on_every_rank(tmp_path):
     ranks = Ranks(
         2, tmp_path, [command for command, *_ in runs], functools.partial(live_apart, places)
     )
-    assert ranks.wait() == [run.EXIT_USER_ERROR] * 2, ranks.output() + ranks.output(1)
+    assert ranks.wait() == [EXIT_USER_ERROR] * 2, ranks.output() + ranks.output(1)
     said = [ranks.output().find(words) for *_, words in runs]
     assert -1 not in said and said == sorted(said), ranks.output()
     assert ranks.output(1) == ""

@@ -19,10 +19,9 @@ from runs import TENSORS, Experiment, assert_refused, tree
 from safetensors.torch import load_file
 from test_house import SOURCES, parse
 
-import run
 from dataset import tokenize_records
 from engine import tracking
-from utils import sha256_file
+from utils import EXIT_USER_ERROR, sha256_file
 
 
 class Trap:
@@ -307,7 +306,7 @@ def test_no_file_of_a_training_state_is_unpickled(tmp_path, finished, capsys, tr
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err + captured.out
         # Not every tokenizer file is read.
-        assert status == run.EXIT_USER_ERROR or "token" in name or "generation" in name, name
+        assert status == EXIT_USER_ERROR or "token" in name or "generation" in name, name
 
 
 def test_a_training_state_is_no_checkpoint_and_the_message_says_what_is(again, capsys):
