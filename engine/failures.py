@@ -19,7 +19,7 @@ import torch
 
 from engine import distributed
 from engine.config import Config
-from engine.run_dir import state_folders
+from engine.run_dir import states
 from utils import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -78,7 +78,7 @@ def _describe(error: BaseException, config: Config) -> tuple[int, str]:
 def _how_to_continue(config: Config) -> str:
     saves = not (config.only_eval or config.debug)
     with contextlib.suppress(OSError):
-        if saves and state_folders(config.run_dir):
+        if saves and states(config.run_dir):
             return "; the same command continues from the last saved state"
     return ""
 
