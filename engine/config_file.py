@@ -37,21 +37,15 @@ class YamlError(Exception):
     """A file out of which nothing can be read; the text says why and what to do."""
 
 
-def dump_yaml(values: dict[str, Any]) -> str:
+def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML of `values` in their order, one key a line, which `read_file` reads back equal."""
-    return yaml.dump(
-        values,
-        Dumper=StrictDumper,
-        sort_keys=False,
-        default_flow_style=None,
-        allow_unicode=True,
-        width=float("inf"),
-    )
+    return "".join(f"{key}: {scalar_text(value)}\n" for key, value in values.items())
 
 
 def scalar_text(value: Any) -> str:
     """`value` as it would be written after a key."""
-    return yaml.dump(value, Dumper=StrictDumper, default_flow_style=True).partition("\n")[0]
+    options = {"default_flow_style": True, "allow_unicode": True, "width": float("inf")}
+    return yaml.dump(value, Dumper=StrictDumper, **options).partition("\n")[0]
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -1,0 +1,111 @@
+"""Statistics of a comparison over seeds: intervals, paired tests, what could have been detected.
+
+Plain numbers in, numbers out; SciPy computes. Methods are compared over seeds, never over the
+records of two trained models: McNemar's test (engine/metrics.py) compares two given models, and two
+seeds of one method can differ by it as much as two methods do.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+# With fewer pairs a two-sided sign test cannot reach 5 %, whatever the pairs show.
+MIN_PAIRS_FOR_SIGN_TEST = 6
+POWER = 0.8
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Summary:
+    """n values with mean, sample deviation and the 95 % interval of the mean.
+
+    deviation, low and high are None for a single value.
+    """
+
+    n: int
+    mean: float
+    deviation: float | None
+    low: float | None
+    high: float | None
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Mean, deviation (n - 1) and Student's 95 % interval of the mean of at least one value."""
+    assert len(values) > 0
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return Summary(1, mean, None, None, None)
+    deviation = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return Summary(len(values), mean, deviation, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between two arms over the seeds they share.
+
+    difference: of the mean, with interval. num_higher, num_lower: seeds by sign; ties are the rest.
+    t_p, sign_p: two-sided p-values, None where they cannot be computed. detectable: the smallest
+    true difference that n such pairs show at 5 % with 80 % power, None for fewer than two pairs.
+    """
+
+    difference: Summary
+    num_higher: int
+    num_lower: int
+    t_p: float | None
+    sign_p: float | None
+    detectable: float | None
+
+
+def compare_pairs(arm: Sequence[float], baseline: Sequence[float]) -> Paired:
+    """The paired comparison `arm` - `baseline`; element i of both belongs to the same seed."""
+    assert len(arm) == len(baseline) > 0
+    differences = np.asarray(arm, dtype=float) - np.asarray(baseline, dtype=float)
+    summary = summarize(differences)
+    higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
+    t_p = detectable = None
+    if summary.n > 1:
+        # Equal differences leave no error to test against: certain if they are not zero.
+        t_p = float(summary.mean == 0)
+        if summary.deviation > 0:
+            t_p = float(stats.ttest_rel(arm, baseline).pvalue)
+        detectable = detectable_difference(summary.n, summary.deviation)
+    sign_p = float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else None
+    return Paired(summary, higher, lower, t_p, sign_p, detectable)
+
+
+def detectable_difference(n: int, deviation: float) -> float:
+    """The smallest true mean difference that a paired t test at 5 % shows with 80 % power.
+
+    n: pairs, at least 2; deviation: of the differences, in the unit of the result.
+    """
+    assert n >= 2
+    degrees = n - 1
+    critical = stats.t.ppf(1 - LEVEL / 2, degrees)
+
+    def missing_power(noncentrality: float) -> float:
+        shown = stats.nct.sf(critical, degrees, noncentrality)
+        # Far in the tail SciPy gives nan for what is 0.
+        shown += np.nan_to_num(stats.nct.cdf(-critical, degrees, noncentrality))
+        return shown - POWER
+
+    # With two pairs the critical value is 12.7, so the root lies below 40.
+    root = optimize.brentq(missing_power, 0.0, 60.0)
+    return float(root) * deviation / math.sqrt(n)
+
+
+def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Holm's adjusted p-values of one family; None stays None and does not count.
+
+    Source: S. Holm, Scandinavian Journal of Statistics 6, 1979.
+    """
+    known = sorted((p, name) for name, p in p_values.items() if p is not None)
+    adjusted: dict[str, float | None] = dict.fromkeys(p_values)
+    largest = 0.0
+    for rank, (p, name) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[name] = largest
+    return adjusted
