@@ -353,7 +353,7 @@ def test_evaluations_within_epochs_change_nothing_else_and_resume(
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "log", log_and_signal)
         while plan:
-            assert disturbed.main() == run.EXIT_INTERRUPTED
+            assert disturbed.main() == EXIT_INTERRUPTED
     assert disturbed.main() == 0
     assert_same_run(disturbed, evaluated)
 
