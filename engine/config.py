@@ -1,18 +1,21 @@
-"""The settings of one run: every key with its range, default and meaning, and rules between keys.
+"""The configuration of one experiment: its keys with meaning, range and default, and the rules.
 
-docs/specification.md, section 10. Each key is described at its field in `Config` and nowhere else.
-Reading files and the words of errors are config_file.py's part; whether files, models or
-checkpoints exist is checked by the modules which open them. Imports no torch, so that a wrong file
-is reported within a second.
+A key is described at its field in `Config` and nowhere else (docs/configuration.md is made from
+it). Reading files and overrides, and the words for what the schema refuses, are config_file.py's.
+Whether files, models or checkpoints exist is left to the modules that open them. Imports no torch,
+so that a mistake is reported within a second.
 """
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -27,15 +30,20 @@ from pydantic import (
 from utils import ConfigError
 
 METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
+METHODS_WITH_STAGES = ("coconut", "no_thoughts")
+# Keys that act under coconut alone, with the value that means nothing.
+_COCONUT_ONLY = {"thought": "continuous", "thought_norm": None, "curriculum": True}
+_COCONUT_ONLY |= {"coconut_class": None}
 
 # Evaluation takes these from the checkpoint; in training a silent default would change the run.
 NEEDED_TO_TRAIN = {
+    "model_id": METHODS,
     "train_path": METHODS,
     "num_epochs": METHODS,
     "batch_size_training": METHODS,
     "c_thought": ("coconut",),
-    "epochs_per_stage": ("coconut", "no_thoughts"),
-    "max_latent_stage": ("coconut", "no_thoughts"),
+    "epochs_per_stage": METHODS_WITH_STAGES,
+    "max_latent_stage": METHODS_WITH_STAGES,
 }
 
 # NUL ends a name for the system, so what follows it would go unseen.
@@ -44,33 +52,71 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 PositiveCount = Annotated[int, Field(gt=0, le=1_000_000)]
 Stages = Annotated[int, Field(ge=0, le=1000)]
-Weight = Annotated[float, Field(ge=0, le=1e9)]
-# Named windows; exponential:R weighs state j by R^(j-1).
-NAMED_WEIGHTS = r"^(uniform|learned|exponential:[0-9.eE+-]+)$"
-WindowWeights = Annotated[
-    Annotated[tuple[Weight, ...], Tag("list")]
-    | Annotated[str, Field(pattern=NAMED_WEIGHTS), Tag("name")],
-    Discriminator(lambda value: "name" if isinstance(value, str) else "list"),
+MAX_WEIGHT = 1e9
+Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
+# Below this the nearest state alone would be divided by nothing in the model's precision.
+MIN_FIRST_WEIGHT = 1e-9
+
+
+def expand_path(path: str) -> str:
+    """`path` with `~` and `$VARIABLE` replaced.
+
+    Raises: ValueError for an unknown user or variable; the text continues after `key=value`.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    unknown = re.search(r"\$([A-Za-z0-9_]+|\{[^}]*\})", expanded)
+    if unknown:
+        name = unknown[1].strip("{}")
+        raise ValueError(f"uses ${name}, which is not set; export {name} or write the path out")
+    if expanded.startswith("~"):
+        raise ValueError("starts with ~, but names no user; write the path out")
+    return expanded
+
+
+def _exponential_ratio(weights: Any) -> float | None:
+    """R of the text `exponential:R`; None for anything else."""
+    name, _, number = weights.partition(":") if isinstance(weights, str) else ("", "", "")
+    try:
+        ratio = float(number)
+    except ValueError:
+        return None
+    return ratio if name == "exponential" and 0 < ratio < math.inf else None
+
+
+def _class_name(text: str) -> str:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", text):
+        raise ValueError("is not module:Class; write coconut_class: mymodule:MyCoconut")
+    return text
+
+
+def _text_or_number(value: Any) -> str:
+    return "text" if isinstance(value, str) else "number"
+
+
+# The format is what docs/configuration.md calls the type.
+FilePath = Annotated[Text, AfterValidator(expand_path), Field(json_schema_extra={"format": "path"})]
+WeightsName = Annotated[
+    str, Field(json_schema_extra={"format": "`uniform`, `exponential:R` or `learned`"})
+]
+ClassName = Annotated[
+    Text, AfterValidator(_class_name), Field(json_schema_extra={"format": "`module:Class`"})
+]
+LatentWeights = Annotated[
+    Annotated[tuple[Weight, ...], Tag("number")] | Annotated[WeightsName, Tag("text")],
+    Discriminator(_text_or_number),
 ]
 ThoughtNorm = Annotated[
-    Annotated[None, Tag("none")]
-    | Annotated[Literal["average"], Tag("name")]
-    | Annotated[PositiveFloat, Tag("number")],
-    Discriminator(
-        lambda value: "none" if value is None else "name" if isinstance(value, str) else "number"
-    ),
+    Annotated[PositiveFloat, Tag("number")] | Annotated[Literal["average"], Tag("text")],
+    Discriminator(_text_or_number),
 ]
-UNION_TAGS = ("list", "name", "none", "number")
-# Below this the nearest state alone would be divided by nothing in the model's precision.
-LEAST_FIRST_WEIGHT = 1e-9
 
 
 class Config(BaseModel):
     """One experiment. Immutable; `model_fields_set` names the keys that were written out.
 
-    Raises pydantic's ValidationError for a wrong type, an unknown key or an impossible
+    Raises: pydantic's ValidationError for a wrong type, an unknown key or an impossible
     combination; `load_config` turns these into one ConfigError with file, key, value and fix.
-    Source: SPEC section 10.
+    Source: docs/specification.md, section 10.
     """
 
     model_config = ConfigDict(
@@ -82,12 +128,12 @@ class Config(BaseModel):
     """Project name in Weights & Biases."""
     name: Text = Field(examples=["gsm-coconut"])
     """Name of this run: its folder under save_path, and its name in wandb."""
-    save_path: Text = Field(examples=["exps"])
+    save_path: FilePath = Field(examples=["exps"])
     """Folder that holds the runs; this one is save_path/name."""
     only_eval: bool = False
     """Evaluate load_model_path on val_path and stop, instead of training."""
 
-    # Method: exactly one is true
+    # Method: exactly one is true; in evaluation none is needed where the checkpoint records it
     coconut: bool = False
     """Train with latent thoughts in place of steps."""
     cot: bool = False
@@ -117,29 +163,29 @@ class Config(BaseModel):
     # Latent thoughts
     thought: Literal["continuous", "pause", "pause_multipass"] = "continuous"
     """continuous: a thought is made from hidden states. pause: the latent positions keep their
-    learned token embedding. pause_multipass: as pause, read in as many passes as continuous
-    thoughts take; coconut only."""
+    learned token embedding; pause_multipass: the same, read in as many passes as continuous
+    thoughts take. Coconut only."""
     latent_window_size: PositiveCount = 3
     """Number m of hidden states that are averaged into a thought; 1 is the original Coconut."""
-    latent_weights: WindowWeights = (0.6, 0.3, 0.1)
+    latent_weights: LatentWeights = (0.6, 0.3, 0.1)
     """Weights of the window: a list, nearest state first, of which the first m count; uniform;
-    exponential:R, where state j weighs R^(j-1); or learned, a softmax over m parameters."""
+    exponential:R, R^(j-1) for state j; or learned, the softmax of m parameters that start at
+    0.6, 0.3, 0.1 (where m is not 3, at exponential:0.5)."""
+    thought_norm: ThoughtNorm | None = None
+    """average: the nearest state at the norm of the average, the control for what averaging does
+    to the norm. A number: the thought is multiplied by it. Coconut only."""
     window_scope: Literal["sequence", "pass"] = "sequence"
     """sequence: the window covers everything before the thought. pass: later thoughts of a row see
     one state alone, as in the published contextual code."""
-
-    thought_norm: ThoughtNorm = None
-    """None: a thought is the average. average: the nearest state at the norm of the average, the
-    control for what averaging does to the norm. A number: the average times that number."""
-    coconut_class: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
-        None, examples=["my_thoughts:LastStateOnly"]
-    )
-    """Subclass of Coconut to train, as module:Class, found from the working directory."""
+    coconut_class: ClassName | None = None
+    """module:Class, a subclass of coconut.Coconut to train or evaluate, found from the working
+    directory. Coconut only."""
 
     # Model
-    model_id: Text = Field(examples=["openai-community/gpt2"])
-    """Hugging Face name or local folder of the base model and its tokenizer."""
-    load_model_path: Text | None = Field(None, examples=["exps/gsm-cot/checkpoint_25"])
+    model_id: FilePath | None = Field(None, examples=["openai-community/gpt2"])
+    """Hugging Face name or local folder of the base model and its tokenizer; in evaluation not
+    needed where load_model_path is a folder with both."""
+    load_model_path: FilePath | None = Field(None, examples=["exps/gsm-cot/checkpoint_25"])
     """Weights to evaluate or to start from: a checkpoint directory, a Hugging Face model directory
     or a single-file state dict. None: model_id's own."""
     from_scratch: bool = False
@@ -152,14 +198,14 @@ class Config(BaseModel):
     default."""
 
     # Data
-    train_path: Text | None = Field(None, examples=["data/gsm_train.json"])
+    train_path: FilePath | None = Field(None, examples=["data/gsm_train.json"])
     """Training records; not read by only_eval."""
-    val_path: Text = Field(examples=["data/gsm_valid.json"])
+    val_path: FilePath = Field(examples=["data/gsm_valid.json"])
     """Records evaluated after each epoch, or by only_eval."""
+    max_train_records: PositiveCount | None = None
+    """Train on the first so many records of train_path. None: all."""
     allow_changed_data: bool = False
     """Go on with a run although train_path or val_path holds other records than when it began."""
-    max_train_records: PositiveCount | None = None
-    """Train on the first records of train_path only. None: all."""
     num_workers: Count = 2
     """Processes that make batches ahead of time, for each rank."""
 
@@ -170,10 +216,10 @@ class Config(BaseModel):
     """First epoch of a new run that starts from load_model_path; with only_eval the epoch whose
     stage is taken where the checkpoint records none."""
     first_stage: Stages | None = None
-    """Stage that a new run starts at: resume is then this many times epochs_per_stage."""
-    num_epochs: PositiveCount | None = Field(1, examples=["25"])
-    """Epoch count in total, those skipped by resume included. None (coconut and no_thoughts): up to
-    the end of the first stage in which no training record has text left."""
+    """Begin with this stage: another way to write resume: first_stage x epochs_per_stage."""
+    num_epochs: PositiveCount | None = Field(None, examples=["25"])
+    """Epoch count in total, those skipped by resume included. None, for coconut and no_thoughts:
+    epochs_per_stage for each stage up to the first that leaves no training record any text."""
     batch_size_training: PositiveCount = 32
     """Records in a forward and backward pass, for each process."""
     tokens_per_micro_batch: PositiveCount | None = None
@@ -216,10 +262,11 @@ class Config(BaseModel):
     """Trial: at most 5,000 training and 32 validation records, no wandb, nothing saved."""
 
     # Evaluation, checkpoints, logging
+    eval_every_steps: PositiveCount | None = None
+    """Evaluate also each time so many optimizer steps are done; writes to metrics.jsonl alone.
+    None: after each epoch only."""
     max_new_tokens: PositiveCount = 128
     """Most tokens generated for an answer, reasoning text included."""
-    eval_every_steps: PositiveCount | None = None
-    """Evaluate also after every so many optimizer steps, logged only. None: after epochs only."""
     save_only_improve: bool = False
     """Keep a checkpoint only when validation accuracy improves. For coconut leave it false: early
     stages still write text and win."""
@@ -233,8 +280,15 @@ class Config(BaseModel):
 
     @field_validator("latent_weights", mode="before")
     @classmethod
-    def _list_as_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    def _list_or_name(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(value)
+        if value in ("uniform", "learned") or _exponential_ratio(value) is not None:
+            return value
+        raise ValueError(
+            "is not a list of numbers, uniform, learned or exponential:R with R above 0; write "
+            "latent_weights: [0.6, 0.3, 0.1]"
+        )
 
     @field_validator("reset_optimizer", mode="before")
     @classmethod
@@ -246,25 +300,19 @@ class Config(BaseModel):
         problems = [problem for _, problem in combination_problems(self)]
         if problems:
             raise ValueError("\n".join(problems))
+        if self.first_stage is not None:
+            # One word for it from here on: everything else reads `resume`.
+            self.__dict__.update(resume=_first_epoch(self), first_stage=None)
+            self.__pydantic_fields_set__.add("resume")
         return self
 
     @property
-    def method(self) -> str:
-        """The one method that is true: "coconut", "cot", "no_thoughts" or "no_cot"."""
-        return next(method for method in METHODS if getattr(self, method))
+    def method(self) -> str | None:
+        """The one method that is true: "coconut", "cot", "no_thoughts" or "no_cot".
 
-    @property
-    def window_weights(self) -> list[float] | str:
-        """The weights of the window as numbers, nearest state first; "learned" where they are."""
-        m, weights = self.latent_window_size, self.latent_weights
-        if weights == "learned":
-            return weights
-        if weights == "uniform":
-            return [1.0] * m
-        if isinstance(weights, str):
-            ratio = float(weights.partition(":")[2])
-            return [ratio**j for j in range(m)]
-        return list(weights[:m])
+        None in an evaluation that leaves it to the checkpoint, until that was read.
+        """
+        return next((method for method in METHODS if getattr(self, method)), None)
 
     @property
     def run_dir(self) -> Path:
@@ -274,8 +322,8 @@ class Config(BaseModel):
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches for an optimizer step on each of `world_size` processes.
 
-        Raises ConfigError when effective_batch_size is not a multiple of the records that all
-        processes take at once. Source: SPEC section 10.
+        Raises: ConfigError when effective_batch_size is not a multiple of the records that all
+        processes take at once.
         """
         if self.effective_batch_size is None:
             return self.gradient_accumulation_steps
@@ -309,7 +357,8 @@ def combination_problems(config: Config) -> Iterator[Problem]:
 def _method_problems(config: Config) -> Iterator[Problem]:
     chosen = [method for method in METHODS if getattr(config, method)]
     if not chosen:
-        yield METHODS, f"no method is chosen; set one of {', '.join(METHODS)} to true"
+        if not config.only_eval:
+            yield METHODS, f"no method is chosen; set one of {', '.join(METHODS)} to true"
         return
     if len(chosen) > 1:
         fixes = [
@@ -325,37 +374,32 @@ def _method_problems(config: Config) -> Iterator[Problem]:
             f"uniform_prob={config.uniform_prob} mixes stages, and {method} has only one; "
             "write uniform_prob: 0.0",
         )
-    if config.thought != "continuous" and method != "coconut":
-        yield (
-            (*METHODS, "thought"),
-            f"thought={config.thought!r} needs latent positions, and {method} has none; write "
-            f"thought: continuous, or coconut: true and {method}: false",
-        )
-    if not config.curriculum and method != "coconut":
-        yield (
-            (*METHODS, "curriculum"),
-            f"curriculum=False is for coconut alone, not {method}; write curriculum: true",
-        )
-    for key in ("thought_norm", "coconut_class"):
-        if getattr(config, key) is not None and method != "coconut":
+    for key, neutral in _COCONUT_ONLY.items():
+        value = getattr(config, key)
+        if value != neutral and method != "coconut":
             yield (
                 (*METHODS, key),
-                f"{key}={getattr(config, key)!r} is for coconut alone, not {method}; write"
-                f" {key}: None",
+                f"{key}={value!r} is for coconut alone, not {method}; write {key}: "
+                f"{as_yaml(neutral)}",
             )
+    if method not in METHODS_WITH_STAGES and config.first_stage is not None:
+        yield (
+            (*METHODS, "first_stage"),
+            f"first_stage={config.first_stage} needs stages, and {method} has only one; write "
+            "first_stage: null (resume: N begins at epoch N)",
+        )
 
 
 def _missing_for_training(config: Config) -> Iterator[Problem]:
     if config.only_eval:
         return
     chosen = {method for method in METHODS if getattr(config, method)}
+    derived = {"num_epochs"} if chosen & set(METHODS_WITH_STAGES) else set()
     for key, methods in NEEDED_TO_TRAIN.items():
         written = key in config.model_fields_set
-        if key == "num_epochs" and chosen & {"coconut", "no_thoughts"}:
-            written = written or config.num_epochs is None
-        else:
-            written = written and getattr(config, key) is not None
-        if not written and chosen & set(methods):
+        if not (written and (getattr(config, key) is not None or key in derived)) and (
+            chosen & set(methods)
+        ):
             yield (key,), f"{key} is missing; training needs it: add {key}: {example(key)}"
 
 
@@ -379,9 +423,28 @@ def _latent_problems(config: Config) -> Iterator[Problem]:
             "activation_checkpointing=True drops the cache that continuous thoughts are read from; "
             "write activation_checkpointing: false (a smaller batch_size_training saves memory)",
         )
+    is_pause = config.thought != "continuous"
+    if is_pause and (config.thought_norm is not None or config.latent_weights == "learned"):
+        key = "latent_weights" if config.latent_weights == "learned" else "thought_norm"
+        yield (
+            ("thought", key),
+            f"{key}={getattr(config, key)!r} has no effect, because thought={config.thought!r} "
+            "reads no hidden states; write thought: continuous, or leave "
+            f"{key} out",
+        )
+    yield from _weights_problems(config)
+
+
+def _weights_problems(config: Config) -> Iterator[Problem]:
     window, weights = config.latent_window_size, config.latent_weights
     if isinstance(weights, str):
-        yield from _named_weights_problems(weights)
+        ratio = _exponential_ratio(weights)
+        if ratio is not None and (window - 1) * math.log(ratio) > math.log(MAX_WEIGHT):
+            yield (
+                ("latent_weights", "latent_window_size"),
+                f"latent_weights={weights!r} gives the last of {window} states a weight above "
+                f"{MAX_WEIGHT:.0e}; write a smaller ratio",
+            )
         return
     if len(weights) < window:
         yield (
@@ -389,7 +452,7 @@ def _latent_problems(config: Config) -> Iterator[Problem]:
             f"latent_weights={list(weights)} has {len(weights)} of the {window} weights that "
             f"latent_window_size={window} asks for; write {window} weights, nearest state first",
         )
-    if weights and weights[0] < LEAST_FIRST_WEIGHT:
+    if weights and weights[0] < MIN_FIRST_WEIGHT:
         yield (
             ("latent_weights",),
             f"latent_weights={list(weights)} gives the nearest state no weight, so a window of "
@@ -397,42 +460,7 @@ def _latent_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _named_weights_problems(name: str) -> Iterator[Problem]:
-    kind, _, ratio = name.partition(":")
-    try:
-        is_right = kind != "exponential" or 0 < float(ratio) < 1e3
-    except ValueError:
-        is_right = False
-    if not is_right:
-        yield (
-            ("latent_weights",),
-            f"latent_weights={name!r} has no positive number after the colon; write"
-            " latent_weights: exponential:0.5",
-        )
-
-
-def _schedule_problems(config: Config) -> Iterator[Problem]:
-    if config.first_stage is not None:
-        keys = ("first_stage", "resume", "curriculum", *METHODS)
-        if "resume" in config.model_fields_set:
-            yield (
-                keys,
-                f"first_stage={config.first_stage} means resume="
-                f"{config.first_stage * config.epochs_per_stage}, and resume={config.resume} is"
-                " written too; keep one",
-            )
-        elif config.cot or config.no_cot or not config.curriculum:
-            yield keys, "first_stage needs stages; write resume instead"
-    if config.num_epochs is None and (config.cot or config.no_cot):
-        yield (
-            ("num_epochs", *METHODS),
-            "num_epochs=None is for coconut and no_thoughts, whose stages end; write num_epochs:"
-            f" {example('num_epochs')}",
-        )
-
-
 def _run_problems(config: Config) -> Iterator[Problem]:
-    yield from _schedule_problems(config)
     if config.name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]|^\s|\s$", config.name):
         yield (
             ("name",),
@@ -450,17 +478,7 @@ def _run_problems(config: Config) -> Iterator[Problem]:
             f"from_scratch=True excludes load_model_path={config.load_model_path!r}; write "
             "from_scratch: false or load_model_path: None",
         )
-    starts_late = (
-        config.num_epochs is not None
-        and config.resume >= config.num_epochs
-        and "num_epochs" in config.model_fields_set
-    )
-    if starts_late and not config.only_eval:
-        yield (
-            ("only_eval", "resume", "num_epochs"),
-            f"resume={config.resume} leaves none of num_epochs={config.num_epochs} to train; "
-            f"write num_epochs: {config.resume + 1} or more, or a smaller resume",
-        )
+    yield from _first_epoch_problems(config)
     if not config.only_eval:
         try:
             config.accumulation_steps(world_size=1)
@@ -468,9 +486,51 @@ def _run_problems(config: Config) -> Iterator[Problem]:
             yield ("effective_batch_size", "batch_size_training"), str(error)
 
 
+def _first_epoch(config: Config) -> int:
+    """The epoch that `first_stage` or `resume` names."""
+    if config.first_stage is None:
+        return config.resume
+    return config.first_stage * config.epochs_per_stage
+
+
+def _first_epoch_problems(config: Config) -> Iterator[Problem]:
+    key = "resume" if config.first_stage is None else "first_stage"
+    shown = f"{key}={getattr(config, key)}"
+    if key == "first_stage" and config.resume > 0:
+        yield (
+            ("first_stage", "resume"),
+            f"{shown} and resume={config.resume} both say where to begin; write resume: 0 or "
+            "first_stage: null",
+        )
+    if key == "first_stage" and not config.curriculum:
+        yield (
+            ("first_stage", "curriculum"),
+            f"{shown} needs stages, and curriculum=False has only one; write first_stage: null "
+            "(resume: N begins at epoch N)",
+        )
+    elif key == "first_stage" and config.first_stage > config.max_latent_stage + 1:
+        yield (
+            ("first_stage", "max_latent_stage"),
+            f"{shown} is past the last stage, max_latent_stage + 1 = "
+            f"{config.max_latent_stage + 1}; write a smaller first_stage",
+        )
+    first = _first_epoch(config)
+    if config.num_epochs is not None and first >= config.num_epochs and not config.only_eval:
+        yield (
+            ("only_eval", "num_epochs", key, "epochs_per_stage"),
+            f"{shown} leaves none of num_epochs={config.num_epochs} to train; "
+            f"write num_epochs: {first + 1} or more, or a smaller {key}",
+        )
+
+
 def example(key: str) -> str:
-    """A value to suggest for `key`, as it is written in YAML."""
+    """A value for the key, as it would be written in a file."""
     field = Config.model_fields[key]
-    if field.examples:
-        return field.examples[0]
-    return field.default if isinstance(field.default, str) else json.dumps(field.default)
+    if field.annotation is bool:
+        return "true or false"
+    return field.examples[0] if field.examples else as_yaml(field.default)
+
+
+def as_yaml(value: Any) -> str:
+    """A default of the schema as it would be written in a file."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -24,8 +24,9 @@ from pydantic import (
 )
 from transformers import PreTrainedTokenizerBase
 
+from coconut import initial_weights
 from dataset import END_LATENT, LATENT, START_LATENT
-from engine.config import LEAST_FIRST_WEIGHT, Config, Count, PositiveCount, Stages, Weight
+from engine.config import METHODS, MIN_FIRST_WEIGHT, Config, Count, PositiveCount, Stages, Weight
 from utils import UserError
 
 METADATA_FILE = "coconut.json"
@@ -85,7 +86,7 @@ class Metadata(BaseModel):
     def _weights_fit_window(self) -> "Metadata":
         # Learned weights may come as close to 0 as they like.
         for weights, least in (
-            (self.latent_weights, LEAST_FIRST_WEIGHT),
+            (self.latent_weights, MIN_FIRST_WEIGHT),
             (self.learned_weights, 0),
         ):
             if isinstance(weights, list) and (
@@ -104,7 +105,7 @@ class Metadata(BaseModel):
         """What a run's checkpoints record, before its first epoch."""
         names = ("method", "latent_window_size", "window_scope", "thought", "c_thought")
         return cls(
-            latent_weights=config.window_weights,
+            latent_weights=_window_weights(config),
             thought_norm=config.thought_norm,
             coconut_class=class_name(coconut_class),
             stage=0,
@@ -296,13 +297,15 @@ def config_with_metadata(
 
     Raises: UserError showing every explicit value that differs, and for weights of another method.
     """
+    if config.method is None:
+        config = _with_method(config, metadata, name)
     check_method(config, metadata, name)
     continues = config.only_eval or config.resume > 0 or resumes
     if metadata is None or metadata.method != config.method or not continues:
         return config
     update, differences = {}, []
     for field, stored in _acting_fields(metadata).items():
-        own = getattr(config, field, None)
+        own = getattr(config, field)
         if own == stored or (field == "latent_weights" and _same_weights(config, stored)):
             continue
         if field in config.model_fields_set:
@@ -311,11 +314,20 @@ def config_with_metadata(
                 f" {list(own) if isinstance(own, tuple) else own}; write {field}: {stored} or leave"
                 " the key out"
             )
-        elif field in Config.model_fields:
+        else:
             update[field] = tuple(stored) if isinstance(stored, list) else stored
     if differences:
         raise UserError("\n".join(differences))
     return with_defaults(config, update)
+
+
+def _with_method(config: Config, metadata: Metadata | None, name: str) -> Config:
+    if metadata is None:
+        raise UserError(
+            f"{name}: has no {METADATA_FILE} that names the method of its training; set one of"
+            f" {', '.join(METHODS)} to true"
+        )
+    return with_defaults(config, {metadata.method: True})
 
 
 def with_defaults(config: Config, update: dict) -> Config:
@@ -379,13 +391,20 @@ def _acting_fields(metadata: Metadata) -> dict:
     return {name: getattr(metadata, name) for name in names} | schedule
 
 
+def _window_weights(config: Config) -> list[float] | str:
+    """The configured latent_weights as coconut.json records them."""
+    if config.latent_weights == "learned":
+        return "learned"
+    return initial_weights(config.latent_weights, config.latent_window_size)
+
+
 def _same_weights(config: Config, stored: list[float] | str) -> bool:
     """Whether both make the same thoughts: the average divides by the sum of the weights."""
-    own = config.window_weights
-    if isinstance(own, str) or isinstance(stored, str):
+    own = config.latent_weights
+    if "learned" in (own, stored):
         return own == stored
-    own = own[: len(stored)]
-    if len(own) < len(stored):
+    if not isinstance(own, str) and len(own) < len(stored):
         return False
+    own = initial_weights(own, len(stored))
     pairs = zip(own, stored, strict=True)
     return all(math.isclose(a / sum(own), b / sum(stored), abs_tol=1e-9) for a, b in pairs)

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "engine.provenance": set(),
     "engine.distributed": {"utils"},
     "engine.tracking": {"utils"},
-    "engine.metadata": {"dataset", "engine.config", "utils"},
+    "engine.metadata": {"coconut", "dataset", "engine.config", "utils"},
     "engine.weights": {"dataset", "engine.config", "engine.metadata", "utils"},
     "engine.model": {
         "engine.config", "coconut", "dataset", "engine.metadata", "engine.weights", "utils",
