@@ -282,6 +282,11 @@ def _read_text(path: str) -> str:
 # Words of errors
 
 
+# pydantic's names of types -> ours.
+TYPE_WORDS = {"integer": "a whole number", "number": "a number", "string": "text"}
+TYPE_WORDS |= {"boolean": "true or false"}
+
+
 def _problems(
     error: ValidationError, values: dict[str, Any], typed: Collection[str]
 ) -> Iterator[Problem]:
@@ -314,8 +319,12 @@ def _field_problem(item: dict[str, Any], key: str, is_typed: bool) -> str:
     shown = f"{key}{''.join(indices)}={_shown.repr(value)}"
     if kind == "value_error":
         return f"{shown} {item['ctx']['error']}"
-    # "Input should be a valid number": the value takes the place of the first word.
-    wanted = item["msg"].partition(" ")[2]
+    # "Input should be greater than 0": the value takes the place of the first word.
+    wanted = re.sub(
+        r"should be a valid (\w+)(.*)",
+        lambda match: f"is not {TYPE_WORDS.get(match[1], match[1])}",
+        item["msg"].partition(" ")[2],
+    )
     fix = f"{key}: {example(key)}"
     if kind == "string_type" and isinstance(value, int | float):
         text = f'"{_shown.repr(value)}"'

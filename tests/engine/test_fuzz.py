@@ -196,7 +196,7 @@ HOSTILE = {
     "a large stage": ("max_latent_stage: 1001", "max_latent_stage=1001 should be less than"),
     "an object": ("lr: !!python/object:os.x {}", "could not determine a constructor"),
     "a tag": ("lr: !!timestamp 2001-01-01", "could not determine a constructor"),
-    "half a pair": ('name: "\\ud800"', "name='\\ud800' should be a valid string"),
+    "half a pair": ('name: "\\ud800"', "name='\\ud800' is not text"),
     "half a pair as key": ('"\\ud800": 1', "'\\ud800' is not a plain word"),
     "no character": ('name: "\\UFFFFFFFF"', "line 1: an escape is not a character"),
     "beyond the last character": ('name: "\\U00110000"', "line 1: an escape is not a character"),
