@@ -238,7 +238,8 @@ class Study:
                 folder=folder,
                 base=base,
                 overrides=place | common | own,
-                own_keys=frozenset(own),
+                # The configuration keeps first_stage as resume.
+                own_keys=frozenset(own) | ({"resume"} if "first_stage" in own else set()),
                 needs=(),
                 is_prerequisite=is_prerequisite,
                 commands=commands,
