@@ -376,11 +376,15 @@ def arrange_buckets(model: nn.Module, *example: torch.Tensor) -> None:
     It does so once, by the order in which they first come, and to the last bit a sum over three
     ranks or more depends on the arrangement: it must not depend on where a run goes on.
 
+    model: a Coconut module, wrapped or not.
     example: what `model` is called with; its logits are differentiated, which is then forgotten.
     """
     if isinstance(model, DistributedDataParallel):
         model.eval()
-        model(*example).logits.sum().backward()
+        # DDP waits for the gradient of every parameter, and logits alone need no thought's.
+        extra = unwrap(model).extra_parameters().values()
+        unused = sum(parameter.sum() for parameter in extra)
+        (model(*example).logits.sum() + 0 * unused).backward()
         model.zero_grad(set_to_none=True)
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from runs import ROOT, Experiment, Ranks, assert_same_weights, at_call, use_float64
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from engine import checkpoint, distributed
@@ -134,6 +135,7 @@ def test_ranks_write_the_shards_that_they_alone_hold(runs, kind):
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_ranks_that_stop_and_go_on_end_where_they_would_have_ended(tmp_path, kind):
     keys = {"dropout": 0.1, "parallel": kind, "batch_size_training": 2, "num_epochs": 2}
+    keys["latent_weights"] = "learned"
     straight = Experiment(tmp_path, name="straight", **keys)
     stopped = Experiment(tmp_path, name="stopped", **keys)
     # A rank of its own generator draws other dropout, so the two must get back their own.
@@ -143,6 +145,8 @@ def test_ranks_that_stop_and_go_on_end_where_they_would_have_ended(tmp_path, kin
     assert ranks.wait() == [0, 0], ranks.output() + ranks.output(1)
     assert "continuing from" in ranks.output()
     assert_same_weights(stopped.weights(), straight.weights())
+    files = [e.run_dir / "checkpoint_2" / "coconut.safetensors" for e in (stopped, straight)]
+    assert_same_weights(*map(load_file, files))
     assert stopped.metrics() == straight.metrics()
 
 
