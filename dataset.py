@@ -37,6 +37,8 @@ END_LATENT = "<|end-latent|>"
 LATENT = "<|latent|>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)
 IGNORE_INDEX = -100
+MAX_FAULTS = 10
+MAX_QUOTED = 80
 METHODS_WITHOUT_STAGES = ("cot", "no_cot")
 # A batch takes milliseconds; the first one also what it takes to start a process.
 STALLED_WORKER_S = 60.0
@@ -135,6 +137,27 @@ def leading_special_ids(tokenizer, text: str) -> list[int]:
         if dressed[begin : begin + len(plain)] == plain:
             return dressed[:begin]
     return []
+
+
+def decode(tokenizer, rows: list[list[int]]) -> list[str]:
+    """The texts of generated tokens, as answers are read from them: without special tokens."""
+    return tokenizer.batch_decode(
+        rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def quote(text: str) -> str:
+    """`text` as Python writes it, cut where it is long."""
+    return repr(text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "...")
+
+
+def raise_faults(path: str, faults: Sequence[str], fix: str) -> None:
+    """Raise one UserError that shows the first MAX_FAULTS of `faults`, their number and `fix`."""
+    lines = [f"{path}: {fault}" for fault in faults[:MAX_FAULTS]]
+    if len(faults) == 1:
+        raise UserError(f"{lines[0]}; {fix}")
+    if faults:
+        raise UserError("\n".join([*lines, f"{path}: {len(faults)} faults in all; {fix}"]))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from dataset import (
     StagedRecords,
     TokenizedRecords,
     batch_loader,
+    decode,
     micro_batches,
 )
 from engine import distributed, metrics
@@ -143,9 +144,7 @@ class Decoder:
         ended = eos in new_tokens
         tokens = new_tokens[: new_tokens.index(eos)] if ended else new_tokens
         # Markers are special tokens, so a model that writes one cannot leak it into the text.
-        text = self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        (text,) = decode(self.tokenizer, [tokens])
         source = self.staged.tokenized.table[index]
         steps_left = source["steps"][int(self.staged.dropped[index]) :]
         thoughts = int(self.staged.num_latents[index])
@@ -155,7 +154,7 @@ class Decoder:
             "index": index,
             "question": source["question"],
             "gold": source["answer"],
-            "prediction": metrics.extract_answer(text),
+            "prediction": metrics.extract_answer(text, source["answer"]),
             "text": text,
             "correct": metrics.is_correct(text, source["answer"]),
             "cot_match": metrics.cot_matches(text, steps_left) if steps_left else None,

@@ -1,30 +1,42 @@
 """What counts as right, and how sure a figure is: plain text and integers in, numbers out.
 
-Carries out SPEC section 8: the answer stands after the last `#`, the reasoning before the first.
-Generating the text is left to evaluation.py; nothing here knows of models, files or ranks.
+Carries out docs/specification.md, section 8. Generating the text is left to evaluation.py; nothing
+here knows of models, files or ranks.
 """
 
+import re
 from collections.abc import Sequence
 
 from scipy.stats import binomtest
 
+# Some tokenizers put a blank before a line's first word.
+ANSWER_LINE = re.compile(r"^[ \t]*### ", re.MULTILINE)
 
-def extract_answer(text: str) -> str | None:
-    """The answer in generated text: what follows the last `#`, without commas and outer white
-    space; None where no `#` stands. `text` excludes the question, which may hold a `#` too.
+
+def extract_answer(text: str, gold: str) -> str | None:
+    """The answer in generated text, without commas and outer white space; None where it gives none.
+
+    The answer follows the last `#`. Where `gold` holds a `#` itself, the answer follows the `### `
+    at the front of the last line that begins so.
+
+    text: without the question, which may hold a `#` too.
     """
+    if "#" in gold:
+        fronts = list(ANSWER_LINE.finditer(text))
+        return normalize_answer(text[fronts[-1].end() :]) if fronts else None
     _, mark, answer = text.rpartition("#")
     return normalize_answer(answer) if mark else None
 
 
-def normalize_answer(gold: str) -> str:
-    """A gold answer under the rule for generated ones, so that its own text counts as right."""
-    return gold.rpartition("#")[2].replace(",", "").strip()
+def normalize_answer(answer: str) -> str:
+    """An answer as it is compared, generated or gold: without commas and outer white space."""
+    return answer.replace(",", "").strip()
 
 
 def is_correct(generated: str, gold: str) -> bool:
-    """Whether the generated text's answer is exactly the gold one; without a `#` it is wrong."""
-    return extract_answer(generated) == normalize_answer(gold)
+    """Whether the generated text's answer is exactly the gold one, which must not be empty."""
+    answer = extract_answer(generated, gold)
+    return bool(answer) and answer == normalize_answer(gold)
 
 
 def cot_text(generated: str) -> str:

@@ -5,6 +5,7 @@ run then does is jobs.py's.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from dataset import (
     Curriculum,
     StagedRecords,
     TokenizedRecords,
+    decode,
+    quote,
+    raise_faults,
     read_records,
     tokenize_records,
 )
-from engine import checkpoint, distributed, run_dir
+from engine import checkpoint, distributed, metrics, run_dir
 from engine.config import Config
 from engine.metadata import (
     METADATA_FILE,
@@ -166,7 +170,10 @@ def load_data(config: Config, source: ModelSource) -> Data:
         val_texts = read_records(config.val_path, limits[1], log.info)
         tokenizer = source.tokenizer
         train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
-        return Data(tokenizer, train, tokenize_records(val_texts, tokenizer, config.val_path))
+        val = tokenize_records(val_texts, tokenizer, config.val_path)
+        for records in filter(None, (train, val)):
+            check_answers(records, tokenizer)
+        return Data(tokenizer, train, val)
 
     data = distributed.run_on_all_ranks(load)
     files = [records for records in (data.train, data.val) if records]
@@ -298,4 +305,42 @@ def check_lengths(
     raise UserError(
         f"{staged.tokenized.path}: record {index}: {what} does not fit the model's"
         f" {max_positions} positions (records too long: {len(too_long)}); {fix}"
+    )
+
+
+def check_answers(tokenized: TokenizedRecords, tokenizer) -> None:
+    """Refuse gold answers that no generated text could equal: those of which nothing is left when
+    answers are compared, and those that the tokenizer does not give back.
+
+    Raises: UserError naming records, gold answers and what comes back.
+    """
+    # Equal answers have equal tokens; steps matter where the answer must begin a line.
+    answers = tokenized.table.data.column("answer").to_pylist()
+    keys = [index if "#" in gold else gold for index, gold in enumerate(answers)]
+    first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+    columns = ["answer", "step_ids", "answer_ids"]
+    rows = tokenized.table.select_columns(columns)[list(first.values())]
+    written = [
+        [*chain(*(steps if "#" in gold else ())), *answer_ids[:-1]]
+        for gold, steps, answer_ids in zip(
+            rows["answer"], rows["step_ids"], rows["answer_ids"], strict=True
+        )
+    ]
+    faults = {}
+    for key, gold, text in zip(first, rows["answer"], decode(tokenizer, written), strict=True):
+        if not metrics.normalize_answer(gold):
+            faults[key] = (
+                f"of the answer {quote(gold)} nothing is left without commas and outer white space,"
+                " which do not count when answers are compared"
+            )
+        elif not metrics.is_correct(text, gold):
+            back = metrics.extract_answer(text, gold)
+            faults[key] = (
+                f"the answer {quote(gold)} comes back from the tokenizer as {quote(back or text)}"
+            )
+    raise_faults(
+        tokenized.path,
+        [f"record {index}: {faults[key]}" for index, key in enumerate(keys) if key in faults],
+        "no generated answer could be right; write answers as the tokenizer gives them back, or"
+        " use another tokenizer",
     )

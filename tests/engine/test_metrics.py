@@ -28,14 +28,35 @@ from engine.metrics import (
     ],
 )
 def test_the_answer_follows_the_last_mark_without_commas_and_outer_blanks(text, answer):
-    assert extract_answer(text) == answer
+    assert extract_answer(text, gold="3") == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("### C#", "C#"),
+        ("A to C\n### C# \n", "C#"),
+        ("### F#\n### C#", "C#"),
+        ("### C#, F#", "C# F#"),
+        ("step\n ### C#", "C#"),  # as Llama's tokenizer writes a line's first word
+        ("### C#\nand more", "C#\nand more"),
+        ("step ### C#", None),
+        ("###C#", None),
+        ("#", None),
+        ("C#", None),
+        ("", None),
+    ],
+)
+def test_for_a_gold_with_a_mark_the_answer_follows_the_last_answer_line(text, answer):
+    assert extract_answer(text, gold="C#") == answer
 
 
 def test_gold_is_treated_as_the_generated_answer_is():
     assert normalize_answer(" 1,000 ") == "1000"
     assert normalize_answer("Alex is a lempus.") == "Alex is a lempus."
-    for gold in ("1,000", "Alex is a lempus.", " x ", "#5"):
-        assert extract_answer(f"steps\n### {gold}") == normalize_answer(gold)
+    assert normalize_answer("C#") == "C#"
+    for gold in ("1,000", "Alex is a lempus.", " x ", "#5", "C#", "#"):
+        assert extract_answer(f"steps\n### {gold}", gold) == normalize_answer(gold)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +70,12 @@ def test_gold_is_treated_as_the_generated_answer_is():
         ("### 180", "18", False),
         ("18", "18", False),
         ("", "", False),
+        ("###", ",", False),
         ("### 18 # 19", "18", False),
+        ("### C#", "C#", True),
+        ("### F#", "C#", False),
+        ("#", "C#", False),
+        ("### #", "C#", False),
     ],
 )
 def test_only_the_exact_answer_after_a_mark_is_right(generated, gold, right):
