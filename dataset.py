@@ -9,28 +9,27 @@ nothing.
 Shapes: B batch, T tokens, n records, S the largest number of steps of a record.
 """
 
-import atexit
-import contextlib
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
-import threading
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from utils import UserError, print_line
+from utils import RunFailed, UserError
 
 START_LATENT = "<|start-latent|>"
 END_LATENT = "<|end-latent|>"
@@ -41,9 +40,8 @@ MAX_FAULTS = 10
 MAX_QUOTED = 80
 METHODS_WITHOUT_STAGES = ("cot", "no_cot")
 # A batch takes milliseconds; the first one also what it takes to start a process.
-STALLED_WORKER_S = 60.0
-
-Worker = tuple[BaseProcess, Connection]
+WORKER_TIMEOUT_S = 120.0
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 # The tokenizer is done before any worker is forked; without this it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -525,87 +523,63 @@ def batch_loader(
 ) -> Iterator[dict[str, Tensor]]:
     """The given batches in order, made ahead of time by `num_workers` processes (0: none).
 
-    A worker that dies or stalls is told of and costs time, never the run: a batch depends on its
-    indices alone, so this process makes all that are left.
+    Raises: RunFailed when a worker cannot start, dies or gives no batch for WORKER_TIMEOUT_S.
     """
-    ahead = _made_by_workers(collator, batches, min(num_workers, len(batches)))
-    for indices in batches:
-        batch = next(ahead, None) or collator[indices]
-        yield {key: t.pin_memory() for key, t in batch.items()} if pin_memory else batch
+    num_workers = min(num_workers, len(batches))
+    loader = DataLoader(
+        collator,
+        batch_size=None,
+        sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        timeout=WORKER_TIMEOUT_S if num_workers else 0,
+        worker_init_fn=_guard_worker,
+        # Without one the loader draws from the generator that a run reproduces.
+        generator=torch.Generator(),
+    )
+    yield from _from_workers(loader) if num_workers else loader
 
 
-def _made_by_workers(
-    collator: Collator, batches: Sequence[np.ndarray], num_workers: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches from `num_workers` processes in turn; ends early, with a notice, when one fails."""
-    if num_workers == 0:
-        return
-    workers: list[Worker] = []
-    # Python joins its children when it exits, even where a crash keeps this generator alive.
-    end = atexit.register(partial(_end_workers, workers))
+def _from_workers(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    earlier = set(multiprocessing.active_children())
+    workers: set[BaseProcess] = set()
+    # A traceback can keep this generator alive until Python exits, which waits for its children.
+    end = Finalize(None, _kill, [workers], exitpriority=0)
+    on_child_exit = signal.getsignal(signal.SIGCHLD)
     try:
-        for number in range(num_workers):
-            workers.append(_start_worker(collator, batches[number::num_workers]))
-        for number in range(len(batches)):
-            arrays = _receive(*workers[number % num_workers])
-            yield {key: torch.from_numpy(array) for key, array in arrays.items()}
-    except OSError as error:
-        print_line(f"data workers: {error}; this process makes the batches of this pass itself")
+        try:
+            made = iter(loader)
+        finally:
+            workers |= set(multiprocessing.active_children()) - earlier
+        # torch would raise a worker's death from a signal handler, in the middle of any step.
+        if signal.getsignal(signal.SIGCHLD) is not on_child_exit:
+            signal.signal(signal.SIGCHLD, on_child_exit)
+        yield from made
+    except (OSError, RuntimeError) as error:
+        if str(error).startswith("Caught "):  # by the worker, in making a batch
+            raise
+        raise RunFailed(
+            f"data workers failed ({error}); start again (training resumes), or set num_workers: 0"
+        ) from error
     finally:
+        made = None  # workers that listen now end by themselves
         end()
-        atexit.unregister(end)
 
 
-def _start_worker(collator: Collator, batches: Sequence[np.ndarray]) -> Worker:
-    """A process that makes `batches` one after another, and where they can be read."""
-    here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.Process(target=_work, args=(collator, batches, there), daemon=True)
-    with there:
-        process.start()
-    return process, here
-
-
-def _work(collator: Collator, batches: Sequence[np.ndarray], connection: Connection) -> None:
-    """What a data worker does; the pipe holds it back when it is ahead."""
-    # Ctrl-C and torchrun signal the whole process group, but the run ends its step first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # The fork brought along the run's lock, connections to other ranks, other workers' pipes. Held
-    # open here they would outlive a rank that is killed.
-    for descriptor in map(int, os.listdir("/dev/fd")):
-        if descriptor > 2 and descriptor != connection.fileno():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-    # The threads that helped the process before the fork are not here.
-    torch.set_num_threads(1)
-    # BrokenPipeError: nobody reads any more.
-    with contextlib.suppress(BrokenPipeError):
-        for indices in batches:
-            connection.send({key: t.numpy() for key, t in collator[indices].items()})
-
-
-def _receive(process: BaseProcess, connection: Connection) -> dict[str, np.ndarray]:
-    """The next batch of a worker, which is killed when that does not come in time.
-
-    Raises: OSError when there is no such batch.
-    """
-    began = time.monotonic()
-    # Waiting for the first byte would not do: a worker may stall in the middle of a batch.
-    killer = threading.Timer(STALLED_WORKER_S, process.kill)
-    killer.start()
-    try:
-        return connection.recv()
-    except (EOFError, OSError):
-        stalled = time.monotonic() - began >= STALLED_WORKER_S
-        what = f"gave no batch in {STALLED_WORKER_S:g} s" if stalled else "died"
-        raise OSError(f"process {process.pid} {what}") from None
-    finally:
-        killer.cancel()
-
-
-def _end_workers(workers: list[Worker]) -> None:
+def _kill(workers: set[BaseProcess]) -> None:
     while workers:
-        process, connection = workers.pop()
-        process.kill()
-        process.join()
-        connection.close()
+        worker = workers.pop()
+        worker.kill()
+        worker.join()
+
+
+def _guard_worker(_number: int) -> None:
+    """Let a data worker end with the process that it works for, neither earlier nor later."""
+    # Ctrl-C, torchrun and Slurm signal the whole process group, but the run ends its step first.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # The fork inherited the run's lock and connections to other ranks.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)

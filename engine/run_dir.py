@@ -46,8 +46,9 @@ def hold(run_dir: Path) -> Iterator[None]:
         way.
     """
     missing = [path for path in (run_dir, *run_dir.parents) if not os.path.exists(path)]
-    # A soft lock would outlive a killed run, and refuse its restart on another machine.
-    lock = FileLock(run_dir / LOCK, timeout=0, fallback_to_soft=False)
+    # Data workers inherit the lock and end a moment after a run that is killed. A soft lock would
+    # outlive it, and refuse its restart on another machine.
+    lock = FileLock(run_dir / LOCK, timeout=2, fallback_to_soft=False)
     try:
         create(run_dir)
         _acquire(lock, run_dir)
