@@ -77,9 +77,6 @@ def opening_lines(
 
     num_train, num_val: records. world_size: processes.
     """
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     weights = config.load_model_path or ("random" if config.from_scratch else "its own")
     accumulation = config.accumulation_steps(world_size)
     effective = config.records_per_step(world_size)
@@ -87,17 +84,25 @@ def opening_lines(
     num_epochs = max(config.num_epochs - config.resume, 0)
     facts = {
         "run": config.run_dir if not config.debug else f"{config.name}, a trial that saves nothing",
-        "device": f"{processes} on {on}, {threads}{' each' if world_size > 1 else ''}",
+        "device": describe_device(device, world_size),
         "model": f"{config.model_id}, {num_parameters:,} parameters; weights: {weights}",
         "method": config.method,
         "thought": describe_thought(config),
         "schedule": describe_schedule(config, curriculum),
         "records": f"{num_train:,} training, {num_val:,} validation",
         "effective batch": f"{effective} = {config.batch_size_training} records x {accumulation}"
-        f" accumulation x {processes}",
+        f" accumulation x {world_size} processes",
         "optimizer steps": f"{steps_per_epoch:,} an epoch, {steps_per_epoch * num_epochs:,} in all",
     }
     return [f"{name:<20}{fact}" for name, fact in facts.items() if fact is not None]
+
+
+def describe_device(device: torch.device, world_size: int) -> str:
+    """What a run computes on."""
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    return f"{processes} on {on}, {threads}{' each' if world_size > 1 else ''}"
 
 
 def describe_thought(config: Config) -> str | None:

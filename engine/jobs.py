@@ -24,11 +24,13 @@ from dataset import StagedRecords, TokenizedRecords
 from engine import checkpoint, distributed, evaluation, run_dir
 from engine.config import Config
 from engine.config_file import dump_config
-from engine.console import progress_bar
+from engine.console import describe_device, progress_bar
 from engine.failures import report_failure
 from engine.metadata import Metadata
 from engine.model import build_coconut, load_backbone
+from engine.provenance import provenance_lines, run_provenance
 from engine.setup import (
+    Data,
     Prepared,
     check_place,
     evaluation_folder,
@@ -208,6 +210,8 @@ def _train_from(
             distributed.is_main(),
             state.trainer["wandb_id"] if state else None,
         )
+    facts = _provenance(data)
+    metadata = Metadata.of(config, tokenizer, coconut_class)
     with contextlib.closing(tracker):
         trainer = Trainer(
             config,
@@ -216,16 +220,17 @@ def _train_from(
             data.train,
             data.val,
             make_curriculum(config),
-            Metadata.of(config, tokenizer, coconut_class),
+            metadata.model_copy(update={"provenance": facts}),
             tracker,
             state,
         )
         with run_dir.writing(config.run_dir, "config.yaml or metrics.jsonl"):
             if saves and distributed.is_main():
                 run_dir.warn_about_unknown_files(config.run_dir)
-                _write_config(config, config.run_dir)
+                _write_config(config, config.run_dir, facts)
             if state is None:
-                tracker.truncate(0, config.resume)
+                tracker.truncate(-1)
+            _log_provenance(tracker, facts, trainer.position.optimizer_step)
         trainer.run()
     position = trainer.position
     return TrainingResult(
@@ -274,10 +279,12 @@ def _evaluate(
                 path = folder / f"predictions_{epoch}.jsonl"
                 evaluation.write_predictions(path, outcome.predictions)
             tracker.truncate(0, epoch)
+            facts = _provenance(prepared.data)
+            _log_provenance(tracker, facts, step=0)
             named = {f"eval/{name}": value for name, value in figures.items()}
             tracker.log(named | {"eval/epoch": epoch}, step=0)
             if folder is not None and distributed.is_main():
-                _write_config(config.model_copy(update={"resume": epoch}), folder)
+                _write_config(config.model_copy(update={"resume": epoch}), folder, facts)
         log.info(f"{config.load_model_path} on {config.val_path}, stage {stage}")
         log.info(evaluation.describe(figures))
         if folder is not None:
@@ -309,9 +316,24 @@ def _build_model(
     return distributed.parallelize(model, parallel, model.blocks, config.bf16)
 
 
-def _write_config(config: Config, folder: Path) -> None:
-    """Write the resolved configuration into `folder`; log what changed in it."""
-    path, text = folder / "config.yaml", dump_config(config)
+def _provenance(data: Data) -> dict:
+    """Where the figures of this run come from: rank 0's commit, versions and machine, its data."""
+    files = {"train_path": data.train, "val_path": data.val}
+    used = {key: (len(records), records.sha256) for key, records in files.items() if records}
+    device = describe_device(distributed.device(), distributed.world_size())
+    return distributed.broadcast_from_main(
+        run_provenance(device, used) if distributed.is_main() else None
+    )
+
+
+def _log_provenance(tracker: Tracker, facts: dict, step: int) -> None:
+    tracker.log_changed({f"run/{name}": value for name, value in facts.items()}, step)
+
+
+def _write_config(config: Config, folder: Path, facts: dict) -> None:
+    """Write the resolved configuration into `folder`, `facts` above it; log what changed in it."""
+    path = folder / "config.yaml"
+    text = "".join(f"# {line}\n" for line in provenance_lines(facts)) + dump_config(config)
     if path.exists():
         before = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in text.splitlines():

@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -59,6 +59,7 @@ class Metadata(BaseModel):
     latent_weights: as long as the window; "learned": they are parameters in coconut.safetensors.
     learned_weights: the values of learned weights at the time of saving, for readers.
     coconut_class: "module:Class" of a subclass of Coconut, None for Coconut itself.
+    provenance: commit, versions, machine and data of the run that trained it, for readers.
     Version 1 had no learned_weights, thought_norm and coconut_class; it is read as version 2.
     """
 
@@ -81,6 +82,7 @@ class Metadata(BaseModel):
     stage: Count
     epoch: Count
     schedule: Schedule
+    provenance: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _weights_fit_window(self) -> "Metadata":

@@ -6,6 +6,7 @@ Imports no torch.distributed and asks no device to do anything.
 import os
 import platform
 import subprocess
+import tomllib
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,12 +34,40 @@ def provenance() -> dict:
     }
 
 
+def run_provenance(device: str, files: dict[str, tuple[int, str]]) -> dict:
+    """`provenance`, with what one run alone knows.
+
+    device: what it computes on, in words.
+    files: by configuration key, the number of records used of a file and its SHA-256.
+    """
+    data = {key: {"records": n, "sha256": sha256} for key, (n, sha256) in files.items()}
+    return provenance() | {"device": device, "data": data}
+
+
+def provenance_lines(found: dict) -> list[str]:
+    """What `run_provenance` found, a fact a line."""
+    changed = " with changed files" if found["changed"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return [
+        f"commit: {found['commit']}{changed}",
+        f"versions: {versions}",
+        f"machine: {found['machine']}",
+        f"device: {found['device']}",
+        *(
+            f"{key}: {file['records']} records, sha256 {file['sha256']}"
+            for key, file in found["data"].items()
+        ),
+    ]
+
+
 def source_commit() -> tuple[str, bool]:
     """The commit of this source tree and whether tracked files differ from it.
 
     A copy without .git takes the environment variable COMMIT, else "unknown".
     """
     try:
+        # A copy inside another repository has that one's commits.
+        _git("ls-files", "--error-unmatch", "run.py")
         name = _git("rev-parse", "HEAD")
         excluded = [f":(exclude){folder}" for folder in OUTPUTS]
         status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
@@ -53,13 +82,22 @@ def _git(*arguments: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"coconut": _project_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "unknown"
     return found
+
+
+def _project_version() -> str:
+    """The version in pyproject.toml, which need not be installed."""
+    try:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        return project["project"]["version"]
+    except (OSError, LookupError):
+        return "unknown"
 
 
 def machine_name() -> str:

@@ -62,8 +62,19 @@ class Tracker:
         Values are numbers, text or nested lists and dicts of them, NumPy and torch scalars
         included. JSON knows no infinity: a non-finite number is written as null.
         """
-        self._append(_to_line({"step": step, **metrics}))
-        self._guarded(lambda run: run.log({"step": step, **metrics}))
+        self._record({"step": step, **metrics})
+
+    def log_changed(self, facts: dict[str, Any], step: int) -> None:
+        """`log`, unless metrics.jsonl says the same of each fact already, where it last says it."""
+        if self._metrics_path is None:
+            return
+        known = {}
+        if self._metrics_path.exists():
+            text = self._metrics_path.read_text(encoding="utf-8", errors="replace")
+            for line in text.split("\n"):
+                known |= _entry(line) or {}
+        if {name: known.get(name) for name in facts} != facts:
+            self._record({"step": step, **facts})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Records a table of what the run begins with, as a line of its first step and in wandb."""
@@ -115,6 +126,10 @@ class Tracker:
             self._unwritten = ""
         self._guarded(lambda run: run.finish())
         self._wandb_run = None
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        self._append(_to_line(entry))
+        self._guarded(lambda run: run.log(entry))
 
     def _append(self, line: str) -> None:
         """Appends what waits and `line`, all or nothing, so that the file never has a gap."""

@@ -112,9 +112,9 @@ class Experiment:
         return Ranks(1, self.folder, [[str(self.yaml), *arguments]], hook)
 
     def metrics(self, path="metrics.jsonl"):
-        """The lines of metrics.jsonl without what clocks measured."""
+        """The lines of metrics.jsonl without what clocks measured and where the run comes from."""
         lines = (self.run_dir / path).read_text().splitlines()
-        entries = [json.loads(line) for line in lines]
+        entries = [json.loads(line) for line in lines if "run/commit" not in line]
         return [{k: v for k, v in e.items() if k not in CLOCKS} for e in entries]
 
     def losses(self):
@@ -125,7 +125,7 @@ class Experiment:
         epochs = self.keys["num_epochs"] if epochs is None else epochs
         return load_file(self.run_dir / f"checkpoint_{epochs}" / "model.safetensors")
 
-    def settings(self, epochs=None):
+    def metadata(self, epochs=None):
         """The coconut.json of checkpoint `epochs`, by default of the last epoch."""
         epochs = self.keys["num_epochs"] if epochs is None else epochs
         return json.loads((self.run_dir / f"checkpoint_{epochs}" / "coconut.json").read_text())

@@ -479,7 +479,7 @@ def test_a_checkpoint_named_by_model_id_brings_its_settings(coconut, tmp_path, c
     experiment = Experiment(tmp_path, model_id=source, resume=2)
     assert experiment.main() == 0
     assert "names no weights" not in capsys.readouterr().out
-    assert experiment.settings()["latent_window_size"] == 2
+    assert experiment.metadata()["latent_window_size"] == 2
     assert_refused(
         capsys, experiment, "name=other", "latent_window_size=3",
         words=[f"model_id {source}: latent_window_size was 2 in training"],

@@ -76,6 +76,7 @@ def test_metadata_survives_its_file(stored, tmp_path):
             "epochs_per_stage": 5, "max_latent_stage": 6, "pad_latent_to_max": False,
             "curriculum": False,
         },
+        "provenance": None,
     }  # fmt: skip
 
 
