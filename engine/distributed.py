@@ -11,6 +11,8 @@ would wait for each other for ever; so under FSDP all ranks take the same number
 num_passes).
 """
 
+import hashlib
+import inspect
 import os
 import random
 import socket
@@ -194,6 +196,17 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def seed_rank(seed: int) -> None:
+    """Seed torch on this rank for what must differ between ranks: dropout.
+
+    Rank 0 draws what one process draws. The others' numbers hash seed and rank: by a sum, rank 1 of
+    seed 0 would draw what rank 0 of seed 1 does.
+    """
+    if not is_main():
+        seed = int.from_bytes(hashlib.sha256(f"{seed} {rank()}".encode()).digest()[:8], "big")
+    torch.manual_seed(seed)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized():
@@ -345,9 +358,12 @@ def parallelize(
         if parallel.kind == "none":
             return model
         device_ids = [local_rank()] if torch.cuda.is_available() else None
-        # Every rank builds the same buffers (positions, masks), and training changes none.
+        # Every rank builds the same buffers (positions, masks), and training changes none. Before
+        # torch 2.13 the option has another name.
+        options = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         return DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+            model, device_ids=device_ids, gradient_as_bucket_view=True, **{name: False}
         )
     # What autocast would compute in bf16 is gathered in bf16. All else stays in fp32, the sum of
     # the layers too, so that sharding changes no figure: norms are a group of their own, and

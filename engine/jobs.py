@@ -15,7 +15,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -307,9 +306,12 @@ def _build_model(
 
     model = distributed.run_on_all_ranks(build)
     # From here on only dropout draws, and it must differ between ranks.
-    torch.manual_seed(config.seed + distributed.rank())
-    num_parameters = sum(p.numel() for p in model.parameters())
-    parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
+    distributed.seed_rank(config.seed)
+    if config.only_eval:
+        parallel = distributed.Parallel("none", False, "an evaluation needs whole parameters")
+    else:
+        num_parameters = sum(p.numel() for p in model.parameters())
+        parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
     log.info(f"parallel: {parallel.kind} ({parallel.reason})")
     if config.compile:
         model.base_causallm.base_model.compile(dynamic=True)

@@ -253,7 +253,9 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
         raise UserError(
             f"activation_checkpointing: {model.config.model_type} does not support it; write false"
         )
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.17 knows the older name alone, of which later ones warn.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 # The markers

@@ -447,9 +447,7 @@ def test_nothing_waits_for_the_device_between_layout_and_gradients(tiny_model, f
     assert "aten::mm" in seen and not seen & set(WAITS)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         model(**batch)
-    assert {event.key for event in profiled.key_averages()} & set(WAITS), (
-        "waits are seen"
-    )
+    assert {event.key for event in profiled.key_averages()} & set(WAITS), "waits are seen"
 
 
 @families

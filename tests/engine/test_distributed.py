@@ -7,6 +7,7 @@ and the tests compare them with one process; run.py under torchrun itself comes 
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import re
@@ -270,6 +271,45 @@ def test_the_local_rank_picks_the_device(monkeypatch):
     assert distributed.device() == torch.device("cpu") or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert distributed.device() == torch.device("cuda", 1)
+
+
+def test_ranks_draw_apart_and_rank_0_as_one_process(monkeypatch):
+    draws = {}
+    for seed in (0, 1):
+        for rank in range(3):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            distributed.seed_rank(seed)
+            draws[seed, rank] = torch.rand(4).tolist()
+    assert len({tuple(numbers) for numbers in draws.values()}) == 6
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        assert draws[seed, 0] == torch.rand(4).tolist()
+
+
+@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
+def test_ddp_exchanges_no_buffers_by_the_name_that_torch_gives_the_option(monkeypatch, name):
+    """broadcast_buffers up to torch 2.12."""
+    given = {}
+
+    class Wrapped:
+        def __init__(self, model, device_ids, gradient_as_bucket_view, **options):
+            given.update(options)
+
+    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    Wrapped.__signature__ = inspect.Signature([parameter])
+    monkeypatch.setattr(distributed, "DistributedDataParallel", Wrapped)
+    distributed.parallelize(torch.nn.Linear(1, 1), distributed.Parallel("ddp", False, ""))
+    assert given == {name: False}
+
+
+def test_an_evaluation_is_not_sharded(tmp_path, monkeypatch, capsys):
+    """It needs whole parameters on every device, and neither gradients nor AdamW's moments."""
+    experiment = Experiment(tmp_path, num_epochs=1)
+    assert experiment.main() == 0
+    monkeypatch.setattr(distributed, "choose_parallel", None)
+    path = experiment.run_dir / "checkpoint_1"
+    assert experiment.main("only_eval=true", f"load_model_path={path}", "parallel=fsdp") == 0
+    assert "parallel: none (an evaluation needs whole parameters)" in capsys.readouterr().out
 
 
 def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):

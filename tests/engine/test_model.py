@@ -22,6 +22,7 @@ from transformers import (
     MistralConfig,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedModel,
 )
 
 from coconut import Coconut
@@ -841,6 +842,12 @@ def test_activation_checkpointing_is_switched_on_where_the_model_supports_it(
     for keys in ({"cot": True}, {"thought": "pause"}):
         model = load_quietly(configure(folder, activation_checkpointing=True, **keys)).model
         assert model.is_activation_checkpointing
+    # As in transformers 5.17.
+    enable = PreTrainedModel._activation_checkpointing_enable
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", enable)
+    monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable")
+    older = load_quietly(configure(folder, activation_checkpointing=True, cot=True)).model
+    assert older.transformer.gradient_checkpointing
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match="activation_checkpointing: gpt2 does not support it"):
         load_quietly(configure(folder, activation_checkpointing=True, cot=True))
