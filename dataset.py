@@ -9,27 +9,20 @@ nothing.
 Shapes: B batch, T tokens, n records, S the largest number of steps of a record.
 """
 
-import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from multiprocessing.process import BaseProcess
-from multiprocessing.util import Finalize
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from utils import RunFailed, UserError
+from utils import UserError
 
 START_LATENT = "<|start-latent|>"
 END_LATENT = "<|end-latent|>"
@@ -39,9 +32,6 @@ IGNORE_INDEX = -100
 MAX_FAULTS = 10
 MAX_QUOTED = 80
 METHODS_WITHOUT_STAGES = ("cot", "no_cot")
-# A batch takes milliseconds; the first one also what it takes to start a process.
-WORKER_TIMEOUT_S = 120.0
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 # The tokenizer is done before any worker is forked; without this it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -516,70 +506,3 @@ def _pad(
         "labels": labels,
         "indices": torch.as_tensor(np.asarray(indices, dtype=np.int64)),
     }
-
-
-def batch_loader(
-    collator: Collator, batches: Sequence[np.ndarray], num_workers: int, pin_memory: bool
-) -> Iterator[dict[str, Tensor]]:
-    """The given batches in order, made ahead of time by `num_workers` processes (0: none).
-
-    Raises: RunFailed when a worker cannot start, dies or gives no batch for WORKER_TIMEOUT_S.
-    """
-    num_workers = min(num_workers, len(batches))
-    loader = DataLoader(
-        collator,
-        batch_size=None,
-        sampler=batches,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        timeout=WORKER_TIMEOUT_S if num_workers else 0,
-        worker_init_fn=_guard_worker,
-        # Without one the loader draws from the generator that a run reproduces.
-        generator=torch.Generator(),
-    )
-    yield from _from_workers(loader) if num_workers else loader
-
-
-def _from_workers(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    earlier = set(multiprocessing.active_children())
-    workers: set[BaseProcess] = set()
-    # A traceback can keep this generator alive until Python exits, which waits for its children.
-    end = Finalize(None, _kill, [workers], exitpriority=0)
-    on_child_exit = signal.getsignal(signal.SIGCHLD)
-    try:
-        try:
-            made = iter(loader)
-        finally:
-            workers |= set(multiprocessing.active_children()) - earlier
-        # torch would raise a worker's death from a signal handler, in the middle of any step.
-        if signal.getsignal(signal.SIGCHLD) is not on_child_exit:
-            signal.signal(signal.SIGCHLD, on_child_exit)
-        yield from made
-    except (OSError, RuntimeError) as error:
-        if str(error).startswith("Caught "):  # by the worker, in making a batch
-            raise
-        raise RunFailed(
-            f"data workers failed ({error}); start again (training resumes), or set num_workers: 0"
-        ) from error
-    finally:
-        made = None  # workers that listen now end by themselves
-        end()
-
-
-def _kill(workers: set[BaseProcess]) -> None:
-    while workers:
-        worker = workers.pop()
-        worker.kill()
-        worker.join()
-
-
-def _guard_worker(_number: int) -> None:
-    """Let a data worker end with the process that it works for, neither earlier nor later."""
-    # Ctrl-C, torchrun and Slurm signal the whole process group, but the run ends its step first.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # The fork inherited the run's lock and connections to other ranks.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not multiprocessing.parent_process().is_alive():
-        os._exit(1)

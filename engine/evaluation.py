@@ -23,11 +23,11 @@ from dataset import (
     SpecialIds,
     StagedRecords,
     TokenizedRecords,
-    batch_loader,
     decode,
     micro_batches,
 )
 from engine import distributed, metrics
+from engine.loader import batch_loader
 from utils import atomic_write_text
 
 

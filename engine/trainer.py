@@ -21,7 +21,6 @@ from dataset import (
     SpecialIds,
     StagedRecords,
     TokenizedRecords,
-    batch_loader,
     draw_stages,
     effective_batches,
     micro_batches,
@@ -30,6 +29,7 @@ from engine import checkpoint, distributed, run_dir
 from engine.config import Config
 from engine.console import closing_lines, epoch_line, opening_lines, progress_bar
 from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
+from engine.loader import batch_loader
 from engine.metadata import ORIGIN_FIELDS, Metadata, Position, trajectory
 from engine.signals import listen_for_signals
 from engine.tracking import Tracker

@@ -6,13 +6,6 @@ Most tokenizers here make one token of each text they are given, so that an expe
 as the texts of SPEC section 2 and a text that was cut or glued differently becomes `<unk>`.
 """
 
-import itertools
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +17,6 @@ from tokenizers import Tokenizer, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
-import dataset
 from dataset import (
     END_LATENT,
     IGNORE_INDEX,
@@ -35,7 +27,6 @@ from dataset import (
     Curriculum,
     SpecialIds,
     StagedRecords,
-    batch_loader,
     draw_stages,
     effective_batches,
     leading_special_ids,
@@ -43,7 +34,7 @@ from dataset import (
     read_records,
     tokenize_records,
 )
-from utils import RunFailed, UserError
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -586,151 +577,6 @@ def test_micro_batches_cut_by_tokens_are_as_large_as_they_may_be(many, max_token
         for part, following in zip(parts, parts[1:], strict=False):
             one_more = np.append(part, following[0])
             assert Collator(staged, ids)[one_more]["input_ids"].numel() > max_tokens
-
-
-# Loading
-
-
-def load(many, num_workers, aligned="latents"):
-    staged, ids = many
-    batches = [np.array([3, 1]), np.array([], dtype=int), np.arange(10, 17), np.array([0])]
-    return list(batch_loader(Collator(staged, ids, aligned), batches, num_workers, False)), batches
-
-
-@pytest.mark.parametrize("aligned", ["latents", "prompts"])
-def test_workers_change_nothing(many, aligned):
-    alone, batches = load(many, 0, aligned)
-    helped, _ = load(many, 2, aligned)
-    for batch, one, two in zip(batches, alone, helped, strict=True):
-        assert one["indices"].tolist() == batch.tolist()
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
-
-
-@pytest.fixture
-def loading(many):
-    """(the batches as made here, the same from two workers of which one came, those workers)."""
-    staged, ids = many
-    collator = Collator(staged, ids)
-    batches = [np.roll(np.arange(60), i) for i in range(40)]
-    before = set(multiprocessing.active_children())
-    loader = batch_loader(collator, batches, 2, False)
-    first = next(loader)
-    workers = set(multiprocessing.active_children()) - before
-    assert len(workers) == 2
-    yield [collator[batch] for batch in batches], itertools.chain([first], loader), workers
-    loader.close()
-    assert not workers & set(multiprocessing.active_children())
-
-
-def assert_same_batches(got, expected):
-    for one, two in zip(got, expected, strict=True):
-        assert all(torch.equal(one[key], two[key]) for key in two)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_workers_outlive_signals_to_the_process_group(loading, number):
-    expected, loader, workers = loading
-    for worker in workers:
-        os.kill(worker.pid, number)
-    assert_same_batches(loader, expected)
-
-
-def test_a_worker_that_dies_ends_loading_and_nothing_else(loading, monkeypatch):
-    monkeypatch.setattr(dataset, "WORKER_TIMEOUT_S", 0.5)
-    _, loader, workers = loading
-    worker = workers.copy().pop()
-    handler = signal.getsignal(signal.SIGCHLD)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    assert signal.getsignal(signal.SIGCHLD) is handler
-    time.sleep(0.1)  # no signal handler raises here
-    with pytest.raises(RunFailed, match=r"data workers failed \(.*\); start again"):
-        list(loader)
-
-
-class Stalling:
-    def __getitem__(self, indices):
-        time.sleep(indices)
-        return {"x": torch.zeros(1)}
-
-
-def test_a_worker_that_stalls_ends_loading(monkeypatch):
-    monkeypatch.setattr(dataset, "WORKER_TIMEOUT_S", 0.5)
-    with pytest.raises(RunFailed, match="timed out after 0.5 seconds"):
-        list(batch_loader(Stalling(), [0, 30, 0], 2, False))
-
-
-@pytest.mark.parametrize("started", [0, 1])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_without_room_for_workers_loading_ends(many, monkeypatch, started):
-    calls, start = itertools.count(), multiprocessing.Process.start
-
-    def start_or_refuse(process):
-        if next(calls) >= started:
-            raise BlockingIOError(11, "Resource temporarily unavailable")
-        start(process)
-
-    before = set(multiprocessing.active_children())
-    monkeypatch.setattr(multiprocessing.Process, "start", start_or_refuse)
-    with pytest.raises(RunFailed, match="Resource temporarily unavailable.*num_workers: 0"):
-        load(many, 2)
-    assert set(multiprocessing.active_children()) == before
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_in_making_a_batch_is_raised_as_it_is(many, num_workers):
-    staged, ids = many
-    batches = [np.array([0]), np.array([60])]
-    with pytest.raises(IndexError):
-        list(batch_loader(Collator(staged, ids), batches, num_workers, False))
-
-
-CRASH = """
-import multiprocessing, os, signal, torch
-from dataset import batch_loader
-class Large:
-    def __getitem__(self, indices):
-        return {"x": torch.zeros(100_000)}
-loader = batch_loader(Large(), [0] * 9, 2, False)
-next(loader)
-print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-"""
-
-
-def run_code(code):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-
-
-def test_a_loader_that_a_crash_keeps_alive_does_not_hold_up_the_end():
-    done = run_code(CRASH + "1 / 0")
-    assert done.returncode == 1
-    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
-
-
-def test_workers_end_with_a_process_that_is_killed():
-    done = run_code(CRASH + "os.kill(os.getpid(), signal.SIGKILL)")
-    assert done.returncode == -signal.SIGKILL
-    pids = done.stdout.split()
-    assert len(pids) == 2
-    deadline = time.monotonic() + 2
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_loading_draws_nothing_from_the_main_generator(many, num_workers):
-    before = torch.get_rng_state()
-    load(many, num_workers)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_no_batches_load_as_none(many):
-    staged, ids = many
-    assert list(batch_loader(Collator(staged, ids), [], 2, False)) == []
 
 
 # Real data

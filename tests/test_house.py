@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "engine.config": {"utils"},
     "engine.config_file": {"engine.config", "utils"},
     "engine.metrics": set(),
+    "engine.loader": {"dataset", "utils"},
     "engine.provenance": set(),
     "engine.distributed": {"utils"},
     "engine.tracking": {"utils"},
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "engine.run_dir": {"utils"},
     "engine.checkpoint": {"engine.distributed", "engine.metadata", "engine.run_dir", "utils"},
     "engine.evaluation": {
-        "coconut", "dataset", "engine.metrics", "engine.distributed", "utils",
+        "coconut", "dataset", "engine.loader", "engine.metrics", "engine.distributed", "utils",
     },
     "engine.failures": {"engine.config", "engine.distributed", "engine.run_dir", "utils"},
     "engine.signals": {"utils"},

@@ -1,6 +1,6 @@
 """Laws of long runs: nothing grows, nothing is left behind, and no log ends a run.
 
-A data worker's faults are tried one by one in test_dataset.py, a disk's in test_tracking.py; here
+A data worker's faults are tried one by one in test_loader.py, a disk's in test_tracking.py; here
 whole runs meet them.
 """
 
@@ -20,6 +20,7 @@ import torch
 from runs import ROOT, Experiment, assert_same_weights, at_call, kill_self
 
 import dataset
+from engine import loader
 from engine.tracking import Tracker
 from utils import EXIT_FAILED, EXIT_INTERRUPTED
 
@@ -72,8 +73,8 @@ def test_open_files_and_data_workers_are_gone_after_a_run(
     assert experiment.main("name=first") == 0
     files, children = open_files(), child_processes()
     started = []
-    load = dataset._from_workers
-    monkeypatch.setattr(dataset, "_from_workers", lambda loader: started.append(1) or load(loader))
+    load = loader._from_workers
+    monkeypatch.setattr(loader, "_from_workers", lambda made: started.append(1) or load(made))
     monkeypatch.setattr(Tracker, "log", log)
     assert experiment.main("name=second", *overrides) == status
     assert started
@@ -161,7 +162,7 @@ def test_a_run_whose_data_worker_fails_resumes_to_the_same_weights(
     assert undisturbed.main() == 0
     with monkeypatch.context() as patch:
         patch.setattr(dataset.Collator, "__getitem__", dataset.Collator.__getitem__)
-        patch.setattr(dataset, "WORKER_TIMEOUT_S", 1.0)
+        patch.setattr(loader, "WORKER_TIMEOUT_S", 1.0)
         worker_fails(6, failure)
         disturbed = Experiment(tmp_path, num_workers=2, save_every_minutes=1e-9, **keys)
         assert disturbed.main() == EXIT_FAILED
