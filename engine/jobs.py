@@ -47,6 +47,8 @@ from utils import (
     log,
 )
 
+NOTHING_WRITTEN = "dry run: nothing trained or written"
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -73,10 +75,11 @@ def train(config: Config, coconut_class: type[Coconut] | None = None) -> Trainin
     Raises: UserError for what the user can fix, RunFailed, Stopped after a signal.
     """
     assert not config.only_eval, "evaluate(config) is for only_eval: true"
-    with _all_ranks(config), _held_run_dir(config):
+    with _all_ranks(config):
         coconut_class = coconut_class or find_coconut_class(config)
-        state = newest_state(config)
-        return _train_from(prepare(config, state, coconut_class), state, coconut_class)
+        with _held_run_dir(config):
+            state = newest_state(config)
+            return _train_from(prepare(config, state, coconut_class), state, coconut_class)
 
 
 def evaluate(
@@ -99,19 +102,30 @@ def evaluate(
 def dry_run(config: Config) -> None:
     """Show the resolved configuration, the schedule and the sizes; train nothing, write nothing.
 
+    Weights that another run of a chain has yet to write are taken to be of model_id's shape.
+
     Raises: UserError for what `train` or `evaluate` would refuse before the weights load.
     """
     with _all_ranks(config):
+        coconut_class = find_coconut_class(config)
         check_place(config)
         state = newest_state(config)
-        prepared = prepare(config, state, find_coconut_class(config))
+        source, path = None, config.load_model_path
+        if path is not None and state is None and not os.path.exists(path):
+            log.warning(f"load_model_path: {path} does not exist yet")
+            if config.only_eval:
+                log.info(dump_config(config))
+                log.info("stage and size      the checkpoint will tell\n" + NOTHING_WRITTEN)
+                return
+            source = ModelSource("model_id", config.model_id, config.model_id, has_weights=False)
+        prepared = prepare(config, state, coconut_class, source)
         log.info(dump_config(prepared.config))
         if prepared.evaluated is not None:
             log.info(f"stage               {prepared.evaluated[0]}")
         else:
             _log_schedule(prepared, state)
         log.info(f"parameters          {prepared.outline.num_parameters:,}")
-        log.info("dry run: nothing trained or written")
+        log.info(NOTHING_WRITTEN)
 
 
 def exit_status_of(job: Callable[[Config], object], config: Config) -> int:
@@ -133,31 +147,39 @@ def exit_status_of(job: Callable[[Config], object], config: Config) -> int:
 def find_coconut_class(config: Config) -> type[Coconut] | None:
     """The class that config.coconut_class names as "module:Class"; None where it names none.
 
-    The module is found as Python finds modules, in the working directory first.
+    The module is found as Python finds modules, in the working directory first. Every rank must
+    call.
 
     Raises: UserError when there is no such module, or no subclass of Coconut of that name in it.
     """
-    name = getattr(config, "coconut_class", None)
-    if name is None:
+    if config.coconut_class is None:
         return None
+    return distributed.run_on_all_ranks(lambda: _import_class(config.coconut_class))
+
+
+def _import_class(name: str) -> type[Coconut]:
     module_name, _, class_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # One that the module itself asks for in vain is not the user's slip in the configuration.
+        # What the module itself fails to import is not the configuration's fault.
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise UserError(
-            f"coconut_class: {name}: there is no module {error.name} in {os.getcwd()}; write"
-            " module:Class and start the run where module.py lies"
+            f"coconut_class: {name}: there is no module {error.name} in {os.getcwd()}; start the"
+            f" run where {error.name}.py lies, or correct the name"
         ) from None
-    if not (isinstance(found, type) and issubclass(found, Coconut)):
-        what = "has no such class" if found is None else "does not derive from coconut.Coconut"
+    found = getattr(module, class_name, None)
+    if found is None:
         raise UserError(
-            f"coconut_class: {name}: {class_name or 'the class after the colon'} {what}; name a"
-            f" subclass of Coconut in {module_name}"
+            f"coconut_class: {name}: {module.__file__} has no class {class_name}; name one of it"
+        )
+    if not (isinstance(found, type) and issubclass(found, Coconut)):
+        raise UserError(
+            f"coconut_class: {name}: {class_name} is not a subclass of Coconut; derive it from"
+            " coconut.Coconut"
         )
     return found
 

@@ -32,6 +32,7 @@ from engine.metadata import (
     require_class,
     require_metadata,
     trajectory,
+    with_defaults,
 )
 from engine.model import ModelOutline, model_outline
 from engine.weights import ModelSource
@@ -70,17 +71,19 @@ def prepare(
     config: Config,
     state: checkpoint.TrainingState | None,
     coconut_class: type[Coconut] | None = None,
+    source: ModelSource | None = None,
 ) -> Prepared:
     """Read and check all but the weights; every rank must call.
 
     state: what the run continues from, None where it begins.
     coconut_class: a subclass of Coconut to train or evaluate.
+    source: where the model of a new run comes from; by default what the configuration names.
 
     Raises: UserError for what can be known to be wrong before a model loads.
     """
     evaluated = None
     if state is None:
-        source = ModelSource.of(config)
+        source = source or ModelSource.of(config)
         metadata = distributed.run_on_all_ranks(lambda: source.metadata)
         distributed.require_same({f"{METADATA_FILE} of {source.location}": metadata})
         require_class(metadata, coconut_class, source.name)
@@ -89,6 +92,8 @@ def prepare(
             evaluated = evaluated_stage(config, metadata, source.name)
         elif config.resume and not config.load_model_path and not metadata:
             log.info(f"resume: {config.resume} skips epochs, but load_model_path names no weights")
+        elif metadata is not None:
+            question_resume(config, metadata, source.name)
     else:
         check_stored_trainer(state.folder, state.trainer)
         source = ModelSource.of_state(state.folder)
@@ -99,6 +104,8 @@ def prepare(
         log.info(f"continuing from {state.folder}; resume and load_model_path are overridden by it")
         config = restore_origin(config, state)
     data = load_data(config, source)
+    if config.num_epochs is None and data.train is not None:
+        config = with_num_epochs(config, data.train)
     if state is not None:
         sums = data.train.sha256, data.val.sha256
         check_trajectory(state, trajectory(config, distributed.world_size(), *sums), config)
@@ -106,6 +113,41 @@ def prepare(
     stages = {evaluated[0]} if evaluated else acting_stages(config)
     check_fit(config, data, stages, outline)
     return Prepared(config, source, data, outline, evaluated)
+
+
+def question_resume(config: Config, metadata: Metadata, name: str) -> None:
+    """Log a warning where the first epoch does not follow from what the weights were trained to.
+
+    name: what the message calls the weights.
+    """
+    trained = f"{name} was trained as {metadata.method} up to epoch {metadata.epoch}"
+    stage = make_curriculum(config).stage(config.resume)
+    if metadata.method == config.method and config.resume != metadata.epoch + 1:
+        log.warning(
+            f"resume: {config.resume} does not follow: {trained} (stage {metadata.stage});"
+            f" resume: {metadata.epoch + 1} would"
+        )
+    # Weights of another method know stage 0 alone: all steps as text, or none.
+    elif metadata.method != config.method and config.curriculum and stage > 1:
+        log.warning(
+            f"resume: {config.resume} begins with stage {stage}, but {trained}, so no weights saw"
+            f" the stages between; resume: {config.epochs_per_stage} begins with stage 1"
+        )
+
+
+def with_num_epochs(config: Config, train: TokenizedRecords) -> Config:
+    """`config` with the epochs that `num_epochs: null` stands for written out.
+
+    Raises: UserError when resume leaves none of them.
+    """
+    first_without_text = min(int(train.num_steps.max()), make_curriculum(config).last_stage)
+    num_epochs = config.epochs_per_stage * (first_without_text + 1)
+    if config.resume >= num_epochs:
+        raise UserError(
+            f"resume: {config.resume} leaves none of the {num_epochs} epochs after which no record"
+            f" of {config.train_path} has text left; write num_epochs out, or a smaller resume"
+        )
+    return with_defaults(config, {"num_epochs": num_epochs})
 
 
 def restore_origin(config: Config, state: checkpoint.TrainingState) -> Config:
