@@ -250,3 +250,21 @@ def test_weights_of_a_class_require_it_or_a_variant_of_it(configure, tokenizer):
     other = Metadata.of(configure(), tokenizer, Variant)
     with pytest.raises(UserError, match="coconut_class test_metadata:Variant, this run has test_m"):
         require_class(other, Mine, "checkpoint_8")
+
+
+def test_an_evaluation_without_a_method_takes_the_checkpoints(configure, stored):
+    config = configure(coconut=False)
+    assert config.method is None
+    assert config_with_metadata(config, stored(), "weights").method == "coconut"
+    with pytest.raises(UserError, match="^weights: has no coconut.json that names the method"):
+        config_with_metadata(config, None, "weights")
+
+
+def test_named_weights_are_stored_as_numbers(configure, stored):
+    assert stored(latent_weights="uniform").latent_weights == [1, 1, 1]
+    metadata = stored(latent_weights="exponential:0.5", latent_window_size=4)
+    assert metadata.latent_weights == [1, 0.5, 0.25, 0.125]
+    same = configure(latent_weights="exponential:0.5", latent_window_size=4)
+    assert config_with_metadata(same, metadata, "weights").latent_weights == "exponential:0.5"
+    with pytest.raises(UserError, match="latent_weights was"):
+        config_with_metadata(configure(latent_weights="uniform"), metadata, "weights")
