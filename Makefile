@@ -8,12 +8,13 @@ PYTHON := .venv/bin/python
 quickstart: .venv/installed
 	$(PYTHON) -m scripts.quickstart
 
-# Two workers of one thread each: the models are tiny, and threads would only wait for each other.
+# Two workers with one thread each: the models are too tiny for threads to help.
 test: .venv/installed
 	$(PYTHON) -m ruff check .
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
 
-# Kills, full disks, damaged files, hanging ranks: a table of what a run survives (docs/faults.md).
+# Kills, full disks, damaged files, hanging ranks: prints a table of what a run survives
+# (docs/faults.md).
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(PYTHON) tests/torture.py
 
