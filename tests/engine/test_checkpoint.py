@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coconut import Coconut
-from engine import checkpoint
+from engine import checkpoint, distributed
 from engine.checkpoint import (
     TrainingState,
     load_state,
@@ -283,6 +283,21 @@ def test_a_state_whose_description_is_broken_is_passed_over(training, tmp_path, 
     (tmp_path / "resume" / "1" / TENSORS).unlink()
     with pytest.raises(UserError, match="resume: no training state is intact; remove the folder"):
         newest_state(tmp_path)
+
+
+def test_other_ranks_than_0_read_of_a_state_only_its_description(training, tmp_path, monkeypatch):
+    *_, save = training
+    save(1)
+    found, read = newest_state(tmp_path), []
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "run_on_all_ranks", lambda work: work())
+    monkeypatch.setattr(distributed, "broadcast_from_main", lambda value: value or found)
+    sha256_file = checkpoint.sha256_file
+    monkeypatch.setattr(
+        checkpoint, "sha256_file", lambda path: read.append(path.name) or sha256_file(path)
+    )
+    assert newest_state(tmp_path) == found
+    assert read == ["state.json"]
 
 
 def test_tensors_that_cannot_be_read_are_named(training, tmp_path):

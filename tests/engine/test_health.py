@@ -1,7 +1,7 @@
 """Laws of long runs: nothing grows, nothing is left behind, and no log ends a run.
 
-A data worker's faults are tried one by one in test_loader.py, a disk's in test_tracking.py; here
-whole runs meet them.
+The faults of a data worker are tested one by one in test_loader.py, those of a disk in
+test_tracking.py; here whole runs meet them.
 """
 
 import functools
@@ -24,11 +24,11 @@ from engine import loader
 from engine.tracking import Tracker
 from utils import EXIT_FAILED, EXIT_INTERRUPTED
 
-# What is left of a run
+# What a run leaves behind
 
 
 def open_files():
-    """What this process holds open, by name and number."""
+    """The open files of this process, by name, with their number."""
     held = Counter()
     for descriptor in os.listdir("/proc/self/fd"):
         try:
@@ -43,25 +43,25 @@ def child_processes():
     return {int(pid) for path in tasks for pid in path.read_text().split()}
 
 
-def nothing(tracker, metrics, step):
+def do_nothing(tracker, metrics, step):
     pass
 
 
-def stop_at_once(tracker, metrics, step):
+def stop(tracker, metrics, step):
     signal.raise_signal(signal.SIGTERM)
 
 
-def go_wrong(tracker, metrics, step):
+def raise_an_error(tracker, metrics, step):
     raise ArithmeticError("a bug")
 
 
 @pytest.mark.parametrize(
     "log, overrides, status",
     [
-        (nothing, [], 0),
-        (nothing, ["lr=1e30"], EXIT_FAILED),
-        (stop_at_once, [], EXIT_INTERRUPTED),
-        (go_wrong, [], EXIT_FAILED),
+        (do_nothing, [], 0),
+        (do_nothing, ["lr=1e30"], EXIT_FAILED),
+        (stop, [], EXIT_INTERRUPTED),
+        (raise_an_error, [], EXIT_FAILED),
     ],
     ids=["finished", "failed", "stopped", "broken"],
 )
@@ -69,7 +69,7 @@ def test_open_files_and_data_workers_are_gone_after_a_run(
     tmp_path, monkeypatch, log, overrides, status
 ):
     experiment = Experiment(tmp_path, num_workers=2, num_epochs=1)
-    # The first run opens what Python keeps for good.
+    # The first run opens what Python keeps open.
     assert experiment.main("name=first") == 0
     files, children = open_files(), child_processes()
     started = []
@@ -86,17 +86,17 @@ def test_open_files_and_data_workers_are_gone_after_a_run(
 # Memory
 
 WARM_UP, STEPS, LEAKING, STEPS_AN_EPOCH = 300, 2000, 400, 300
-# Growth of the resident set over STEPS, evaluations and saves included: 1 KiB a step. Seen on the
-# machine of docs/results.md: 0.1 to 0.5 MiB in all, less and less of it.
+# Growth of the resident set over STEPS, evaluations and saves included: 1 KiB a step. Measured on
+# the machine of docs/results.md: 0.1 to 0.5 MiB in all, slowing down.
 LIMIT_BYTES = 2 * 2**20
 LEAK_BYTES = 2 * LIMIT_BYTES // LEAKING
 
 
 def watch_memory(path):
-    """Note resident set and open files at every step; leak once WARM_UP and STEPS are over."""
+    """Record resident set and open files at every step; leak memory after WARM_UP + STEPS."""
     log, leak, page = Tracker.log, [], os.sysconf("SC_PAGE_SIZE")
 
-    def log_and_note(tracker, metrics, step):
+    def log_and_record(tracker, metrics, step):
         log(tracker, metrics, step)
         if "train/loss" not in metrics:
             return
@@ -107,7 +107,7 @@ def watch_memory(path):
         with open(path, "a") as file:
             file.write(f"{resident} {num_files}\n")
 
-    Tracker.log = log_and_note
+    Tracker.log = log_and_record
 
 
 def test_memory_does_not_grow_over_2000_steps(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_memory_does_not_grow_over_2000_steps(tmp_path, monkeypatch):
 
     assert growth(WARM_UP, WARM_UP + STEPS) < LIMIT_BYTES
     assert set(files[WARM_UP:]) == {files[WARM_UP]}
-    # The same watch sees a leak of twice the limit, three quarters of which lie between medians.
+    # The measurement sees a leak of twice the limit, three quarters of it between the medians.
     assert growth(WARM_UP + STEPS, steps) > LIMIT_BYTES
 
 

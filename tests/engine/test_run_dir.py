@@ -103,7 +103,7 @@ def test_a_directory_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_second_run_is_refused_and_told_who_holds_the_directory(tmp_path):
+def test_a_second_run_is_refused_with_the_process_that_holds_the_directory(tmp_path):
     folder = tmp_path / "exps" / "run"
     with hold(folder):
         words = (

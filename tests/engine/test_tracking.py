@@ -133,13 +133,13 @@ def test_truncate_keeps_lines_up_to_the_step_and_drops_a_torn_one(tmp_path, capl
 def test_truncate_drops_what_no_run_wrote(tmp_path, caplog):
     tracker = make(tmp_path)
     tracker.log({"x": 1}, 1)
-    strange = ["[]", "7", '{"step": "x"}', '{"step": null}', '{"step": [1]}', "[" * 100_000]
-    strange += ['{"step": 1, "eval/epoch": "x"}', '{"step": 1, "eval/epoch": null}', "\0"]
+    foreign = ["[]", "7", '{"step": "x"}', '{"step": null}', '{"step": [1]}', "[" * 100_000]
+    foreign += ['{"step": 1, "eval/epoch": "x"}', '{"step": 1, "eval/epoch": null}', "\0"]
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write("\n".join(strange) + "\n")
+        file.write("\n".join(foreign) + "\n")
     tracker.truncate(2, epoch=3)
     assert entries(tmp_path) == [{"step": 1, "x": 1}]
-    assert f"dropped {len(strange)} unreadable line(s)" in caplog.text
+    assert f"dropped {len(foreign)} unreadable line(s)" in caplog.text
 
 
 def test_truncate_drops_the_evaluation_that_will_be_made_again(tmp_path):
