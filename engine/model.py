@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from coconut import Coconut
 from dataset import MARKERS
+from engine.architecture import POSITION_FIELDS, require_readable
 from engine.config import Config
 from engine.metadata import (
     EXTRA_WEIGHTS,
@@ -28,10 +34,6 @@ from engine.metadata import (
 )
 from engine.weights import ModelSource, empty_model, load_folder, load_single_file, read_tensors
 from utils import UserError, log
-
-# A model with one of these set does not score a hidden state h as lm_head(h).
-LOGIT_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
-LOGIT_FIELDS += ("lm_head_multiplier", "output_multiplier")
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,26 @@ class Backbone:
 def model_outline(config: Config, source: ModelSource) -> ModelOutline:
     """The size of the configured model, from its config.json alone.
 
-    Raises: UserError when the source is missing, broken or not a causal language model.
+    Raises: UserError when the source is missing, broken or a model that Coconut cannot read.
     """
     architecture = source.architecture
+    _unreached(source, config.attn_implementation)
     text_config = architecture.get_text_config()
     if config.method == "coconut":
         text_config.vocab_size = max(text_config.vocab_size, len(source.tokenizer))
     num_parameters = empty_model(source, architecture).num_parameters()
-    max_positions = getattr(text_config, "max_position_embeddings", None)
-    return ModelOutline(num_parameters, text_config.vocab_size, max_positions)
+    return ModelOutline(num_parameters, text_config.vocab_size, _max_positions(text_config))
+
+
+def _max_positions(text_config: PretrainedConfig) -> int | None:
+    limits = [getattr(text_config, field, None) for field in POSITION_FIELDS]
+    # One dictionary, or one for each kind of layer.
+    rotary = getattr(text_config, "rope_parameters", None) or {}
+    for parameters in (rotary, *(part for part in rotary.values() if isinstance(part, dict))):
+        # Past this length the longest row of a batch changes how all of them are read.
+        if parameters.get("rope_type") == "longrope":
+            limits.append(parameters.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def load_coconut(
@@ -93,6 +106,7 @@ def load_coconut(
     if metadata is None:
         raise UserError(f"{folder}: has no {METADATA_FILE}; name a checkpoint_N folder of a run")
     require_class(metadata, coconut_class, source.name)
+    _unreached(source)
     model = load_folder(source, _build_options(None))
     has_markers = _folder_has_markers(source, model)
     backbone = Backbone(model, source.tokenizer, source, has_markers)
@@ -111,6 +125,7 @@ def load_backbone(config: Config, source: ModelSource) -> Backbone:
     lacks its window, and for activation checkpointing that the model does not support.
     """
     check_method(config, source.metadata, source.name)
+    unreached = _unreached(source, config.attn_implementation)
     options = _build_options(config.attn_implementation)
     if source.is_file:
         model, has_markers = load_single_file(source, options)
@@ -132,6 +147,8 @@ def load_backbone(config: Config, source: ModelSource) -> Backbone:
     _set_generation_config(backbone)
     if config.activation_checkpointing:
         _enable_checkpointing(model)
+    if not config.only_eval:
+        _freeze(model, unreached)
     return backbone
 
 
@@ -142,14 +159,10 @@ def build_coconut(
 
     Serves every method: sequences without latents make it an ordinary language model.
 
-    Raises: UserError when the checkpoint's token ids or class are not this run's, and when the
-    model does not compute its logits as lm_head(last hidden state).
+    Raises: UserError when the checkpoint's token ids, class or extra tensors are not this run's.
     """
     require_class(backbone.source.metadata, coconut_class, backbone.source.name)
     coconut = _wrap(config, backbone, coconut_class)
-    # Other kernels need another device or precision than the model has here.
-    if config.attn_implementation in (None, "eager", "sdpa"):
-        _check_reading(coconut, backbone.source)
     _load_extra_tensors(coconut, backbone.source, is_required=config.only_eval)
     return coconut
 
@@ -167,14 +180,7 @@ def _wrap(
                 f"{name}: {METADATA_FILE} has {field} {stored}, the tokenizer {value}; use the"
                 " tokenizer that the checkpoint was trained with"
             )
-    for field in LOGIT_FIELDS:
-        value = getattr(model.config.get_text_config(), field, None)
-        if value not in (None, 1):
-            raise UserError(
-                f"{name}: {model.config.model_type} with {field} {value} does not score a hidden"
-                " state by lm_head alone; choose a GPT-2 or Llama kind of model"
-            )
-    window = {field: getattr(settled, field, None) for field in THOUGHT_FIELDS}
+    window = {field: getattr(settled, field) for field in THOUGHT_FIELDS}
     return (coconut_class or Coconut)(model, **ids, **window)
 
 
@@ -212,27 +218,24 @@ def _load_extra_tensors(coconut: Coconut, source: ModelSource, is_required: bool
             parameter.copy_(stored[name])
 
 
-@torch.no_grad()
-def _check_reading(coconut: Coconut, source: ModelSource) -> None:
-    """Raise UserError unless Coconut scores padded plain tokens as the model does bare ones."""
-    model = coconut.base_causallm
-    was_training = model.training
-    model.eval()
-    input_ids = torch.full((1, 4), coconut.eos_token_id, device=model.device)
-    mask = torch.tensor([[0, 1, 1, 1]], device=model.device)
-    try:
-        got = coconut(input_ids, mask).logits[:, -1]
-        want = model(input_ids=input_ids[:, 1:], use_cache=False).logits[:, -1]
-        is_same = got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-5)
-    except (TypeError, AttributeError, ValueError, RuntimeError):
-        is_same = False
-    finally:
-        model.train(was_training)
-    if not is_same:
-        raise UserError(
-            f"{source.name}: {model.config.model_type} reads embeddings or scores hidden states in"
-            " a way of its own; choose a GPT-2 or Llama kind of model"
-        )
+def _unreached(source: ModelSource, attn_implementation: str | None = None) -> tuple[str, ...]:
+    return require_readable(
+        source.name, source.model_class, source.architecture, attn_implementation
+    )
+
+
+def _freeze(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    """Freeze modules and parameters of these names, whose gradients DDP would wait for in vain."""
+    frozen = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in names)
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    if frozen:
+        count = sum(parameter.numel() for parameter in frozen)
+        log.info(f"{', '.join(names)}: {count:,} parameters that no text reaches are frozen")
 
 
 def _build_options(attn_implementation: str | None) -> dict:

@@ -39,8 +39,10 @@ MAY_IMPORT = {
     "engine.tracking": {"utils"},
     "engine.metadata": {"coconut", "dataset", "engine.config", "utils"},
     "engine.weights": {"dataset", "engine.config", "engine.metadata", "utils"},
+    "engine.architecture": {"coconut", "utils"},
     "engine.model": {
-        "engine.config", "coconut", "dataset", "engine.metadata", "engine.weights", "utils",
+        "coconut", "dataset", "engine.architecture", "engine.config", "engine.metadata",
+        "engine.weights", "utils",
     },
     "engine.run_dir": {"utils"},
     "engine.checkpoint": {"engine.distributed", "engine.metadata", "engine.run_dir", "utils"},

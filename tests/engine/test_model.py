@@ -13,13 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BertConfig,
     CLIPVisionConfig,
-    CohereConfig,
-    Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GraniteConfig,
-    MistralConfig,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -803,35 +800,49 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_models_that_rescale_logits_are_refused_by_the_setting(configure, tiny_folder):
+def test_a_model_that_coconut_cannot_read_is_refused_before_its_weights_are_read(
+    configure, tiny_folder
+):
     folder = tiny_folder()
-    for model_config, setting in (
-        (Gemma2Config(**SMALL, final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
-        (CohereConfig(**SMALL, logit_scale=0.25), "logit_scale 0.25"),
-        (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling 8.0"),
-    ):
-        save_other_model(folder, model_config)
-        config = configure(folder)
-        with pytest.raises(UserError, match=f"with {setting} does not score a hidden state"):
-            build_coconut(config, load_quietly(config))
-
-
-def test_models_with_such_settings_switched_off_are_taken(configure, tiny_folder):
-    folder = tiny_folder()
-    for model_config in (GraniteConfig(**SMALL, logits_scaling=1.0), MistralConfig(**SMALL)):
-        save_other_model(folder, model_config)
-        config = configure(folder)
-        build_coconut(config, load_quietly(config))
-
-
-def test_models_that_score_in_a_way_of_their_own_are_refused(configure, tiny_folder):
-    folder = tiny_folder()
-    shape = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    bert = BertConfig(**shape, num_attention_heads=2, intermediate_size=32, is_decoder=True)
-    save_other_model(folder, bert)
+    save_other_model(folder, GraniteConfig(**SMALL, logits_scaling=8.0))
+    (folder / "model.safetensors").write_bytes(b"never read")
     config = configure(folder)
-    with pytest.raises(UserError, match="bert reads embeddings or scores hidden states in a way"):
-        build_coconut(config, load_quietly(config))
+    words = "model_id .*: granite with logits_scaling 8.0 does not score a hidden state"
+    for read in (lambda config: model_outline(config, ModelSource.of(config)), load_quietly):
+        with pytest.raises(UserError, match=words):
+            read(config)
+
+
+def test_large_weights_do_not_change_what_kind_of_model_it_is(configure, tiny_folder):
+    # Logits in the hundreds round by more than a padded and a bare row of small ones differ.
+    folder = tiny_folder("llama")
+    file = folder / "model.safetensors"
+    save_file({name: 40 * tensor for name, tensor in load_file(file).items()}, file)
+    config = configure(folder)
+    build_coconut(config, load_quietly(config))
+
+
+def test_what_no_text_reaches_is_frozen_in_training_and_the_log_says_so(
+    configure, tiny_folder, caplog
+):
+    caplog.set_level("INFO", "coconut")
+    folder = tiny_folder()
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 14,
+        "num_attention_heads": 2, "image_size": 28,
+    }  # fmt: skip
+    other = Gemma3Config(
+        text_config=SMALL, vision_config=vision, mm_tokens_per_image=4, image_token_index=36,
+        boi_token_index=35, eoi_token_index=34,
+    )  # fmt: skip
+    save_other_model(folder, other)
+    model = load_backbone(configure(folder, new_token_init="=")).model
+    frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert frozen == {"vision_tower", "multi_modal_projector"} and trained == {"language_model"}
+    (line,) = caplog.messages
+    assert line.startswith("model.vision_tower, model.multi_modal_projector: ")
+    assert line.endswith(" parameters that no text reaches are frozen")
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
