@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from runs import ROOT, Experiment, assert_refused, tree
 from runs import TENSORS as STATE_TENSORS
 from safetensors.torch import load_file, save_file
-from test_security import mend_sums, state_folder
+from test_security import renew_checksums, state_folder
 
 import run
 from dataset import read_records, tokenize_records
@@ -487,7 +487,7 @@ def again(finished, tmp_path):
 
 
 def read_state(experiment):
-    """What a run that goes on reads before it loads a model."""
+    """What a resumed run reads before it loads a model."""
     config = load_config(experiment.yaml)
     state = checkpoint.newest_state(config.run_dir)
     if state is not None:
@@ -498,11 +498,11 @@ def read_state(experiment):
 
 @fuzz(80)
 @given(st.data(), st.booleans())
-def test_a_mangled_position_is_taken_or_refused_by_name(again, data, mended):
+def test_a_mangled_position_is_taken_or_refused_by_name(again, data, repaired):
     experiment = again()
     file = state_folder(experiment) / "state.json"
     stored = json.loads(file.read_text())
-    if mended:
+    if repaired:
         changed, path = data.draw(mangled_json({"trainer": stored["content"]["trainer"]}))
         stored["content"] |= changed if "trainer" in changed else {"trainer": {}}
         stored["sha256"] = checkpoint._checksum(stored["content"])
@@ -510,10 +510,10 @@ def test_a_mangled_position_is_taken_or_refused_by_name(again, data, mended):
         stored, path = data.draw(mangled_json(stored))
     file.write_text(json.dumps(stored))
     _, refusal = outcome_of(lambda: read_state(experiment), experiment.run_dir)
-    if refusal and mended:
-        told = [*map(str, path), "position: Field required", ": Input should be an object"]
-        told.append("surrogate")
-        assert any(words in refusal for words in told)
+    if refusal and repaired:
+        words = [*map(str, path), "position: Field required", ": Input should be an object"]
+        words.append("surrogate")
+        assert any(text in refusal for text in words)
 
 
 @pytest.mark.parametrize(
@@ -538,9 +538,9 @@ def test_a_position_changed_by_hand_is_refused_by_field(again, capsys, path, val
         owner = owner[key]
     owner[path[-1]] = value
     file.write_text(json.dumps(stored))
-    mend_sums(file.parent)
-    told = [f"{file}: changed by hand or of another version: {words}", f"remove {file.parent} to"]
-    assert_refused(capsys, experiment, words=told)
+    renew_checksums(file.parent)
+    words = [f"{file}: changed by hand or of another version: {words}", f"remove {file.parent} to"]
+    assert_refused(capsys, experiment, words=words)
 
 
 @pytest.mark.parametrize("wandb_id", ["gsm.1", "größer & (b)", ".."])
@@ -550,7 +550,7 @@ def test_every_id_that_wandb_may_give_a_run_is_taken(again, wandb_id):
     stored = json.loads(file.read_text())
     stored["content"]["trainer"]["wandb_id"] = wandb_id
     file.write_text(json.dumps(stored))
-    mend_sums(file.parent)
+    renew_checksums(file.parent)
     read_state(experiment)
 
 
@@ -561,7 +561,7 @@ def test_every_id_that_wandb_may_give_a_run_is_taken(again, wandb_id):
         *({"generators.json": None}, {"generators.json": []}, {"": "0" * 64}, {"\ud800": "0"}),
     ],
 )
-def test_sums_of_other_things_than_files_damage_a_state(again, capsys, sums):
+def test_checksums_of_anything_but_files_damage_a_state(again, capsys, sums):
     experiment = again()
     file = state_folder(experiment) / "state.json"
     content = json.loads(file.read_text())["content"] | {"sha256": sums}
@@ -583,7 +583,7 @@ def link_to_a_pipe(path):
 
 @pytest.mark.parametrize("make", [os.mkfifo, link_to_a_pipe, os.mkdir])
 @pytest.mark.parametrize("name", ["state.json", "config.json", STATE_TENSORS])
-def test_something_else_than_a_file_damages_a_state(again, capsys, name, make):
+def test_anything_but_a_file_damages_a_state(again, capsys, name, make):
     experiment = again()
     path = state_folder(experiment) / name
     path.unlink()
@@ -591,7 +591,7 @@ def test_something_else_than_a_file_damages_a_state(again, capsys, name, make):
     assert_refused(capsys, experiment, words=["resume: no training state is intact"])
 
 
-def test_a_description_without_end_damages_a_state(again, capsys):
+def test_an_endless_description_damages_a_state(again, capsys):
     experiment = again()
     os.truncate(state_folder(experiment) / "state.json", 2**42)
     assert_refused(capsys, experiment, words=["resume: no training state is intact"])
@@ -632,7 +632,7 @@ def check_run(experiment, capsys, *arguments):
 
 @fuzz(8)
 @given(st.data())
-def test_a_run_goes_on_from_a_mangled_state_or_refuses_it(again, capsys, data):
+def test_a_run_resumes_from_a_mangled_state_or_refuses_it(again, capsys, data):
     experiment = again()
     folder = state_folder(experiment)
     name = data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
@@ -647,7 +647,7 @@ def test_a_run_goes_on_from_a_mangled_state_or_refuses_it(again, capsys, data):
         content = data.draw(mangled_bytes(content))
     (folder / name).write_bytes(content)
     if name != "state.json":
-        mend_sums(folder)
+        renew_checksums(folder)
     check_run(experiment, capsys)
 
 
@@ -684,25 +684,25 @@ def test_a_state_whose_tensors_do_not_fit_is_refused(again, capsys, name, change
         tensors[name] = torch.zeros(2, 3)
     change(tensors, name)
     save_file(tensors, path)
-    mend_sums(path.parent)
+    renew_checksums(path.parent)
     assert_refused(capsys, experiment, words=[f"{path.parent}: cannot be restored", name])
 
 
 @pytest.mark.parametrize(
     "content", ["[{}]", "[7]", '[{"python": [3, [1], null], "numpy": []}]', "null"]
 )
-def test_a_state_whose_generators_are_not_ours_is_refused(again, capsys, content):
+def test_a_state_whose_generators_no_run_wrote_is_refused(again, capsys, content):
     experiment = again()
     folder = state_folder(experiment)
     (folder / "generators.json").write_text(content)
-    mend_sums(folder)
+    renew_checksums(folder)
     words = f"{folder}: its tensors or generators are not this run's ("
-    assert_refused(capsys, experiment, words=[words, "remove it to go on from an earlier state"])
+    assert_refused(capsys, experiment, words=[words, "remove it to resume from an earlier state"])
 
 
 @fuzz(12)
 @given(st.data())
-def test_a_run_goes_on_over_mangled_records_of_its_past(again, capsys, data):
+def test_a_run_resumes_over_mangled_records_of_its_past(again, capsys, data):
     experiment = again()
     name = data.draw(st.sampled_from(["metrics.jsonl", "config.yaml", "predictions_0.jsonl"]))
     file = experiment.run_dir / name

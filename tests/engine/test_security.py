@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_house import SOURCES, parse
 
 from dataset import tokenize_records
-from engine import tracking
+from engine import checkpoint, tracking
 from utils import EXIT_USER_ERROR, sha256_file
 
 
@@ -184,9 +184,9 @@ def test_a_shard_with_code_is_refused_and_not_run(tmp_path, capsys, trace):
 
 
 def test_a_checkpoint_whose_settings_are_a_pickle_is_refused(tmp_path, capsys, trace, again):
-    checkpoint = again.run_dir / "checkpoint_1"
-    save_pickle(checkpoint / "coconut.json", trace)
-    again.change(load_model_path=checkpoint, name="other")
+    folder = again.run_dir / "checkpoint_1"
+    save_pickle(folder / "coconut.json", trace)
+    again.change(load_model_path=folder, name="other")
     assert_refused(capsys, again, words=["coconut.json: broken or of another version"])
 
 
@@ -275,13 +275,11 @@ def state_folder(experiment):
     return state
 
 
-def mend_sums(folder):
-    """Let the sums of a training state be those of its files as they are now."""
-    from engine.checkpoint import _checksum
-
+def renew_checksums(folder):
+    """Make the checksums of a training state those of its files as they are now."""
     stored = json.loads((folder / "state.json").read_text())["content"]
     stored["sha256"] = {name: sha256_file(folder / name) for name in stored["sha256"]}
-    text = json.dumps({"content": stored, "sha256": _checksum(stored)})
+    text = json.dumps({"content": stored, "sha256": checkpoint._checksum(stored)})
     (folder / "state.json").write_text(text)
 
 
@@ -301,7 +299,7 @@ def test_no_file_of_a_training_state_is_unpickled(tmp_path, finished, capsys, tr
         again = Experiment(folder, num_epochs=2, num_train=6)
         save(state_folder(again) / name, trace)
         if name != "state.json":
-            mend_sums(state_folder(again))
+            renew_checksums(state_folder(again))
         status = again.main()
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err + captured.out
@@ -309,7 +307,7 @@ def test_no_file_of_a_training_state_is_unpickled(tmp_path, finished, capsys, tr
         assert status == EXIT_USER_ERROR or "token" in name or "generation" in name, name
 
 
-def test_a_training_state_is_no_checkpoint_and_the_message_says_what_is(again, capsys):
+def test_a_training_state_is_not_a_checkpoint_and_the_message_names_one(again, capsys):
     state = state_folder(again)
     words = [
         f"load_model_path: {state} is a training state, from which its own run goes on by itself;",
@@ -324,7 +322,7 @@ def test_no_data_set_is_read_back_from_a_cache(word_tokenizer):
     assert tokenize_records(records, word_tokenizer, "a.json").table.cache_files == []
 
 
-# Writing inside save_path alone
+# Writing only inside save_path
 
 
 @pytest.mark.parametrize(
@@ -334,7 +332,7 @@ def test_no_data_set_is_read_back_from_a_cache(word_tokenizer):
         *("a\nb", "a\0b", "a\tb", " a", "a ", "", "\x7f", "\u0000", "x" * 300),
     ],
 )
-def test_a_name_that_is_no_plain_folder_name_is_refused(tmp_path, capsys, name):
+def test_a_name_that_is_not_a_plain_folder_name_is_refused(tmp_path, capsys, name):
     experiment = Experiment(tmp_path / "e", save_path=tmp_path / "e" / "in" / "exps")
     experiment.change(name=name)
     before = tree(tmp_path)
@@ -411,7 +409,7 @@ def test_a_pipe_or_folder_in_place_of_a_file_of_a_run_is_refused(tmp_path, capsy
     assert_refused(capsys, experiment, words=words)
 
 
-def test_a_save_path_may_lead_elsewhere_since_the_user_wrote_it(tmp_path):
+def test_a_save_path_may_be_a_link_since_the_user_wrote_it(tmp_path):
     (tmp_path / "disk").mkdir()
     experiment = Experiment(tmp_path / "e", num_epochs=1, num_train=4, num_val=2)
     link_to(tmp_path / "e" / "exps", tmp_path / "disk")
