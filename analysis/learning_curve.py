@@ -1,10 +1,10 @@
-"""Draws the learning curve of one run, or of runs that follow each other, from metrics.jsonl.
+"""Draw the learning curve of one run, or of consecutive runs, from metrics.jsonl.
 
 `python -m analysis.learning_curve RUN_DIR [RUN_DIR ...] --out PNG [--chance 0.1]`: loss above,
-held-out accuracy with its interval below, over epochs; the stages are shaded. Runs that follow each
-other (CoT, then Coconut with `resume`) share one axis, on which each begins where the one before it
-ended, whatever epoch it counts from itself. Reads what
-tracking.py writes (SPEC sections 8 and 10) and computes nothing of its own.
+held-out accuracy with its interval below, over epochs; the stages are shaded. Consecutive runs
+(CoT, then Coconut with `resume`) share one axis: each starts where the previous one ended, whatever
+its own first epoch. Reads what engine/tracking.py writes (docs/specification.md, sections 8 and 10)
+and computes no figures of its own.
 """
 
 import argparse
@@ -30,8 +30,9 @@ BANDS = ("#f1f2f4", "#ffffff")
 class Curve:
     """What a run logged.
 
-    steps: (epochs done, with the part of the current one, training loss), one an optimizer step.
-    evaluations: the lines of metrics.jsonl with an evaluation, in order.
+    steps: (epochs done, including the fraction of the current one; training loss) per optimizer
+        step.
+    evaluations: the lines of metrics.jsonl that hold an evaluation, in order.
     """
 
     steps: list[tuple[float, float]]
@@ -41,7 +42,7 @@ class Curve:
 def read_curve(run_dir: Path) -> Curve:
     """The curve of the run in `run_dir`.
 
-    Raises: UserError where there is no readable metrics.jsonl, or no evaluation in it.
+    Raises: UserError if metrics.jsonl is missing, unreadable or without an evaluation.
     """
     path = Path(run_dir) / "metrics.jsonl"
     try:
@@ -49,33 +50,33 @@ def read_curve(run_dir: Path) -> Curve:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name the folder of a training run") from None
     except ValueError as error:
-        raise UserError(f"{path}: broken ({error}); continue the run, which mends it") from None
+        raise UserError(f"{path}: broken ({error}); resume the run, which fixes it") from None
     evaluations = [entry for entry in entries if "eval/epoch" in entry]
     if not evaluations:
-        raise UserError(f"{path}: holds no evaluation yet; let the run finish an epoch")
+        raise UserError(f"{path}: no evaluation yet; let the run finish an epoch")
     logged = [entry for entry in entries if entry.get("train/loss") is not None]
     if not logged or "train/epochs_done" not in logged[0]:
         raise UserError(
-            f"{path}: holds no training losses with train/epochs_done beside them; name the folder"
-            " of a training run of this version"
+            f"{path}: no training losses with train/epochs_done; name the folder of a training run"
+            " of this version"
         )
     return Curve([(line["train/epochs_done"], line["train/loss"]) for line in logged], evaluations)
 
 
-def in_a_row(curves: list[Curve]) -> list[Curve]:
-    """The curves, all but the first moved along the epochs to where the one before it ends."""
-    placed, end = [], curves[0].evaluations[0]["eval/epoch"]
+def concatenate(curves: list[Curve]) -> list[Curve]:
+    """The curves, with each but the first moved to the epoch where the previous one ends."""
+    moved, end = [], curves[0].evaluations[0]["eval/epoch"]
     for curve in curves:
         shift = end - curve.evaluations[0]["eval/epoch"]
         steps = [(epoch + shift, loss) for epoch, loss in curve.steps]
-        moved = [line | {"eval/epoch": line["eval/epoch"] + shift} for line in curve.evaluations]
-        placed.append(Curve(steps, moved))
-        end = moved[-1]["eval/epoch"] + 1
-    return placed
+        lines = [line | {"eval/epoch": line["eval/epoch"] + shift} for line in curve.evaluations]
+        moved.append(Curve(steps, lines))
+        end = lines[-1]["eval/epoch"] + 1
+    return moved
 
 
 def stage_spans(evaluations: list[dict]) -> list[tuple[int, float, float]]:
-    """(stage, first epoch, epoch after the last) of each run of equal stages."""
+    """(stage, first epoch, epoch after the last) for each group of consecutive equal stages."""
     spans = []
     for stage, lines in groupby(evaluations, key=lambda line: line["eval/stage"]):
         epochs = [line["eval/epoch"] for line in lines]
@@ -88,14 +89,15 @@ def draw_learning_curve(
     chance: float | None = None,
     reference: tuple[str, float] | None = None,
 ) -> Figure:
-    """The figure. `reference`: label and accuracy of another run, drawn as a level line.
+    """The figure of consecutive runs.
 
-    Accuracies and `chance` lie between 0 and 1.
+    chance: accuracy of guessing, 0 to 1, drawn as a horizontal line.
+    reference: label and accuracy (0 to 1) of another run, drawn as a horizontal line.
     """
-    curves = in_a_row(curves)
+    curves = concatenate(curves)
     steps = [point for curve in curves for point in curve.steps]
     evaluations = [line for curve in curves for line in curve.evaluations]
-    # An evaluation follows its epoch, so it stands at the epoch's end.
+    # An evaluation follows its epoch, so it is drawn at the end of the epoch.
     ends = [line["eval/epoch"] + 1 for line in evaluations]
     figure, (top, bottom) = plt.subplots(
         2, 1, sharex=True, figsize=(8, 5.6), dpi=150, height_ratios=(2, 3), layout="constrained"
@@ -119,7 +121,7 @@ def draw_learning_curve(
     levels = [("chance", chance)] if chance is not None else []
     levels = sorted(levels + ([reference] if reference else []), key=lambda each: -each[1])
     for number, (label, level) in enumerate(levels):
-        # The higher level's label above, the lower one's below: the two may be close.
+        # The upper label goes above its line, the lower one below: the lines may be close.
         _draw_level(bottom, label, level, below=number > 0)
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
@@ -151,7 +153,7 @@ def save_learning_curve(
     chance: float | None = None,
     reference: tuple[str, float] | None = None,
 ) -> None:
-    """Draws the runs, in the order of their epochs, into the PNG `out`."""
+    """Draw consecutive runs into the PNG `out`."""
     figure = draw_learning_curve([read_curve(run) for run in run_dirs], chance, reference)
     figure.savefig(out, metadata={"Software": None})
     plt.close(figure)

@@ -1,10 +1,10 @@
-"""Draw assets/coconut.png, the picture of the method at the top of README.
+"""Draw assets/coconut.png, the figure of the method at the top of README.
 
 Above: one question, where each latent position reads the weighted average of the last three hidden
 states in place of a word (docs/specification.md, section 6). Below: the stages that teach it
-(section 3). The example is one of the quickstart's. Colours are Okabe and Ito's, which colour-blind
-readers can distinguish, and every colour is labelled in words. Lengths are in inches from the lower
-left corner.
+(docs/specification.md, section 3). The example is from the quickstart. The colours are those of
+Okabe and Ito, which colour-blind readers can distinguish, and each is also labelled with text.
+Lengths are in inches from the lower left corner.
 """
 
 import argparse
@@ -46,7 +46,7 @@ STAGES_Y, STAGE_SPACING = 1.82, 0.48
 
 @dataclass(frozen=True)
 class Box:
-    """A token or thought of the upper half: its text, kind, centre and width."""
+    """A token or thought in the upper half: its text, kind, centre and width."""
 
     text: str
     kind: str
@@ -55,7 +55,7 @@ class Box:
 
 
 def lay_out_sequence() -> list[Box]:
-    """Return the boxes of question, markers, thoughts and answer, from left to right."""
+    """The boxes of question, markers, thoughts and answer, from left to right."""
     parts = [(token, "question", 0.34, 0.07) for token in QUESTION]
     parts.append(("start", "marker", 0.62, 0.14))
     parts += [(f"thought {i + 1}", "thought", 0.88, 0.3) for i in range(len(STEPS))]
@@ -92,7 +92,7 @@ def draw_arrow(axes: Axes, start, end, colour=LINE, width=1.1) -> None:
 
 
 def draw_model(axes: Axes, boxes: list[Box]) -> None:
-    """Draw the tokens, the model, the hidden states that come out of it, and what it writes."""
+    """Draw the tokens, the model, its hidden states and the tokens it writes."""
     left = boxes[0].x - boxes[0].width / 2 - 0.06
     right = boxes[-1].x + boxes[-1].width / 2 + 0.06
     draw_rounded(
@@ -125,7 +125,7 @@ def draw_model(axes: Axes, boxes: list[Box]) -> None:
 
 
 def draw_thoughts(axes: Axes, boxes: list[Box]) -> None:
-    """Draw a wire for each thought, from the last three hidden states to the thought."""
+    """Draw a line for each thought, from the last three hidden states to the thought."""
     columns = [column for column, box in enumerate(boxes) if box.kind == "thought"]
     for number, column in enumerate(columns):
         box, y = boxes[column], FIRST_WIRE_Y + number * WIRE_SPACING
@@ -151,7 +151,7 @@ def draw_thoughts(axes: Axes, boxes: list[Box]) -> None:
 
 
 def draw_stages(axes: Axes, right: float) -> None:
-    """Draw a row for each stage: the steps that are written and the thoughts for the others."""
+    """Draw a row for each stage: the written steps, and thoughts in place of the others."""
     names = ("all steps written", "one thought", "two thoughts", "no text left")
     for stage, name in enumerate(names):
         y = STAGES_Y - stage * STAGE_SPACING

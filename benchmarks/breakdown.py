@@ -1,8 +1,8 @@
-"""Where the time of our training step goes: torch's profiler, its operations put into a few kinds.
+"""Where the time of our training step goes: torch's profiler, its operations grouped by kind.
 
 `python -m benchmarks.breakdown [--device cuda] [--bf16] [--records 8 ...]`. Time is that of the
-operations themselves (on a GPU of their kernels); what lies between them, Python and launches, is
-the difference to the step's time on the clock, shown as "between operations".
+operations themselves (on a GPU, of their kernels). The difference from the step's wall-clock time,
+spent in Python and kernel launches, is shown as "between operations".
 """
 
 import argparse
@@ -34,7 +34,7 @@ MATRICES, NARROW = "matrices, many columns", "matrices, one column (latent passe
 LOGITS, SUMS = "logits and cross-entropy", "sums of the passes' weight gradients"
 EMBEDDING, ACTIVATION = "gradient of the tied embedding", "activation of the MLP"
 REST = "other element-wise, views"
-# Parts of operations' names -> kind, tried in this order, where no shape has told more.
+# Part of an operation's name -> kind; tried in this order if the shapes do not decide.
 KINDS = {
     "adam": "optimizer",
     "scaled_dot_product": "attention",
@@ -58,7 +58,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the vocabulary, the MLP's inner layer and the batch, to tell operations by."""
+    """Sizes of the vocabulary, the MLP's inner layer and the batch, which identify operations."""
 
     vocab: int
     inner: int
@@ -66,7 +66,7 @@ class Sizes:
 
 
 def kind_of(name: str, shapes: Iterable[list[int]], sizes: Sizes) -> str:
-    """The kind of an operation, from its name and the shapes of what it takes."""
+    """The kind of an operation, from its name and the shapes of its inputs."""
     shapes = [shape for shape in shapes if shape]
     if name in PRODUCTS:
         if any(sizes.vocab in shape for shape in shapes):
@@ -85,7 +85,7 @@ def kind_of(name: str, shapes: Iterable[list[int]], sizes: Sizes) -> str:
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each kind: mean seconds in a step, and their share of its time on the clock."""
+    """A row for each kind: mean seconds per step, and their share of the wall-clock time."""
     device = torch.device(options.device)
     model = build_model(options.model).to(device).train()
     vocab_size = model.config.vocab_size
@@ -116,7 +116,7 @@ def rows_of(
     """A row for each kind, the longest first."""
     totals: dict[str, list[float]] = {}
     for event in profiler.key_averages(group_by_input_shape=True):
-        # On a GPU a kernel's time is told once with the operation and once by itself.
+        # On a GPU a kernel's time is reported twice: with the operation and on its own.
         if event.key.startswith("aten::"):
             on_gpu = device.type == "cuda"
             self_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -133,13 +133,13 @@ def rows_of(
 
 
 def print_rows(rows: list[dict]) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     cells = [
         [row["kind"], f"{row['s']:.4g}", f"{100 * row['share']:.1f} %", f"{row['calls']:.0f}"]
         for row in rows
     ]
-    cells.append(["the whole step", f"{sum(row['s'] for row in rows):.4g}", "", ""])
-    print_table(("where", "s a step", "share", "operations"), cells)
+    cells.append(["whole step", f"{sum(row['s'] for row in rows):.4g}", "", ""])
+    print_table(("where", "s per step", "share", "operations"), cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: options, model and batch, contenders taking turns, tables and JSON."""
+"""What all benchmarks share: options, model and batch, taking turns, tables and JSON."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from utils import atomic_write_text
 DEFAULT_FOLDER = Path("exps/benchmarks")
 NUM_WORDS = 100
 EOS = "<|endoftext|>"
-# GPT-2's own vocabulary and shape with the three markers, and a model for trials.
+# GPT-2's vocabulary and shape with the three markers, and a tiny model for trial runs.
 MODELS = {
     "gpt2": {"vocab_size": 50260},
     "tiny": {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
@@ -30,7 +30,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Records of one length: question (start marker included), latents, answer; all labelled."""
+    """Records of equal length: question (with start marker), latents, answer (all labelled)."""
 
     records: int
     question: int
@@ -57,12 +57,12 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
-    parser.add_argument("--bf16", action="store_true", help="all but the published code in bf16")
+    parser.add_argument("--bf16", action="store_true", help="all but published in bf16")
     parser.add_argument(
         "--model", choices=tuple(MODELS), default="gpt2", help="shape; weights are random"
     )
     parser.add_argument("--repeats", type=positive, default=3, help="turns of each contender")
-    parser.add_argument("--out", type=Path, help=f"the JSON (default: in {DEFAULT_FOLDER})")
+    parser.add_argument("--out", type=Path, help=f"JSON file (default: in {DEFAULT_FOLDER})")
     return parser
 
 
@@ -75,40 +75,40 @@ def positive(text: str) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, and the device made fit for them; a device that cannot ends with status 2."""
+    """The options; ends with status 2 if the device does not support them."""
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no usable GPU; write --device cpu")
     if options.bf16 and not distributed.computes_bf16_natively():
-        parser.error("--bf16: this machine only emulates bf16, its times say nothing; leave it out")
+        parser.error("--bf16: this machine only emulates bf16, so its times mean nothing; omit it")
     return options
 
 
 def shape_of(options: argparse.Namespace) -> Shape:
-    """The shape that --records, --question, --latents and --answer give."""
+    """The shape given by --records, --question, --latents and --answer."""
     return Shape(options.records, options.question, options.latents, options.answer)
 
 
 def check_fits(parser: argparse.ArgumentParser, shape: Shape, new: int = 0) -> None:
-    """End with status 2 unless the models have positions for `shape` and `new` tokens more."""
-    most = GPT2Config().n_positions
-    if shape.length + new > most:
-        parser.error(f"{shape.length + new} tokens a record: the models read {most}; take fewer")
+    """End with status 2 unless the models have positions for `shape` and `new` more tokens."""
+    length, limit = shape.length + new, GPT2Config().n_positions
+    if length > limit:
+        parser.error(f"{length} tokens per record exceed the models' {limit}; choose fewer")
 
 
 def check_prompt(parser: argparse.ArgumentParser, question: int) -> None:
-    """End with status 2 unless a question's tokens stand before and after its latents."""
+    """End with status 2 unless a question has a token before and one after its latents."""
     if question < 2:
-        parser.error("--question 1: one token stands before the latents and one after; write 2")
+        parser.error("--question 1: a token is needed before and one after the latents; write 2")
 
 
-# What is measured
+# Model and batch
 
 
 def build_model(name: str, **shape) -> GPT2LMHeadModel:
     """The named model with seeded random weights and GPT-2's dropout, on the CPU.
 
-    shape: fields of GPT2Config in place of the named model's.
+    shape: fields of GPT2Config that override the named model's.
     """
     fields = MODELS[name] | shape
     end = fields["vocab_size"] - len(MARKERS) - 1
@@ -117,7 +117,7 @@ def build_model(name: str, **shape) -> GPT2LMHeadModel:
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words w0 to w99 and ###, one token each; EOS and the markers last, white space dropped."""
+    """A tokenizer of the words w0 to w99 and ###; EOS and markers come last, spaces are dropped."""
     names = [f"w{i}" for i in range(NUM_WORDS)] + ["###"]
     words = {name: i for i, name in enumerate(names)}
     start, end, latent = MARKERS
@@ -131,7 +131,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_batch(shape: Shape, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    """A seeded random batch without padding, as dataset.Collator would make it; (B, T) long."""
+    """A seeded random batch without padding, as dataset.Collator would make it: (B, T), int64."""
     generator = torch.Generator().manual_seed(0)
     size = (shape.records, shape.length)
     input_ids = torch.randint(vocab_size - len(MARKERS) - 1, size, generator=generator)
@@ -158,9 +158,9 @@ def median(values: Sequence[float]) -> float:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """The clock that contenders are timed by: seconds on the wall, or of this process alone.
+    """The clock that times contenders: wall-clock seconds, or CPU seconds of this process.
 
-    The latter on a processor with one thread, where it is the same but for other jobs' share.
+    CPU time is used with one thread on a CPU: unlike wall-clock time it excludes other jobs.
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone else time.perf_counter
@@ -169,7 +169,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 def take_turns(
     contenders: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each of `repeats` rounds, in which all come one by one."""
+    """Seconds of each contender in each of `repeats` rounds; every round runs all, one by one."""
     clock = clock_of(device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -183,27 +183,27 @@ def take_turns(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def published_precision():
-    """fp32 products as torch does them by default, whatever the product chose for itself."""
-    chosen = torch.get_float32_matmul_precision()
+    """Use torch's default precision for fp32 products, whatever engine.distributed has set."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(chosen)
+        torch.set_float32_matmul_precision(before)
 
 
 # Results
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A Markdown table whose columns line up in plain text too."""
+    """Print a Markdown table whose columns are also aligned as plain text."""
     cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
@@ -213,15 +213,15 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def write_report(name: str, options: argparse.Namespace, rows: list[dict]) -> Path:
-    """The JSON of a benchmark: name, environment, options, and a dict for each row."""
+    """Write the JSON of a benchmark (name, environment, options, rows); returns its path."""
     path = report_path(name, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
-    told = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
+    plain = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
     content = {
         "benchmark": name,
         "environment": environment.describe(device) | {"clock": clock_of(device).__name__},
-        "options": told,
+        "options": plain,
         "rows": rows,
     }
     atomic_write_text(path, json.dumps(content, indent=1) + "\n")
@@ -230,5 +230,5 @@ def write_report(name: str, options: argparse.Namespace, rows: list[dict]) -> Pa
 
 
 def report_path(name: str, options: argparse.Namespace) -> Path:
-    """Where the JSON of benchmark `name` goes."""
+    """The path of the JSON of benchmark `name`."""
     return options.out or DEFAULT_FOLDER / f"{name}.json"

@@ -1,15 +1,14 @@
-"""The contenders: published algorithm, plain prototype and ours, as training steps and generation.
+"""The contenders: published algorithm, prototype and ours, as training steps and as generation.
 
-Published and prototype share one base model; ours takes a copy, whose layers it changes
-(passes.prepare). Ours is the product itself: Trainer's optimizer step and Coconut's generate, with
-a window of one state as in the published algorithm. The published one computes in fp32 always: it
-cannot do otherwise.
+Published and prototype share one base model; ours uses a copy, because passes.prepare changes its
+layers. Ours is the project's own code: Trainer.train_step and Coconut.generate, with a window of
+one state as in the published algorithm. The published algorithm always computes in fp32, the only
+precision it supports.
 """
 
 import copy
 from argparse import ArgumentParser
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ LEARNING_RATE = 1e-4
 
 # (batch, its number of labelled tokens) -> loss
 TrainStep = Callable[[dict[str, Tensor], int], float]
-# (prompts (B, T), number of new tokens) -> (B, T + new), all long
+# (prompts (B, T), number of new tokens) -> (B, T + new), both int64
 Generate = Callable[[Tensor, int], Tensor]
 
 
@@ -38,10 +37,10 @@ def add_options(parser: ArgumentParser) -> None:
     """--contenders and --latents."""
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
-        help=f"some of {', '.join(CONTENDERS)}",
+        help=f"any of {', '.join(CONTENDERS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--latents", type=int, choices=range(65), metavar="K", help="latents of a record (6)"
+        "--latents", type=int, choices=range(65), metavar="K", help="latents per record (6)"
     )
 
 
@@ -54,29 +53,28 @@ def wrap(base: PreTrainedModel, window: int = 1) -> Coconut:
 
 
 def make_trainer(base: PreTrainedModel, bf16: bool, window: int = 1) -> Trainer:
-    """A Trainer that has no records and saves nothing, for its optimizer step."""
-    nowhere = "benchmark"
+    """A Trainer without records that saves nothing, used for its optimizer step."""
+    unused = "benchmark"
     config = Config(
-        name=nowhere, save_path=nowhere, model_id=nowhere, train_path=nowhere, val_path=nowhere,
+        name=unused, save_path=unused, model_id=unused, train_path=unused, val_path=unused,
         coconut=True, c_thought=1, epochs_per_stage=1, max_latent_stage=1, num_epochs=1,
         batch_size_training=1, lr=LEARNING_RATE, bf16=bf16, debug=True, wandb="disabled",
     )  # fmt: skip
     curriculum = Curriculum("coconut", 1, 1, 1, True)
-    quiet = SimpleNamespace(message=lambda text: None)
     trainer = Trainer(
         config, wrap(base, window), build_tokenizer(base.config.vocab_size), [], [], curriculum,
-        {}, quiet,
+        {}, None,
     )  # fmt: skip
-    # It takes a GPU wherever there is one; --device may say otherwise.
+    # The trainer uses a GPU if there is one; --device may say otherwise.
     trainer.device = base.device
     trainer.model.train()
     return trainer
 
 
 def train_step(name: str, base: PreTrainedModel, bf16: bool, window: int = 1) -> TrainStep:
-    """The named contender's step over one batch: forward, backward, AdamW; it returns the loss.
+    """The named contender's step over one batch (forward, backward, AdamW), which returns the loss.
 
-    window: of ours; the others know one state alone.
+    window: for ours; the others support only a window of one state.
     """
     if name == "ours":
         trainer = make_trainer(base, bf16, window)

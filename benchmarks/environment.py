@@ -1,7 +1,7 @@
-"""The machine that a benchmark ran on: what it is, and how fast it multiplies matrices.
+"""The machine a benchmark ran on: its description, and how fast it multiplies matrices.
 
-The matrix rate is what every lower limit of benchmarks/arithmetic.py is divided by, so it is
-measured and takes its turns on the clock like any contender.
+The FLOPs of benchmarks/arithmetic.py are divided by the matrix rate to give the floor, so the rate
+is measured like any contender, taking turns with them.
 """
 
 import os
@@ -13,12 +13,12 @@ import transformers
 
 from engine.provenance import processor_name, provenance
 
-# Wide enough that a product runs at the machine's full rate, short enough to take turns.
+# Large enough to reach the machine's full rate, small enough to take turns.
 MATRIX_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
 class MatrixProduct:
-    """One product of square matrices on `device`, in `dtype`; called, it multiplies once."""
+    """A product of square matrices on `device`, in `dtype`; each call multiplies once."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         size = MATRIX_SIZES[device.type]
@@ -31,7 +31,7 @@ class MatrixProduct:
 
 
 def describe(device: torch.device) -> dict:
-    """Machine, versions and commit, as JSON values."""
+    """The machine, versions and commit, as JSON values."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
@@ -39,7 +39,7 @@ def describe(device: torch.device) -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        # Other jobs disturb; what there were before ours began tells how much to trust it.
+        # Other jobs add noise: the load before the benchmark says how far to trust it.
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -51,6 +51,6 @@ def describe(device: torch.device) -> dict:
 
 
 def commit() -> str:
-    """The commit of this tree in short, "+dirty" behind it where files differ."""
+    """The abbreviated commit of this tree, followed by "+dirty" if files differ."""
     source = provenance()
     return source["commit"][:9] + "+dirty" * source["changed"]

@@ -1,11 +1,11 @@
-"""What padding costs in an epoch over GSM8K-like lengths, and how many tokens a second it trains.
+"""The cost of padding in an epoch of GSM8K-like records, and training tokens per second.
 
-`python -m benchmarks.epoch [--device cuda] [--bf16] [--records 20000] [--data FILE]`. Records go
-the product's own way: effective batches in the order of (seed, epoch), micro-batches, Collator.
-Padding is its share of the tokens that the model's layers read, and of the rows x columns that only
-attention goes over, in a whole epoch; the speed counts real tokens alone and is that of --repeats
-optimizer steps with every split, turn by turn.
-Without a file, records are drawn by `gsm_like_records`.
+`python -m benchmarks.epoch [--device cuda] [--bf16] [--records 20000] [--data FILE]`. Records take
+the same path as in training: effective batches in the order of (seed, epoch), micro-batches,
+Collator. Padding is reported over a whole epoch, as a share of the tokens that the model's layers
+read and of the rows x columns that only attention covers. Speed counts real tokens only, over
+--repeats optimizer steps of every split, taking turns. Without --data, `gsm_like_records` draws the
+records.
 """
 
 import argparse
@@ -46,14 +46,14 @@ from dataset import (
 )
 from engine.trainer import Trainer
 
-# (records in a micro-batch, accumulation steps): the paper's effective batch, and a small one.
+# (records per micro-batch, accumulation steps): the paper's effective batch and a small one.
 SPLITS = ((32, 4), (8, 4), (128, 1))
-# The paper's schedule for GSM8K: stages 0 to 3, and 4 without written steps.
+# The paper's schedule for GSM8K: stages 0 to 3, and stage 4 without written steps.
 STAGES = (0, 2, 4)
 GSM = {"c_thought": 2, "epochs_per_stage": 3, "max_latent_stage": 3, "pad_latent_to_max": True}
 
-# GPT-2's tokens in the 500 records of GSM8K-aug's validation file, line breaks and EOS included:
-# the logarithm of a question's length, and how often each other length occurs.
+# Lengths in GPT-2 tokens of the 500 records of GSM8K-aug's validation file, line breaks and EOS
+# included: the logarithm of a question's length, and the share of each other length.
 QUESTION_LOG_MEAN, QUESTION_LOG_STD, QUESTION_RANGE = 3.970, 0.342, (20, 200)
 NUM_STEPS = {0: 0.012, 1: 0.052, 2: 0.31, 3: 0.28, 4: 0.182, 5: 0.106, 6: 0.036, 7: 0.016, 8: 0.006}
 STEP_LENGTHS = {6: 0.015, 8: 0.739, 9: 0.046, 10: 0.144, 11: 0.013, 12: 0.032, 14: 0.006, 17: 0.005}
@@ -61,7 +61,7 @@ ANSWER_LENGTHS = {3: 0.922, 4: 0.07, 5: 0.008}
 
 
 def gsm_like_records(n: int, seed: int = 0) -> list[dict]:
-    """`n` records whose parts have GSM8K-aug's lengths under `build_tokenizer`, of random words."""
+    """`n` records of random words, with GSM8K-aug's lengths under `build_tokenizer`."""
     draw = random.Random(seed)
 
     def choice(shares: dict[int, float]) -> int:
@@ -78,7 +78,7 @@ def gsm_like_records(n: int, seed: int = 0) -> list[dict]:
             {
                 "question": words(min(max(length, shortest), longest)),
                 "steps": [words(choice(STEP_LENGTHS)) for _ in range(choice(NUM_STEPS))],
-                # ### and EOS are the other two.
+                # ### and EOS make up the other two tokens.
                 "answer": words(choice(ANSWER_LENGTHS) - 2),
             }
         )
@@ -88,7 +88,7 @@ def gsm_like_records(n: int, seed: int = 0) -> list[dict]:
 def load_records(
     options: argparse.Namespace, vocab_size: int
 ) -> tuple[TokenizedRecords, PreTrainedTokenizerBase]:
-    """The records of --data or drawn ones, tokenised, and the tokenizer."""
+    """The tokenised records, from --data or drawn, and the tokenizer."""
     if options.data is None:
         tokenizer = build_tokenizer(vocab_size)
         return tokenize_records(gsm_like_records(options.records), tokenizer, "drawn"), tokenizer
@@ -99,7 +99,7 @@ def load_records(
 
 
 def plan_epoch(staged: StagedRecords, split: tuple[int, int], epoch: int) -> Iterator[list]:
-    """The micro-batches of record indices of each optimizer step of an epoch, on one process."""
+    """The micro-batches (record indices) of each optimizer step of an epoch, on one process."""
     batch_size, accumulation = split
     for indices in effective_batches(len(staged.dropped), batch_size * accumulation, 0, epoch):
         yield [shares[0] for shares in micro_batches(indices, staged, batch_size, 1)]
@@ -108,7 +108,7 @@ def plan_epoch(staged: StagedRecords, split: tuple[int, int], epoch: int) -> Ite
 def measure_padding(
     coconut: Coconut, collator: Collator, split: tuple[int, int], epoch: int
 ) -> dict:
-    """Real and computed tokens of the epoch, and how fast batches and layouts were made."""
+    """Real and computed tokens of the epoch, and the rate at which batches and layouts are made."""
     read = attended = real = 0
     began = time.perf_counter()
     for parts in plan_epoch(collator.staged, split, epoch):
@@ -134,7 +134,7 @@ def measure_padding(
 
 
 def measure_speed(trainer: Trainer, collator: Collator, epoch: int, repeats: int) -> list[float]:
-    """Real tokens a second of training, for each of SPLITS: the median over optimizer steps."""
+    """Real tokens trained per second for each of SPLITS: the median over optimizer steps."""
     device = trainer.device
     staged = collator.staged
     lengths = staged.prompt_lengths + staged.num_labels
@@ -159,7 +159,7 @@ def measure_speed(trainer: Trainer, collator: Collator, epoch: int, repeats: int
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each stage and split."""
+    """Return a row for each stage and split."""
     vocab_size = build_model(options.model, n_layer=1).config.vocab_size
     records, tokenizer = load_records(options, vocab_size)
     curriculum = Curriculum(method="coconut", **GSM)
@@ -178,7 +178,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 def print_rows(rows: list[dict]) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     head = ("stage", "batch", "tokens", "read", "padding", "in attention", "made/s", "trained/s")
     cells = [
         [
@@ -199,9 +199,9 @@ def print_rows(rows: list[dict]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--records", type=positive, default=20000, help="drawn, or read at most")
-    parser.add_argument("--data", type=Path, help="JSON of records instead of drawn ones")
+    parser.add_argument("--data", type=Path, help="JSON of records to use instead of drawn ones")
     parser.add_argument(
-        "--tokenizer", default="openai-community/gpt2", help="for --data: name or local folder"
+        "--tokenizer", default="openai-community/gpt2", help="for --data: name or folder"
     )
     options = parse(parser, arguments)
     rows = measure(options)

@@ -1,9 +1,9 @@
-"""Seconds a record of an evaluation: loss and answers apart, and together as in evaluation.py.
+"""Seconds per record of an evaluation: loss and answers computed separately or together.
 
 `python -m benchmarks.evaluation [--device cuda] [--bf16] [--records 32 --question 362 ...]`. Apart,
-the right answers are scored by one reading of the whole sequences and the answers are written after
-another of the prompts, both by this code; together, the prompts are read once (Coconut.answer).
-Random weights do not end their answers, so every record gets --new tokens.
+Coconut.forward scores the gold answers over the whole sequences and Coconut.generate reads the
+prompts again to answer; together, the prompts are read once (Coconut.answer, as in
+engine/evaluation.py). Random weights do not end their answers, so every record gets --new tokens.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from engine.evaluation import autocast
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each way: seconds a record in all turns, and how many tokens are the same."""
+    """A row for each way: seconds per record in all turns, and the share of equal tokens."""
     device, shape = torch.device(options.device), shape_of(options)
     model = wrap(build_model(options.model).to(device)).eval()
     vocab_size = model.base_causallm.config.vocab_size
@@ -39,7 +39,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
     @torch.no_grad()
     def evaluate(way: str, shape: Shape, new: int) -> None:
-        # A question's last token stands after the latents: a prompt must not end with one.
+        # A prompt must not end with a latent, so the question's last token follows the latents.
         shape = Shape(shape.records, shape.question - 1, shape.latents, shape.answer + 1)
         batch = make_batch(shape, vocab_size, device)
         width = shape.length - shape.answer + 1
@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
     ways = ("apart", "together")
     for way in ways:
-        # A GPU must have seen the very shapes; a processor would lose minutes over it.
+        # A GPU must be warmed up with the same shapes; on a CPU that would take minutes.
         evaluate(way, shape if device.type == "cuda" else Shape(1, 8, 2, 4), 4)
     turns = {way: lambda way=way: evaluate(way, shape, options.new) for way in ways}
     seconds = take_turns(turns, options.repeats, device)
@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 def print_rows(rows: list[dict]) -> None:
-    """The rows as a table."""
+    """Print the rows as a table."""
     apart = rows[0]["median_s_per_record"]
     cells = [
         [
@@ -86,14 +86,14 @@ def print_rows(rows: list[dict]) -> None:
         for row in rows
     ]
     print(f"\n{rows[0]['shape']}\n")
-    print_table(("loss and answers", "s a record", "x apart", "same tokens"), cells)
+    print_table(("loss and answers", "s per record", "x apart", "same tokens"), cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = new_parser(__doc__)
     for name, value in (("records", 32), ("question", 362), ("latents", 6), ("answer", 12)):
         parser.add_argument(f"--{name}", type=positive, default=value, help=f"default {value}")
-    parser.add_argument("--new", type=positive, default=12, help="tokens written for each record")
+    parser.add_argument("--new", type=positive, default=12, help="tokens generated per record")
     options = parse(parser, arguments)
     check_fits(parser, shape_of(options), options.new)
     check_prompt(parser, options.question)

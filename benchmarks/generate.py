@@ -1,9 +1,9 @@
-"""Seconds a record of greedy generation: the published code one by one, the others in a batch.
+"""Seconds per record of greedy generation: published one by one, the others in a batch.
 
 `python -m benchmarks.generate [--device cuda] [--bf16] [--records 128]`. Every record has a
-question, latents, and gets exactly --new tokens more. The published algorithm takes one record at a
-time, so a few of them (--published-records) tell what a record costs. The floor is the least
-arithmetic of a record over the rate of a matrix product that takes its turn like the others.
+question and latents, and gets exactly --new more tokens. The published algorithm takes one record
+at a time, so a few (--published-records) suffice to measure its cost per record. The floor is the
+minimum FLOPs of a record divided by the rate of a matrix product that takes turns with the others.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from benchmarks.environment import MatrixProduct
 
 
 def prompt_shape(options: argparse.Namespace) -> Shape:
-    """What is read before the first new token."""
-    # A prompt must not end with a latent: the question's last token closes it.
+    """The shape of what is read before the first new token."""
+    # A prompt must not end with a latent, so the question's last token ends it.
     return Shape(options.records, options.question - 1, options.latents, 1)
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each contender: seconds a record in all turns, and how its tokens compare."""
+    """A row for each contender: seconds per record in all turns, and how its tokens compare."""
     device = torch.device(options.device)
     model = build_model(options.model).to(device).eval()
     shape = prompt_shape(options)
@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
         written[name] = writers[name](parts[name], new)
 
     for name in writers:
-        # A GPU must have seen the very shapes; a processor would lose minutes over it.
+        # A GPU must be warmed up with the same shapes; on a CPU that would take minutes.
         write(name, options.new if device.type == "cuda" else 1)
     product = MatrixProduct(device, torch.bfloat16 if options.bf16 else torch.float32)
     product()
@@ -80,13 +80,13 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 def share_of_same(tokens: Tensor, others: Tensor) -> float:
-    """How many tokens are equal in the rows that both hold."""
+    """The share of equal tokens in the rows that both have."""
     common = min(len(tokens), len(others))
     return (tokens[:common] == others[:common]).double().mean().item()
 
 
 def print_rows(rows: list[dict]) -> None:
-    """The rows as a table, with the floor last."""
+    """Print the rows as a table, with the floor last."""
     floor_s = rows[0]["floor_s_per_record"]
     published = {row["contender"]: row["median_s_per_record"] for row in rows}.get("published")
     cells = [
@@ -102,18 +102,16 @@ def print_rows(rows: list[dict]) -> None:
         for row in rows
     ]
     times = f"{published / floor_s:.1f}" if published else "-"
-    cells.append(["arithmetic's floor", "", "", f"{floor_s:.4g}", times, "", ""])
-    head = ("contender", "precision", "batch", "s a record", "x published", "floor / median")
+    cells.append(["floor", "", "", f"{floor_s:.4g}", times, "", ""])
+    head = ("contender", "precision", "batch", "s per record", "x published", "floor / median")
     print_table((*head, "same tokens"), cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = new_parser(__doc__)
-    parser.add_argument("--records", type=positive, default=128, help="written together")
-    parser.add_argument(
-        "--question", type=positive, default=64, help="tokens, the markers included"
-    )
-    parser.add_argument("--new", type=positive, default=32, help="tokens that are written")
+    parser.add_argument("--records", type=positive, default=128, help="generated together")
+    parser.add_argument("--question", type=positive, default=64, help="tokens, markers included")
+    parser.add_argument("--new", type=positive, default=32, help="tokens to generate")
     parser.add_argument("--published-records", type=positive, default=2)
     add_options(parser)
     parser.set_defaults(latents=6)

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# What one GPU shows, in under ten minutes, without network or wandb:
+# Benchmarks, a training run and the tests on one GPU, in under ten minutes, offline and without
+# wandb:
 #
 #   bash benchmarks/gpu.sh OUTDIR [benchmarks] [training] [tests]
 #
-# Without names all three are done, in this order, each part within its own limit of time. OUTDIR
-# gets log.txt (every table), benchmarks.tar.gz (every JSON), growth.png, training.tar.gz (metrics,
-# predictions and console of a short bf16 Coconut run on ProsQA) and tests.txt. The exit status is 1
-# where a part failed, and the log ends with their names.
+# Without names all three run, in this order, each within its own time limit. OUTDIR receives
+# log.txt (every table), benchmarks.tar.gz (every JSON), growth.png, training.tar.gz (metrics and
+# predictions of a short bf16 Coconut run on ProsQA) and tests.txt. The exit status is 1 if a part
+# failed; the log ends with the names of the failed parts.
 #
-# Environment, with what holds by itself:
-#   PYTHON=python3      has torch with CUDA, transformers and what requirements-dev.txt names
-#   WHEELS=             folder of wheels to add where PYTHON lacks some (say pydantic, pydantic_core,
-#                       annotated_types, typing_inspection, datasets and wandb with what they need);
-#                       they are unpacked beside, PYTHON itself stays as it is
-#   COMMIT=             the commit, where the tree is a copy without .git
-#   LIMIT_S=585         seconds for all of it
+# Environment variables and their defaults:
+#   PYTHON=python3      needs torch with CUDA, transformers and the packages of requirements-dev.txt
+#   WHEELS=             folder of wheels for packages that PYTHON lacks (such as pydantic,
+#                       pydantic_core, annotated_types, typing_inspection, datasets and wandb with
+#                       their dependencies); installed into a temporary folder, not into PYTHON
+#   COMMIT=             the commit, if the tree is a copy without .git
+#   LIMIT_S=585         time limit of the whole script, in seconds
 #   DEVICE=cuda MODEL=gpt2 PRECISION=--bf16 RECORDS=4000 EPOCHS=4 REPEATS=5 WORKERS=8 TESTS=tests
-#                       smaller ones try the script out: DEVICE=cpu MODEL=tiny PRECISION= RECORDS=40
+#                       for a trial run: DEVICE=cpu MODEL=tiny PRECISION= RECORDS=40
 set -uo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -37,7 +38,7 @@ export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=true PYTHONUN
 WORK=$(mktemp -d)
 FAILED=()
 
-bundle() { # whatever there is by now, also when a limit ends the script
+bundle() { # packs what exists so far, also when a limit ends the script
   compgen -G "$WORK/json/*.json" > /dev/null && tar -C "$WORK" -czf "$OUT/benchmarks.tar.gz" json
   [[ -f $WORK/json/growth.png ]] && cp "$WORK/json/growth.png" "$OUT/"
   if [[ -d $WORK/exps/gpu ]]; then
@@ -49,26 +50,26 @@ bundle() { # whatever there is by now, also when a limit ends the script
 trap bundle EXIT
 exec > >(tee "$OUT/log.txt") 2>&1
 
-# part NAME SECONDS COMMAND...: run it for at most so long, and never past the limit of all.
+# part NAME SECONDS COMMAND...: run COMMAND for at most SECONDS, and never past LIMIT_S.
 part() {
-  local name=$1 most=$2 left=$((LIMIT_S - SECONDS)) began=$SECONDS status=0
+  local name=$1 limit=$2 left=$((LIMIT_S - SECONDS)) began=$SECONDS status=0
   shift 2
-  ((left < most)) && most=$left
-  echo && echo "== $name (at most $most s): $*"
-  if ((most < 1)); then
+  ((left < limit)) && limit=$left
+  echo && echo "== $name (at most $limit s): $*"
+  if ((limit < 1)); then
     status=skipped
   else
-    timeout -k 5 "$most" "$@" || status=$?
+    timeout -k 5 "$limit" "$@" || status=$?
   fi
   echo "== $name: $((SECONDS - began)) s, status $status"
   [[ $status == 0 ]] || FAILED+=("$name")
 }
 
-bench() { # NAME SECONDS OPTIONS...: a benchmark module; its JSON is named after what comes first
-  local name=$1 most=$2 module=$3
+bench() { # NAME SECONDS MODULE OPTIONS...: run benchmarks.MODULE; its JSON is NAME.json
+  local name=$1 limit=$2 module=$3
   shift 3
   # shellcheck disable=SC2086
-  part "$name" "$most" "$PYTHON" -m "benchmarks.$module" --device "$DEVICE" --model "$MODEL" \
+  part "$name" "$limit" "$PYTHON" -m "benchmarks.$module" --device "$DEVICE" --model "$MODEL" \
     $PRECISION --out "$WORK/json/$name.json" "$@"
 }
 
@@ -106,7 +107,7 @@ if [[ -n $WHEELS ]]; then
   export PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 mkdir -p "$WORK/json"
-# timeout runs programs, so the functions come to it through bash.
+# timeout cannot run shell functions, so they are exported and run by bash.
 export -f train test_suite
 export PYTHON WORK OUT MODEL PRECISION RECORDS EPOCHS WORKERS TESTS
 for name in $PARTS; do
@@ -115,10 +116,10 @@ for name in $PARTS; do
     training) part training 120 bash -o pipefail -c train ;;
     tests) part tests 600 bash -o pipefail -c test_suite ;;
     *)
-      echo "no such part: $name; there are benchmarks, training and tests" >&2
+      echo "unknown part: $name; choose from benchmarks, training and tests" >&2
       exit 2
       ;;
   esac
 done
-echo && echo "== $SECONDS s in all; failed: ${FAILED[*]:-none}"
+echo && echo "== $SECONDS s in total; failed: ${FAILED[*]:-none}"
 [[ ${#FAILED[@]} == 0 ]]

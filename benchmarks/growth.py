@@ -1,9 +1,9 @@
-"""How the cost of our training step grows, beside the least arithmetic: tables and a picture.
+"""How the cost of our training step grows, compared with the floor: tables and a plot.
 
-`python -m benchmarks.growth [--device cuda] [--bf16] [--out FILE.json]`. One thing at a time
-changes: latents, records, question length, model size, window. Beside the JSON a PNG shows each
-against the floor: the FLOPs of the passes over the rate of a matrix product that takes its turn at
-every point; the rate is the median over an axis.
+`python -m benchmarks.growth [--device cuda] [--bf16] [--out FILE.json]`. One thing changes at a
+time: latents, records, question length, model size or window. A PNG next to the JSON plots each
+with the floor: the minimum FLOPs divided by the rate of a matrix product that takes turns at every
+point (the median over an axis).
 """
 
 import argparse
@@ -38,9 +38,9 @@ from benchmarks.environment import MatrixProduct
 
 LABELS = {
     "latents": "latents K",
-    "records": "records in a batch",
-    "question": "tokens of a question",
-    "size": "parameters of the blocks",
+    "records": "records per batch",
+    "question": "question tokens",
+    "size": "parameters in the blocks",
     "window": "window m",
 }
 POINTS = {
@@ -60,7 +60,7 @@ OURS, FLOOR = "#0072b2", "#5b616b"
 
 
 def points(axis: str, base: Shape, model: str) -> Iterator[tuple[Shape, dict, int]]:
-    """(shape, fields of the model that change, window) at each point of an axis."""
+    """(shape, model fields that change, window) at each point of an axis."""
     if axis == "size":
         for layers, width in SIZES[model]:
             fields = {"n_layer": layers, "n_embd": width, "n_head": width // HEAD_WIDTH}
@@ -74,14 +74,14 @@ def points(axis: str, base: Shape, model: str) -> Iterator[tuple[Shape, dict, in
 
 
 def measure_point(options: argparse.Namespace, shape: Shape, fields: dict, window: int) -> dict:
-    """Seconds of our step and of a matrix product at one point, and the FLOPs of both."""
+    """Measure one point: seconds and FLOPs of our step and of a matrix product."""
     device = torch.device(options.device)
     model = build_model(options.model, **fields).to(device).train()
     step = train_step("ours", model, options.bf16, window)
     batch = make_batch(shape, model.config.vocab_size, device)
     product = MatrixProduct(device, torch.bfloat16 if options.bf16 else torch.float32)
     work = {"product": product, "ours": lambda: step(batch, shape.num_labels)}
-    take_turns(work, 3 if device.type == "cuda" else 1, device)  # to warm up
+    take_turns(work, 3 if device.type == "cuda" else 1, device)  # warm up
     seconds = take_turns(work, options.repeats, device)
     return {
         "shape": str(shape),
@@ -96,27 +96,29 @@ def measure_point(options: argparse.Namespace, shape: Shape, fields: dict, windo
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each point of each axis; each axis is printed as soon as it is done."""
+    """A row for each point of each axis; every axis is printed once it is finished."""
     base = shape_of(options)
     rows = []
     for axis in options.axes:
-        mine = []
+        axis_rows = []
         for shape, fields, window in points(axis, base, options.model):
             row = measure_point(options, shape, fields, window)
             named = {"size": row["block_parameters"], "window": window}
             value = named[axis] if axis in named else getattr(shape, axis)
-            mine.append({"axis": axis, "value": value} | row)
-        rate = mine[0]["product_flops"] / median([s for r in mine for s in r["product_seconds"]])
-        for row in mine:
+            axis_rows.append({"axis": axis, "value": value} | row)
+        rate = axis_rows[0]["product_flops"] / median(
+            [s for r in axis_rows for s in r["product_seconds"]]
+        )
+        for row in axis_rows:
             row["floor_s"] = row["flops"] / rate
             row["share_of_floor"] = row["floor_s"] / row["median_s"]
-        print_axis(axis, mine)
-        rows += mine
+        print_axis(axis, axis_rows)
+        rows += axis_rows
     return rows
 
 
 def print_axis(axis: str, rows: list[dict]) -> None:
-    """The points of one axis as a table."""
+    """Print the points of one axis as a table."""
     cells = [
         [
             row["value"],
@@ -131,20 +133,20 @@ def print_axis(axis: str, rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """A panel for each axis: our seconds and the floor."""
+    """Plot a panel for each axis: our seconds and the floor."""
     names = [axis for axis in LABELS if any(row["axis"] == axis for row in rows)]
     figure, panels = plt.subplots(
         1, len(names), figsize=(3.4 * len(names), 3.2), dpi=120, layout="constrained", squeeze=False
     )
     for axis, panel in zip(names, panels[0], strict=True):
-        mine = [row for row in rows if row["axis"] == axis]
-        values = [row["value"] for row in mine]
+        axis_rows = [row for row in rows if row["axis"] == axis]
+        values = [row["value"] for row in axis_rows]
         for field, label, color in (("median_s", "ours", OURS), ("floor_s", "floor", FLOOR)):
-            seconds = [row[field] for row in mine]
+            seconds = [row[field] for row in axis_rows]
             panel.plot(values, seconds, marker="o", markersize=3, color=color, label=label)
         panel.set(xlabel=LABELS[axis], ylim=(0, None))
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("seconds a step")
+    panels[0][0].set_ylabel("seconds per step")
     panels[0][0].legend()
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
@@ -154,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = new_parser(__doc__)
     for name, value in (("records", 8), ("question", 64), ("latents", 6), ("answer", 32)):
         parser.add_argument(
-            f"--{name}", type=positive, default=value, help=f"where it is no axis ({value})"
+            f"--{name}", type=positive, default=value, help=f"where it is not the axis ({value})"
         )
     parser.add_argument("--axes", nargs="+", choices=tuple(LABELS), default=list(LABELS))
     options = parse(parser, arguments)
@@ -163,9 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_fits(parser, shape)
     rows = measure(options)
     write_report("growth", options, rows)
-    picture = report_path("growth", options).with_suffix(".png")
-    draw(rows, picture)
-    print(picture)
+    plot = report_path("growth", options).with_suffix(".png")
+    draw(rows, plot)
+    print(plot)
     return 0
 
 

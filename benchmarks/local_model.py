@@ -1,9 +1,9 @@
-"""Write a model folder that needs no download: GPT-2's shape, and a tokenizer made of given text.
+"""Write a model folder without a download: GPT-2's shape, and a tokenizer trained on a text.
 
 `python -m benchmarks.local_model --text data/prosqa_train.json --out DIR [--model tiny]`. The
 folder holds config.json and a byte-level BPE tokenizer but no weights, for `model_id` with
-`from_scratch`. The tokenizer has so few merges that ProsQA's questions get as many tokens as under
-GPT-2's own (360 on average): a run over it costs what a real one costs, but learns nothing like it.
+`from_scratch`. The tokenizer has so few merges that ProsQA's questions get as many tokens as with
+GPT-2's own (360 on average): a run with it costs as much as a real one, but does not learn as much.
 """
 
 import argparse
@@ -20,7 +20,7 @@ NUM_TOKENS = 286  # 256 bytes, EOS and 29 merges
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, which loses nothing in decoding."""
+    """A byte-level BPE tokenizer trained on `texts`; decoding restores any text exactly."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--text", required=True, help="JSON of records")
-    parser.add_argument("--out", type=Path, required=True, help="the folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--model", choices=tuple(MODELS), default="gpt2")
     options = parser.parse_args(arguments)
     tokenizer = make_tokenizer([record["question"] for record in read_records(options.text)])

@@ -1,10 +1,10 @@
-"""Peak memory of one training step, each contender in a process of its own.
+"""Peak memory of one training step, each contender in its own process.
 
-`python -m benchmarks.memory [--device cuda] [--bf16] [--records 16 ...]`. On a GPU it is the most
-that torch had allocated; on a processor the process's largest resident set, less what it held
-before the model was built. Weights, gradients and AdamW's moments are in it, since they must fit
-too; they exist before the step that is measured, and are also shown by themselves. With --repeats
-it is the highest of so many steps.
+`python -m benchmarks.memory [--device cuda] [--bf16] [--records 16 ...]`. On a GPU the peak is
+torch's maximum allocation; on a CPU it is the process's largest resident set, minus what it held
+before the model was built. It includes weights, gradients and AdamW's moments, which must fit too;
+they exist before the measured step, and are also shown separately. With --repeats it is the highest
+over that many steps.
 """
 
 import argparse
@@ -35,14 +35,14 @@ BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in fp32
 
 
 def resident_bytes(field: str) -> int:
-    """A line of /proc/self/status: VmRSS, what this process holds now, or VmHWM, its highest."""
+    """Bytes resident in this process, from /proc/self/status: VmRSS (now) or VmHWM (peak)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     kibibytes = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
     return 1024 * int(kibibytes)
 
 
 def measure_here(options: argparse.Namespace) -> dict:
-    """The row of the one contender of `options`, measured in this process."""
+    """The row of the single contender in `options`, measured in this process."""
     device, (name,) = torch.device(options.device), options.contenders
     base_bytes = resident_bytes("VmRSS")
     model = build_model(options.model).to(device).train()
@@ -70,7 +70,7 @@ def measure_here(options: argparse.Namespace) -> dict:
 
 
 def measure_apart(options: argparse.Namespace) -> list[dict]:
-    """A row for each contender, each measured by a process of its own that ends before the next.
+    """A row for each contender, each measured in its own process, one after another.
 
     Raises: SystemExit with a message when one of them fails.
     """
@@ -84,8 +84,8 @@ def measure_apart(options: argparse.Namespace) -> list[dict]:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         if done.returncode:
             raise SystemExit(
-                f"{name}: its process ended with status {done.returncode} (-9: killed, as when the"
-                " machine runs out of memory); write fewer --records"
+                f"{name}: its process ended with status {done.returncode} (-9: killed, as when"
+                " memory runs out); reduce --records"
             )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     published = next((row for row in rows if row["contender"] == "published"), None)
@@ -96,7 +96,7 @@ def measure_apart(options: argparse.Namespace) -> list[dict]:
 
 
 def print_rows(rows: list[dict]) -> None:
-    """The rows as a table, in GiB."""
+    """Print the rows as a table, in GiB."""
     cells = [
         [
             row["contender"],
@@ -109,8 +109,8 @@ def print_rows(rows: list[dict]) -> None:
         ]
         for row in rows
     ]
-    head = ("contender", "precision", "peak GiB", "weights and AdamW", "the step's own")
-    print_table((*head, "published / peak", "published / own"), cells)
+    head = ("contender", "precision", "peak GiB", "weights and AdamW", "step only")
+    print_table((*head, "published / peak", "published / step only"), cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""The plain prototype: what anyone would write first who knows key-value caches.
+"""The prototype: what someone who knows key-value caches would write first.
 
 A loop over passes that extend one cache, with logits at labels only; no window, no checks, no
-ragged batches. It stands between the published algorithm and ours in the tables.
+ragged batches. In the tables it lies between the published algorithm and ours.
 """
 
 from itertools import pairwise
@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 def read(model: PreTrainedModel, input_ids: Tensor, latent_token_id: int):
-    """Hidden states (B, T, D) and the cache, thoughts in place in every row's latent columns."""
+    """Hidden states (B, T, D) and the cache; every latent column holds its thought."""
     embeds = model.get_input_embeddings()(input_ids)
     columns = (input_ids[0] == latent_token_id).nonzero().flatten().tolist()
     cache = DynamicCache(config=model.config)
@@ -28,7 +28,7 @@ def read(model: PreTrainedModel, input_ids: Tensor, latent_token_id: int):
 
 
 def loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, latent_token_id: int) -> Tensor:
-    """() mean cross-entropy over the labels."""
+    """The mean cross-entropy () over the labels."""
     states, _ = read(model, input_ids, latent_token_id)
     labelled = labels[:, 1:] != -100
     logits = model.get_output_embeddings()(states[:, :-1][labelled])
@@ -39,7 +39,7 @@ def loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, latent_token
 def generate(
     model: PreTrainedModel, input_ids: Tensor, latent_token_id: int, max_new_tokens: int
 ) -> Tensor:
-    """(B, T + max_new_tokens) long; every row goes on to the end."""
+    """Token ids (B, T + max_new_tokens), int64; EOS does not end a row."""
     states, cache = read(model, input_ids, latent_token_id)
     tokens = [input_ids]
     for number in range(max_new_tokens):

@@ -1,15 +1,15 @@
-"""The published algorithm's cost, stated plainly, for the other benchmarks to compare with.
+"""A plain implementation with the published algorithm's cost, for the benchmarks to compare with.
 
-Written from a description of the published training and generation, not from its source. It makes
-the same thoughts as Coconut with a window of one state and gives the same loss, so the comparison
-is one of equals (tests/test_benchmarks.py); it gets there
+Written from a description of the published training and generation, not from its source. Its
+thoughts and its loss equal those of Coconut with a window of one state (tests/test_benchmarks.py),
+so the work is the same. Its cost comes from
 
-- by splitting the batch's embeddings into one tensor a position and stacking them again in every
-  latent pass, which the backward pass pays for with a whole gradient for each position: quadratic
-  in records x length;
-- by asking the device for every latent's place, one number after the other;
-- by computing the vocabulary's logits at every position, and keeping every layer's states;
-- in generation by encoding the whole sequence again for every new token, one record at a time.
+- splitting the batch's embeddings into one tensor per position and stacking them again in every
+  latent pass, for which the backward pass makes a whole gradient per position: quadratic in
+  records x length;
+- asking the device for the position of every latent, one number at a time;
+- computing vocabulary logits at every position, and keeping every layer's states;
+- in generation, encoding the whole sequence again for every new token, one record at a time.
 
 Shapes: B batch, T tokens, D width, V vocabulary, K latents.
 """
@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 class Published(nn.Module):
-    """A Hugging Face causal LM whose latent positions read the state before them.
+    """A Hugging Face causal LM that reads the previous hidden state at each latent position.
 
     base_causallm, latent_token_id, eos_token_id: as for Coconut.
     """
@@ -35,16 +35,17 @@ class Published(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss (), embeddings with thoughts (B, T, D), logits (B, T, V).
+        """The mean loss (), the embeddings with thoughts (B, T, D) and the logits (B, T, V).
 
-        Takes a batch as Coconut.forward does: first latents in one column, latents in a row.
+        Takes a batch laid out as for Coconut.forward, with adjacent latents: the first latent of
+        every row is in the same column.
         """
-        places = self.latent_places(input_ids)
-        num_passes = 1 + max(map(len, places))
+        latents = self.latent_columns(input_ids)
+        num_passes = 1 + max(map(len, latents))
         T = input_ids.size(1)
         embeds = self.base_causallm.get_input_embeddings()(input_ids)
         cache = DynamicCache(config=self.base_causallm.config)
-        begin, stop = 0, min((row[0] for row in places if row), default=T)
+        begin, stop = 0, min((row[0] for row in latents if row), default=T)
         all_logits = []
         for pass_index in range(num_passes):
             stop = T if pass_index == num_passes - 1 else stop
@@ -58,7 +59,7 @@ class Published(nn.Module):
             )
             all_logits.append(output.logits)
             if pass_index < num_passes - 1:
-                columns = [row[pass_index] if pass_index < len(row) else None for row in places]
+                columns = [row[pass_index] if pass_index < len(row) else None for row in latents]
                 embeds = self.restack(embeds, output.hidden_states[-1], columns, begin)
             begin, stop = stop, stop + 1
         logits = torch.cat(all_logits, 1)
@@ -66,20 +67,20 @@ class Published(nn.Module):
         loss = F.cross_entropy(predictions.view(-1, logits.size(-1)), targets.view(-1))
         return loss, embeds, logits
 
-    def latent_places(self, input_ids: Tensor) -> list[list[int]]:
+    def latent_columns(self, input_ids: Tensor) -> list[list[int]]:
         """The columns of each row's latents."""
-        places: list[list[int]] = [[] for _ in input_ids]
+        latents: list[list[int]] = [[] for _ in input_ids]
         for place in (input_ids == self.latent_token_id).nonzero():
-            places[place[0].item()].append(place[1].item())
-        return places
+            latents[place[0].item()].append(place[1].item())
+        return latents
 
     def restack(
         self, embeds: Tensor, hidden_states: Tensor, columns: list[int | None], begin: int
     ) -> Tensor:
-        """`embeds` (B, T, D) with one more thought a row, made anew from single positions.
+        """`embeds` (B, T, D) with one more thought per row, rebuilt from single positions.
 
-        hidden_states: (B, n, D) of the columns from `begin` on.
-        columns: where each row's thought goes; None where a row has no more.
+        hidden_states: (B, n, D), of the columns from `begin` on.
+        columns: the column of each row's thought; None for a row that has no more.
         """
         B, T, _ = embeds.shape
         pieces = [[embeds[row, column] for column in range(T)] for row in range(B)]
@@ -90,7 +91,7 @@ class Published(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """(1, T + new) long: prompt (1, T) and what greedy decoding adds."""
+        """Token ids (1, T + new), int64: the prompt (1, T) and the greedily decoded tokens."""
         mask = torch.ones_like(input_ids)
         _, embeds, logits = self(input_ids, mask, input_ids.clone(), mask.cumsum(1) - 1)
         tokens = input_ids[0].tolist()

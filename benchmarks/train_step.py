@@ -1,10 +1,10 @@
-"""Seconds of one training step: the published algorithm, a plain prototype and ours, turn by turn.
+"""Seconds per training step of the published algorithm, a prototype and ours, taking turns.
 
 `python -m benchmarks.train_step [--device cuda] [--bf16] [--records 8 --question 64 ...]`. A step
 is forward, backward and AdamW over one batch without padding; dropout is on, as in training.
-Without a shape the two of the goals are measured: a short one and ProsQA's. The floor is the least
-arithmetic (benchmarks/arithmetic.py) over the rate of a matrix product that takes its turn too.
-With --bf16 the published code still computes in fp32, which is all it can.
+Without shape options the two shapes with a goal are measured: a short one and ProsQA's. The floor
+is the minimum FLOPs (benchmarks/arithmetic.py) divided by the rate of a matrix product that also
+takes turns. With --bf16 the published algorithm still computes in fp32, all it supports.
 """
 
 import argparse
@@ -34,14 +34,14 @@ WARM_UP = Shape(1, 8, 2, 4)
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
-    """--records, --question and --answer; with --latents, none means the shapes of the goals."""
-    group = parser.add_argument_group("shape, instead of those of the goals")
+    """Add --records, --question and --answer; if none is given, nor --latents, SHAPES apply."""
+    group = parser.add_argument_group("shape, in place of the two with a goal")
     for name, value in zip(("records", "question", "answer"), (8, 64, 32), strict=True):
         group.add_argument(f"--{name}", type=positive, help=f"default {value}")
 
 
 def chosen_shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
-    """The shapes that the options ask for."""
+    """The shapes to measure."""
     names = ("records", "question", "latents", "answer")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if not given:
@@ -50,13 +50,13 @@ def chosen_shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
 
 
 def measure(options: argparse.Namespace, shape: Shape) -> list[dict]:
-    """A row for each contender, with its seconds in all turns and the floor of the arithmetic."""
+    """A row for each contender, with its seconds in all turns and the floor."""
     device = torch.device(options.device)
     model = build_model(options.model).to(device).train()
     vocab_size = model.config.vocab_size
     steps = {name: train_step(name, model, options.bf16) for name in options.contenders}
     batch = make_batch(shape, vocab_size, device)
-    # A GPU must have seen the very shape; a processor would lose minutes over it.
+    # A GPU must be warmed up with the same shape; on a CPU that would take minutes.
     warm_up = shape if device.type == "cuda" else WARM_UP
     warm_up_batch = make_batch(warm_up, vocab_size, device)
     for step in steps.values():
@@ -73,9 +73,9 @@ def measure(options: argparse.Namespace, shape: Shape) -> list[dict]:
 def rows_of(
     seconds: dict[str, list[float]], floor_s: float, rate: float, shape: Shape, bf16: bool
 ) -> list[dict]:
-    """The rows of a table out of the turns: medians, how many times the published one, the floor.
+    """The rows of a table from the turns: median, speedup over published, and floor.
 
-    rate: FLOPs a second of the matrix product, in the precision of ours.
+    rate: FLOPs per second of the matrix product, in the precision of ours.
     """
     medians = {name: median(values) for name, values in seconds.items()}
     published = medians.get("published")
@@ -96,7 +96,7 @@ def rows_of(
 
 
 def print_rows(rows: list[dict]) -> None:
-    """The rows of one shape as a table."""
+    """Print the rows of one shape as a table."""
     first = rows[0]
     print(f"\n{first['shape']}: matrix products {first['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s\n")
     published_s = next((row["median_s"] for row in rows if row["contender"] == "published"), None)
@@ -112,7 +112,7 @@ def print_rows(rows: list[dict]) -> None:
         ]
         for row in rows
     ]
-    cells.append(["arithmetic's floor", "", f"{first['floor_s']:.4g}", "", times, ""])
+    cells.append(["floor", "", f"{first['floor_s']:.4g}", "", times, ""])
     head = ("contender", "precision", "median s", "range s", "x published", "floor / median")
     print_table(head, cells)
 

@@ -1,10 +1,10 @@
-"""What `make quickstart` does: from nothing to a model that reasons in latent thoughts, measured.
+"""Train and measure a tiny model that reasons in latent thoughts: what `make quickstart` runs.
 
-It makes the questions and a tiny untrained model, trains it with the very commands a user would
-type (CoT, then Coconut; beside them, on a second core, the baseline that answers at once), and ends
-with a summary in plain words. Everything but the questions lies under one folder. Started again, it
-goes on where it stopped. Settings of the runs are in cpu_args/quickstart_*.yaml, and what is
-measured at the end is analysis/thoughts.py's and analysis/learning_curve.py's.
+It makes the questions and a tiny untrained model, trains it with the same commands a user would
+type (CoT, then Coconut; meanwhile, on a second core, the baseline that answers at once), and prints
+a summary. Everything but the questions goes into one folder. Started again, it resumes where it
+stopped. The runs are configured in cpu_args/quickstart_*.yaml; analysis/thoughts.py and
+analysis/learning_curve.py do the measuring.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from utils import ConfigError, UserError, atomic_write_text
 DEFAULT_OUT = Path("exps/quickstart")
 RUNS = ("cot", "coconut", "no_cot")
 CHANCE = 0.1
-PICTURE_NAME = "learning_curve.png"
+PLOT_NAME = "learning_curve.png"
 EXIT_INTERRUPTED = 130
 
 
-class StepFailed(Exception):
-    """A command ended with the given status, which is not 0; it has said why itself."""
+class CommandFailed(Exception):
+    """A command ended with this nonzero status, after reporting the reason itself."""
 
 
 def overrides(run: str, out: Path, seed: int) -> list[str]:
-    """The arguments after the YAML that move a run to another folder or seed; mostly none."""
+    """The overrides that give a run another folder or seed; empty for the defaults."""
     stored = load_config(config_path(run))
     values = []
     if out != DEFAULT_OUT:
@@ -57,9 +57,9 @@ def config_path(run: str) -> str:
 
 @contextmanager
 def started(arguments: list[str], log: Path | None = None) -> Iterator[subprocess.Popen]:
-    """`python ARGUMENTS` on one thread, shown before it starts; `log` takes what it prints.
+    """Print and start `python ARGUMENTS` on one thread; output goes to the file `log`, if given.
 
-    A block that fails or is interrupted asks the process to stop, and waits until it has saved.
+    If the block fails or is interrupted, the process is asked to stop and saves before it ends.
     """
     print(f"\n$ python {' '.join(arguments)}" + (f" > {log}" if log else ""), flush=True)
     # More threads do not help matrices this small, and two runs share two cores.
@@ -80,19 +80,25 @@ def started(arguments: list[str], log: Path | None = None) -> Iterator[subproces
 
 
 def run_to_end(arguments: list[str]) -> None:
-    """Run `python ARGUMENTS`; raises StepFailed unless it ends well."""
+    """Run `python ARGUMENTS` to its end.
+
+    Raises: CommandFailed if its exit status is not 0.
+    """
     with started(arguments) as process:
         finish(process)
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Wait for a process; raises StepFailed unless it ends well."""
+    """Wait for a process to end.
+
+    Raises: CommandFailed if its exit status is not 0.
+    """
     if process.wait():
-        raise StepFailed(process.returncode)
+        raise CommandFailed(process.returncode)
 
 
 def train_all(out: Path, seed: int) -> None:
-    """Make questions and model, then train all three runs, or go on with them."""
+    """Make the questions and the model, then train all three runs, or resume them."""
     run_to_end(["preprocessing/arithmetic.py"])
     run_to_end(
         ["assets/make_quickstart_model.py", "--out", str(out / "model"), "--weights", str(seed)]
@@ -102,10 +108,10 @@ def train_all(out: Path, seed: int) -> None:
     with started(commands["no_cot"], log) as baseline:
         for run in ("cot", "coconut"):
             run_to_end(commands[run])
-        print("\nwaiting for the baseline, which runs beside", flush=True)
+        print("\nwaiting for the baseline to finish", flush=True)
         try:
             finish(baseline)
-        except StepFailed:
+        except CommandFailed:
             print(log.read_text(encoding="utf-8"), file=sys.stderr)
             raise
 
@@ -116,7 +122,7 @@ def last_of_each_stage(curve: Curve) -> list[dict]:
 
 
 def table(*rows: tuple[str, ...]) -> list[str]:
-    """A Markdown table whose columns line up in plain text too; the first row is its head."""
+    """A Markdown table, also aligned as plain text; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = (rows[0], tuple("-" * width for width in widths), *rows[1:])
     return [
@@ -126,7 +132,7 @@ def table(*rows: tuple[str, ...]) -> list[str]:
 
 
 def accuracy_cells(figures: dict) -> tuple[str, str]:
-    """Accuracy and its interval; the names may stand with or without eval/."""
+    """Accuracy and its interval; the keys may start with eval/."""
     acc, low, high = (
         100 * figures.get(name, figures.get(f"eval/{name}"))
         for name in ("acc", "acc_low", "acc_high")
@@ -140,15 +146,15 @@ def stage_section(evaluations: list[dict], num_steps: int) -> list[str]:
     for line in evaluations:
         stage = line["eval/stage"]
         rows.append((str(stage), str(num_steps - stage), str(stage), *accuracy_cells(line)))
-    head = ("stage", "steps written", "thoughts", "right answers", "95 % interval")
-    return ["## Stage by stage, thoughts take the place of written steps", "", *table(head, *rows)]
+    head = ("stage", "steps written", "thoughts", "accuracy", "95 % interval")
+    return ["## Stage by stage, thoughts replace the written steps", "", *table(head, *rows)]
 
 
 def thought_section(thoughts: ThoughtReport, baseline: dict, share: float) -> list[str]:
-    """What the thoughts are good for, and what they hold."""
+    """What the thoughts contribute, and what they encode."""
     names = {
         "own": "its own thoughts",
-        "zero": "zeros for thoughts",
+        "zero": "zeros in place of thoughts",
         "other": "another question's thoughts",
     }
     rows = [(names[key], *accuracy_cells(thoughts.figures[key])) for key in names]
@@ -159,10 +165,10 @@ def thought_section(thoughts: ThoughtReport, baseline: dict, share: float) -> li
     return [
         "## What the thoughts contribute",
         "",
-        *table(("the last model reads", "right answers", "95 % interval"), *rows),
+        *table(("the final model reads", "accuracy", "95 % interval"), *rows),
         "",
         "The baseline is the same model, trained to answer at once, without steps or thoughts. It",
-        f"trained for about the same time and saw {share:.1f} times as many examples.",
+        f"trained for about the same time, on {share:.1f} times as many examples.",
         "",
         "Scored with the model's own output layer, a thought can be read as a number:",
         f"{', '.join(readings)} of the questions.",
@@ -170,26 +176,26 @@ def thought_section(thoughts: ThoughtReport, baseline: dict, share: float) -> li
 
 
 def sample_section(sample: dict, words: list[str], steps: list[str]) -> list[str]:
-    """One held-out question and what the last model made of it."""
-    verdict = "right" if sample["correct"] else f"wrong, it is {sample['gold']}"
+    """One held-out question and the final model's answer to it."""
+    verdict = "correct" if sample["correct"] else f"wrong, the answer is {sample['gold']}"
     return [
-        "## A question it never trained on",
+        "## A held-out question",
         "",
         f"    question   {sample['question']}",
         f"    thoughts   {' '.join(words)}   (as numbers; the steps are {' '.join(steps)})",
-        f"    it writes  {sample['text']}   ({verdict})",
+        f"    output     {sample['text']}   ({verdict})",
     ]
 
 
 def summarize(out: Path, began: float) -> str:
-    """Measure the finished runs under `out`; writes picture and summary there, returns the latter.
+    """Measure the finished runs under `out`, write plot and summary there, and return the summary.
 
-    began: the time.monotonic() at which the quickstart started.
+    began: time.monotonic() when the quickstart started.
 
-    Raises: UserError where a run is missing or unfinished.
+    Raises: UserError if a run is missing or unfinished.
     """
     config = load_config(out / "coconut" / "config.yaml")
-    checkpoint, picture = out / "coconut" / f"checkpoint_{config.num_epochs}", out / PICTURE_NAME
+    checkpoint, plot = out / "coconut" / f"checkpoint_{config.num_epochs}", out / PLOT_NAME
     thoughts = examine(checkpoint)
     curves = {run: read_curve(out / run) for run in RUNS}
     cot, coconut, baseline = (curves[run].evaluations[-1] for run in RUNS)
@@ -200,28 +206,28 @@ def summarize(out: Path, began: float) -> str:
     stages = [*last_of_each_stage(curves["cot"]), *last_of_each_stage(curves["coconut"])]
     share = baseline["step"] / (cot["step"] + coconut["step"])
     reference = ("answering at once", baseline["eval/acc"])
-    save_learning_curve([out / "cot", out / "coconut"], picture, CHANCE, reference)
+    save_learning_curve([out / "cot", out / "coconut"], plot, CHANCE, reference)
     minutes = (time.monotonic() - began) / 60
     sections = [
         [
             "# Quickstart: what the model learned",
             "",
             f"A question is a sum on a clock with ten hours: {sample['question']}",
-            f"These {coconut['eval/num_records']} were kept out of training. Guessing is right in"
-            f" {100 * CHANCE:.0f} %.",
+            f"Accuracy is measured on {coconut['eval/num_records']} held-out questions. Guessing"
+            f" gives {100 * CHANCE:.0f} %.",
         ],
         stage_section(stages, len(steps)),
         thought_section(thoughts, baseline, share),
         sample_section(sample, thoughts.words[sample["index"]], steps),
         [
-            "## Where to look",
+            "## Files",
             "",
-            f"    learning curve   {picture}",
+            f"    learning curve   {plot}",
             f"    last checkpoint  {checkpoint}",
-            f"    every answer     {predictions}",
+            f"    predictions      {predictions}",
             f"    this summary     {out / 'summary.md'}",
             "",
-            f"All this took {minutes:.1f} minutes. Delete {out} to start afresh.",
+            f"This took {minutes:.1f} minutes. Delete {out} to start over.",
         ],
     ]
     summary = "\n\n".join("\n".join(section) for section in sections)
@@ -232,9 +238,9 @@ def summarize(out: Path, began: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the quickstart; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and record order (0)")
     parser.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, help=f"folder of all products ({DEFAULT_OUT})"
+        "--out", type=Path, default=DEFAULT_OUT, help=f"folder for all output ({DEFAULT_OUT})"
     )
     options = parser.parse_args(argv)
     out, began = options.out, time.monotonic()
@@ -243,13 +249,13 @@ def main(argv: list[str] | None = None) -> int:
         train_all(out, options.seed)
         print("\nmeasuring what the thoughts contribute", flush=True)
         summary = summarize(out, began)
-    except StepFailed as failure:
+    except CommandFailed as failure:
         return failure.args[0]
     except (UserError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(f"\n{summary}")
     return 0

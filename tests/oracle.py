@@ -1,8 +1,8 @@
 """The oracle: Coconut by recomputation, one row at a time, without cache, padding or batches.
 
-Written from docs/specification.md, sections 5 to 7, alone. It shares no code with coconut.py, so
-the two agree only if both are right. Slow on purpose. The base model is a Hugging Face causal LM;
-gradients go through plain autograd.
+Written only from docs/specification.md, sections 5 to 7. It shares no code with coconut.py, so
+agreement is evidence that both are right. Slow on purpose. The base model is a Hugging Face causal
+LM; gradients go through plain autograd.
 Letters: T tokens of a row, D width, V vocabulary, N labelled tokens of a batch, m window.
 """
 
@@ -20,7 +20,7 @@ def run_model(model, embeds, positions=None):
     position_ids = None if positions is None else torch.tensor([positions[: len(embeds)]])
     output = model(
         inputs_embeds=torch.stack(embeds)[None],
-        # Without a mask, transformers takes a jump in position_ids for the start of another text.
+        # Without a mask, transformers treats a jump in position_ids as the start of another text.
         attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
         position_ids=position_ids,
         use_cache=False,
@@ -30,12 +30,15 @@ def run_model(model, embeds, positions=None):
 
 
 def learned_weights(logits):
-    """The softmax of (m,) logits, written out: a list of m tensors ()."""
+    """The softmax of logits (m,), written out: a list of m tensors ()."""
     return [logit.exp() / sum(other.exp() for other in logits) for logit in logits]
 
 
 def contextual_thought(states, m, weights, norm=None):
-    """The specification's thought at t = len(states): `weights` nearest first, cut short at 0."""
+    """The thought (D,) at t = len(states); `weights` run nearest first, truncated at column 0.
+
+    Source: docs/specification.md, section 6.
+    """
     t = len(states)
     numerator, denominator = 0, 0
     for j in range(1, m + 1):
@@ -55,9 +58,9 @@ def embed_row(
     model, token_ids, latent_token_id, m, weights, scope="sequence", thought="continuous",
     norm=None, positions=None,
 ):  # fmt: skip
-    """Input embeddings of a row without padding, a list of T tensors (D,), thoughts in place.
+    """Input embeddings of a row without padding, thoughts included: a list of T tensors (D,).
 
-    Every thought costs a run over the whole row before it.
+    Every thought costs a pass over the whole row before it.
     """
     table = model.get_input_embeddings().weight
     embeds = []
@@ -74,9 +77,9 @@ def embed_row(
 
 
 def batch_loss(model, input_ids, attention_mask, labels, position_ids=None, **settings):
-    """Loss (summed over labels / number of labels), logits (N, V) in row order, embeds by row.
+    """Loss (sum over labels / number of labels), logits (N, V) in row order, embeddings by row.
 
-    A row's first real token has nothing before it, so its label does not count.
+    A row's first real token has no token before it, so its label does not count.
     """
     logits, targets, embeds_by_row = [], [], []
     for b in range(len(input_ids)):
@@ -102,8 +105,8 @@ def generate_row(model, prompt_ids, max_new_tokens, eos_token_id=None, adjust=No
     """Greedy new tokens (a list) after one prompt without padding, up to and including EOS.
 
     The entire row, thoughts included, is recomputed for every token. A latent token that the model
-    itself writes is an ordinary token. `adjust(token_ids, logits)`, each (1, ...), may change the
-    logits (1, V) that follow the tokens so far.
+    generates is an ordinary token. `adjust(token_ids, logits)` takes the tokens so far (1, n) and
+    the next logits (1, V), and returns the logits to use.
     """
     table = model.get_input_embeddings().weight
     new_tokens = []

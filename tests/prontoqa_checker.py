@@ -1,8 +1,8 @@
-"""An independent reader of raw ProntoQA files: proof checker and statistics.
+"""An independent checker of raw ProntoQA files: proofs and statistics.
 
-Shares no code with preprocessing/: it parses the English sentences, chains the rules forward and
-accepts a trial only when theory, proof, query and answer agree. As a script it compares the
-statistics of two files side by side (the table in docs/data.md):
+It shares no code with preprocessing/: it parses the English sentences, applies the rules by forward
+chaining, and accepts a trial only if theory, proof, query and answer agree. As a script it compares
+the statistics of two files (the table in docs/data.md):
 
     python tests/prontoqa_checker.py OFFICIAL.json OURS.json
 """
@@ -39,7 +39,7 @@ class Statement(NamedTuple):
 
 def parse(sentence: str) -> Statement:
     match = SENTENCE.fullmatch(sentence)
-    assert match, f"unreadable: {sentence!r}"
+    assert match, f"cannot parse: {sentence!r}"
     form = match["form"] or ("plural" if match["plural"] else "fact")
     assert (match["verb"] == "are") == (form == "plural"), f"number: {sentence!r}"
     predicate = match["predicate"]
@@ -59,7 +59,7 @@ def sentences_of(question: str) -> list[str]:
 
 
 def consequences(start: set[tuple], rules: list[Statement]) -> set[tuple]:
-    """Return every (predicate, negated) that follows from `start`, itself included."""
+    """Every (predicate, negated) that follows from `start`, including `start`."""
     known, previous = set(start), None
     while previous != len(known):
         previous = len(known)
@@ -68,7 +68,7 @@ def consequences(start: set[tuple], rules: list[Statement]) -> set[tuple]:
 
 
 def check_trial(trial: dict) -> None:
-    """Raise AssertionError unless theory, proof and answer of the trial are sound."""
+    """Raise AssertionError unless the trial's theory, proof and answer are sound."""
     given = sentences_of(trial["question"])
     statements = [parse(sentence) for sentence in given]
     facts = [s for s in statements if s.form == "fact"]
@@ -96,12 +96,12 @@ def check_trial(trial: dict) -> None:
     asked = parse(query)
     truth = asked.claim in consequences({fact.claim for fact in facts}, rules)
     assert (asked.subject, asked.predicate) == (proved[-1].subject, proved[-1].predicate), "target"
-    assert truth == (asked.negated == proved[-1].negated), "the proof ends elsewhere"
+    assert truth == (asked.negated == proved[-1].negated), "the proof ends with another claim"
     assert trial["answer"] == str(truth), f"answer {trial['answer']}"
 
 
 def roles_of(trial: dict) -> dict[str, str]:
-    """Return what each concept is for: chain 0.., distractor, separate child, unrelated, ..."""
+    """The role of each concept: chain 0.., distractor, separate child, unrelated, ..."""
     statements = [parse(sentence) for sentence in sentences_of(trial["question"])]
     proof = [parse(sentence) for sentence in trial["chain_of_thought"]]
     chain = [step.predicate for step in proof if step.form == "fact" and step.is_concept]
@@ -121,7 +121,7 @@ def roles_of(trial: dict) -> dict[str, str]:
 
 
 def structure_of(trial: dict) -> list[tuple[str, str]]:
-    """Return the theory's shape without its words: sorted (role, what the rule gives it)."""
+    """The structure of the theory without its words: sorted (role, what its rule assigns)."""
     roles = roles_of(trial)
     rules = [parse(s) for s in sentences_of(trial["question"])]
     return sorted(
@@ -132,7 +132,7 @@ def structure_of(trial: dict) -> list[tuple[str, str]]:
 
 
 def statistics(trials: list[dict]) -> dict[str, list[float]]:
-    """Return samples by name; their means are what the table compares."""
+    """Samples by name; the table compares their means."""
     samples: dict[str, list[float]] = defaultdict(list)
     for trial in trials:
         roles = roles_of(trial)
@@ -162,19 +162,19 @@ def statistics(trials: list[dict]) -> dict[str, list[float]]:
         samples["chain's fact first"].append(roles[facts[0].predicate] == "chain 0")
         samples["query negated"].append(" not " in trial["query"])
         samples["answer True"].append(trial["answer"] == "True")
-        for place, rule in enumerate(rules):
+        for index, rule in enumerate(rules):
             group = roles[rule.subject].split(" ")[0] + (" subclass" if rule.is_concept else "")
-            samples[f"mean position: {group}"].append(place)
+            samples[f"mean position: {group}"].append(index)
         proof_rules = [parse(s) for s in trial["chain_of_thought"][1::2]]
-        places = [statements.index(rule) for rule in proof_rules]
+        indices = [statements.index(rule) for rule in proof_rules]
         samples["proof rule comes before the next"] += [
-            a < b for a, b in zip(places, places[1:], strict=False)
+            a < b for a, b in zip(indices, indices[1:], strict=False)
         ]
     return samples
 
 
 def word_counts(trials: list[dict]) -> dict[str, Counter]:
-    """Return how often each entity name, concept and property occurs in the theories."""
+    """How often each entity name, concept and property occurs in the theories."""
     counts = {"entity names": Counter(), "concepts": Counter(), "properties": Counter()}
     for trial in trials:
         statements = [parse(sentence) for sentence in sentences_of(trial["question"])]
@@ -185,7 +185,7 @@ def word_counts(trials: list[dict]) -> dict[str, Counter]:
 
 
 def chi_square_per_degree(first: Counter, second: Counter) -> float:
-    """Return the chi-square of homogeneity per degree of freedom; about 1 where both are alike."""
+    """Chi-square of homogeneity per degree of freedom: about 1 for samples of one distribution."""
     total, value = first.total() + second.total(), 0.0
     for word in first | second:
         for counts in (first, second):
@@ -201,7 +201,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def compare(first: list[dict], second: list[dict]) -> list[tuple[str, float, float, float]]:
-    """Return (name, mean of first, mean of second, difference in standard errors) rows."""
+    """Rows of (name, mean of first, mean of second, difference in standard errors)."""
     ours, rows = statistics(second), []
     for name, values in statistics(first).items():
         (mean_a, error_a), (mean_b, error_b) = mean_and_error(values), mean_and_error(ours[name])

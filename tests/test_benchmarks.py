@@ -1,6 +1,6 @@
-"""What the benchmarks compare is equal work, what they count is right, and each of them runs.
+"""The benchmarks compare equal work, count it correctly, and all run.
 
-No figure of time or memory is tested: they belong to the machine.
+Times and memory are not tested: they depend on the machine.
 """
 
 import json
@@ -53,7 +53,7 @@ def ragged_batch():
 
 
 def even_batch():
-    """Rows of one shape without padding, all the prototype can read."""
+    """Rows of equal shape without padding, the only batches the prototype supports."""
     shape = common.Shape(records=3, question=5, latents=2, answer=4)
     batch = common.make_batch(shape, LATENT + 1, torch.device("cpu"))
     assert int((batch["labels"] != -100).sum()) == shape.num_labels
@@ -67,7 +67,7 @@ def gradients(model, loss):
 
 
 def run(module, tmp_path, *arguments):
-    """The report that a benchmark's main writes for the tiny model."""
+    """The report that a benchmark writes for the tiny model."""
     out = tmp_path / "report.json"
     options = ["--device", "cpu", "--model", "tiny", "--repeats", "1", "--out", str(out)]
     assert module.main([*options, *arguments]) == 0
@@ -78,7 +78,7 @@ def run(module, tmp_path, *arguments):
 
 
 @families
-def test_published_statement_has_coconuts_loss_and_gradients(family, tiny_model):
+def test_published_has_the_loss_and_gradients_of_coconut(family, tiny_model):
     batch, model = ragged_batch(), tiny_model(family)
     expected = wrap(model, m=1)(**batch).loss
     loss, _, _ = Published(model, LATENT, NO_EOS)(**batch)
@@ -88,7 +88,7 @@ def test_published_statement_has_coconuts_loss_and_gradients(family, tiny_model)
         torch.testing.assert_close(got[name], wanted[name], msg=name)
 
 
-def test_published_statement_reads_coconuts_thoughts(tiny_model):
+def test_published_has_the_thoughts_of_coconut(tiny_model):
     batch, model = ragged_batch(), tiny_model("gpt2")
     real = batch["attention_mask"] == 1
     _, embeds, _ = Published(model, LATENT, NO_EOS)(**batch)
@@ -96,7 +96,7 @@ def test_published_statement_reads_coconuts_thoughts(tiny_model):
 
 
 @families
-def test_prototype_has_coconuts_loss_and_gradients(family, tiny_model):
+def test_prototype_has_the_loss_and_gradients_of_coconut(family, tiny_model):
     batch, model = even_batch(), tiny_model(family)
     expected = wrap(model, m=1)(**batch).loss
     loss = prototype.loss(model, batch["input_ids"], batch["labels"], LATENT)
@@ -106,7 +106,7 @@ def test_prototype_has_coconuts_loss_and_gradients(family, tiny_model):
         torch.testing.assert_close(got[name], wanted[name], msg=name)
 
 
-def test_published_statement_writes_coconuts_tokens(tiny_model):
+def test_published_generates_the_tokens_of_coconut(tiny_model):
     model = tiny_model("gpt2").eval()
     ours = wrap(model, m=1)
     prompts = prompts_of(ragged_rows())
@@ -116,23 +116,23 @@ def test_published_statement_writes_coconuts_tokens(tiny_model):
         assert Published(model, LATENT, ours.eos_token_id).generate(prompt, 8).equal(expected)
 
 
-def test_published_statement_stops_at_eos(tiny_model):
+def test_published_stops_at_eos(tiny_model):
     model = tiny_model("gpt2").eval()
     prompt = torch.tensor([[3, 4, 5]])
     first = Published(model, LATENT, NO_EOS).generate(prompt, 4)[0, 3].item()
     assert Published(model, LATENT, first).generate(prompt, 4).tolist() == [[3, 4, 5, first]]
 
 
-def test_prototype_writes_the_published_tokens(tiny_model):
+def test_prototype_generates_the_tokens_of_published(tiny_model):
     model = tiny_model("gpt2").eval()
     prompts = even_batch()["input_ids"]
-    written = prototype.generate(model, prompts, LATENT, 6)
+    generated = prototype.generate(model, prompts, LATENT, 6)
     single = Published(model, LATENT, NO_EOS)
-    assert written.equal(torch.cat([single.generate(row[None], 6) for row in prompts]))
+    assert generated.equal(torch.cat([single.generate(row[None], 6) for row in prompts]))
 
 
-def test_contenders_lose_alike_and_then_learn():
-    """On a model without dropout all three report the same first loss, and less after steps."""
+def test_contenders_have_equal_losses_and_learn():
+    """Without dropout all three have the same losses, which fall."""
     shape = common.Shape(4, 6, 2, 5)
     losses = {}
     for name in CONTENDERS:
@@ -145,11 +145,11 @@ def test_contenders_lose_alike_and_then_learn():
         assert losses[name] == pytest.approx(losses["ours"], rel=1e-4), name
 
 
-# What is counted
+# Counting
 
 
-def test_least_flops_are_those_of_the_models_products(tiny_model):
-    """Torch counts attention over all pairs; the least has those of the causal half."""
+def test_flops_are_those_of_the_models_matrix_products(tiny_model):
+    """Torch counts attention over all pairs; ours counts the causal half."""
     T, B = 7, 3
     model = tiny_model("gpt2")
     model.set_attn_implementation("eager")
@@ -158,8 +158,8 @@ def test_least_flops_are_those_of_the_models_products(tiny_model):
         model(input_ids=ids, use_cache=False)
     counts = counter.get_flop_counts()["Global"]
     attention = counts.pop(torch.ops.aten.bmm) * (T + 1) / (2 * T)
-    least = arithmetic.read_flops(model, B, T) + arithmetic.logit_flops(model, B * T)
-    assert least == sum(counts.values()) + attention
+    flops = arithmetic.read_flops(model, B, T) + arithmetic.logit_flops(model, B * T)
+    assert flops == sum(counts.values()) + attention
 
 
 def test_a_step_costs_three_forward_passes(tiny_model):
@@ -174,7 +174,7 @@ def test_a_step_costs_three_forward_passes(tiny_model):
     assert arithmetic.step_flops(model, 2, 4, labels=3) == 3 * forward
 
 
-def test_generation_reads_every_token_but_the_last_once(tiny_model):
+def test_generation_flops_read_every_token_but_the_last_once(tiny_model):
     model = tiny_model("gpt2")
     logits = arithmetic.logit_flops(model, 2 * 3)
     expected = arithmetic.read_flops(model, 2, 10 + 3 - 1) + logits
@@ -194,7 +194,7 @@ def test_median(values, expected):
     assert common.median(values) == expected
 
 
-def test_published_precision_is_torchs_default_inside_alone():
+def test_published_precision_is_torchs_default_and_is_restored():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -223,7 +223,7 @@ def staged_records(n, stage):
 
 
 @pytest.mark.parametrize("split", epoch.SPLITS)
-def test_an_epoch_takes_every_record_once(split):
+def test_an_epoch_contains_every_record_once(split):
     staged, _ = staged_records(150, stage=2)
     steps = list(epoch.plan_epoch(staged, split, epoch=6))
     assert all(len(indices) <= split[0] for parts in steps for indices in parts)
@@ -232,7 +232,7 @@ def test_an_epoch_takes_every_record_once(split):
 
 
 @pytest.mark.parametrize("stage", epoch.STAGES)
-def test_padding_is_what_layers_and_attention_take_beyond_the_tokens(stage):
+def test_padding_is_what_layers_and_attention_compute_beyond_real_tokens(stage):
     staged, ids = staged_records(70, stage)
     lengths = staged.prompt_lengths + staged.num_labels
     collator = Collator(staged, ids)
@@ -246,7 +246,7 @@ def test_padding_is_what_layers_and_attention_take_beyond_the_tokens(stage):
             questions = staged.tokenized.question_lengths[part]
             rest = lengths[part] - questions
             has_latents = staged.num_latents[part].min() > 0
-            # With latents the questions end in one column, without them all rows begin in one.
+            # With latents the questions end in the same column; without, all rows start in it.
             width = questions.max() + rest.max() if has_latents else lengths[part].max()
             computed += len(part) * width
     assert measured["real_tokens"] == lengths.sum()
@@ -276,7 +276,7 @@ SIZES = breakdown.Sizes(vocab=512, inner=128, records=3)
         ("aten::mul", [[3, 8, 32], [3, 8, 32]], breakdown.REST),
     ],
 )
-def test_operations_are_put_into_kinds(name, shapes, kind):
+def test_operations_are_grouped_by_kind(name, shapes, kind):
     assert breakdown.kind_of(name, shapes, SIZES) == kind
 
 
@@ -287,7 +287,7 @@ def refusal(capsys, module, *arguments):
     return capsys.readouterr().err
 
 
-def test_a_gpu_that_is_not_there_is_refused(capsys, monkeypatch):
+def test_a_missing_gpu_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = refusal(capsys, train_step, "--device", "cuda")
     assert "--device cuda: this machine has no usable GPU; write --device cpu" in message
@@ -299,7 +299,7 @@ def test_emulated_bf16_is_refused(capsys, monkeypatch):
     assert "--bf16: this machine only emulates bf16" in message
 
 
-def test_no_repeats_are_refused(capsys):
+def test_zero_repeats_are_refused(capsys):
     assert "0 is not at least 1" in refusal(capsys, memory, "--repeats", "0")
 
 
@@ -314,20 +314,20 @@ def test_no_repeats_are_refused(capsys):
         (evaluation, ["--new", "1000"]),
     ],
 )
-def test_records_longer_than_the_models_are_refused(capsys, module, arguments):
-    assert "tokens a record: the models read 1024; take fewer" in refusal(
+def test_records_longer_than_the_models_positions_are_refused(capsys, module, arguments):
+    assert "tokens per record exceed the models' 1024; choose fewer" in refusal(
         capsys, module, "--device", "cpu", *arguments
     )
 
 
 @pytest.mark.parametrize("module", [generate, evaluation])
-def test_a_question_without_a_token_on_either_side_is_refused(capsys, module):
-    assert "--question 1: one token stands" in refusal(
+def test_a_question_needs_a_token_on_each_side_of_its_latents(capsys, module):
+    assert "--question 1: a token is needed before" in refusal(
         capsys, module, "--device", "cpu", "--question", "1"
     )
 
 
-# Each of them runs
+# Running
 
 SMALL = ("--records", "3", "--question", "6", "--latents", "2")
 
@@ -348,7 +348,7 @@ def test_train_step_measures_every_contender(tmp_path, capsys):
         assert row["share_of_floor"] == row["floor_s"] / row["median_s"]
         assert len(row["seconds"]) == 1
     printed = capsys.readouterr().out
-    assert all(f"| {name} " in printed for name in (*CONTENDERS, "arithmetic's floor"))
+    assert all(f"| {name} " in printed for name in (*CONTENDERS, "floor"))
 
 
 def test_generate_measures_every_contender(tmp_path):
@@ -359,7 +359,7 @@ def test_generate_measures_every_contender(tmp_path):
     assert [row["share_of_same_tokens"] for row in report["rows"]] == [1.0, 1.0, 1.0]
 
 
-def test_evaluation_measures_both_ways(tmp_path):
+def test_evaluation_measures_loss_and_answers_apart_and_together(tmp_path):
     report = run(evaluation, tmp_path, *SMALL, "--answer", "4", "--new", "3")
     assert_environment(report, "evaluation")
     assert [row["way"] for row in report["rows"]] == ["apart", "together"]
@@ -369,7 +369,7 @@ def test_evaluation_measures_both_ways(tmp_path):
         assert row["share_of_same_tokens"] == 1
 
 
-def test_memory_measures_in_a_process_of_its_own(tmp_path):
+def test_memory_measures_in_its_own_process(tmp_path):
     report = run(memory, tmp_path, *SMALL, "--answer", "4", "--contenders", "published")
     assert_environment(report, "memory")
     (row,) = report["rows"]
@@ -379,7 +379,7 @@ def test_memory_measures_in_a_process_of_its_own(tmp_path):
     assert row["published_over_peak_bytes"] == 1
 
 
-def test_memory_says_which_contender_failed(monkeypatch):
+def test_memory_names_the_contender_that_failed(monkeypatch):
     killed = subprocess.CompletedProcess([], returncode=-9, stdout="")
     monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(SystemExit, match="prototype: its process ended with status -9"):
@@ -394,7 +394,7 @@ def test_epoch_measures_every_stage_and_split(tmp_path):
     assert all(row["trained_tokens_per_s"] > 0 for row in report["rows"])
 
 
-def test_epoch_reads_a_file(tmp_path):
+def test_epoch_reads_records_from_a_file(tmp_path):
     data, folder = tmp_path / "data.json", tmp_path / "tokenizer"
     data.write_text(json.dumps(epoch.gsm_like_records(30, seed=5)))
     common.build_tokenizer(512).save_pretrained(folder)
@@ -404,11 +404,11 @@ def test_epoch_reads_a_file(tmp_path):
     assert report["rows"][0]["real_tokens"] != (staged.prompt_lengths + staged.num_labels).sum()
 
 
-def test_growth_is_measured_over_0_to_12_latents():
+def test_growth_covers_0_to_12_latents():
     assert growth.POINTS["latents"] == tuple(range(13))
 
 
-def test_growth_draws_every_axis(tmp_path, monkeypatch):
+def test_growth_measures_and_plots_every_axis(tmp_path, monkeypatch):
     monkeypatch.setitem(growth.POINTS, "latents", (0, 3))
     monkeypatch.setitem(growth.POINTS, "window", (1, 2))
     report = run(growth, tmp_path, *SMALL, "--answer", "4", "--axes", "latents", "size", "window")
@@ -442,7 +442,7 @@ def test_reports_go_under_exps_by_default(tmp_path, monkeypatch):
 # The GPU script
 
 
-def test_local_model_has_gpt2s_shape_and_loses_no_text(tmp_path):
+def test_local_model_has_the_shape_of_gpt2_and_restores_text(tmp_path):
     from transformers import AutoConfig, AutoTokenizer
 
     texts = ["Every grimpus is a wumpus.", "Tom is a grimpus. Is Tom a wumpus or a yimpus?"]
@@ -464,17 +464,17 @@ def bash(*arguments):
     )
 
 
-def test_gpu_script_is_bash():
+def test_gpu_script_is_valid_bash():
     assert bash("-n", "benchmarks/gpu.sh").returncode == 0
 
 
-def test_gpu_script_names_its_usage():
+def test_gpu_script_prints_its_usage():
     done = bash("benchmarks/gpu.sh")
     assert done.returncode == 2
     assert "usage: bash benchmarks/gpu.sh OUTDIR" in done.stderr
 
 
-def test_gpu_script_refuses_a_part_it_does_not_have(tmp_path):
+def test_gpu_script_refuses_an_unknown_part(tmp_path):
     done = bash("benchmarks/gpu.sh", str(tmp_path / "out"), "nothing")
     assert done.returncode == 2
-    assert "no such part: nothing" in done.stdout
+    assert "unknown part: nothing" in done.stdout

@@ -35,11 +35,11 @@ def trials() -> list[dict]:
 @pytest.fixture(scope="module")
 def official() -> list[dict]:
     if not OFFICIAL.exists():
-        pytest.skip("the official dump is not here")
+        pytest.skip(f"{OFFICIAL} is missing")
     return checker.read_trials(OFFICIAL)
 
 
-# The checker itself
+# The checker
 
 
 def example_trial() -> dict:
@@ -73,7 +73,7 @@ def test_checker_accepts_a_sound_trial():
         ("question", "a wumpus.", "a wumpus. Rex is a dumpus.", "more than one entity"),
         ("question", "an impus", "a impus", "article"),
         ("question", "Impuses are", "Impuses is", "number"),
-        ("question", "not hot", "never hot", "unreadable"),
+        ("question", "not hot", "never hot", "cannot parse"),
     ],
 )
 def test_checker_refuses_a_broken_trial(field, old, new, message):
@@ -103,7 +103,7 @@ def test_official_trials_pass_the_same_checker(official):
         checker.check_trial(trial)
 
 
-def test_every_theory_has_the_papers_counts(trials):
+def test_every_theory_has_the_counts_of_the_paper(trials):
     assert {tuple(checker.structure_of(trial)) for trial in trials} == {
         tuple(
             sorted(
@@ -119,7 +119,7 @@ def test_every_theory_has_the_papers_counts(trials):
     assert all(len(trial["chain_of_thought"]) == 11 for trial in trials)
 
 
-def test_unrelated_concept_has_the_opposite_of_the_queried_property(trials):
+def test_the_unrelated_concept_has_the_opposite_of_the_queried_property(trials):
     for trial in trials:
         roles = checker.roles_of(trial)
         rules = [checker.parse(s) for s in checker.sentences_of(trial["question"])]
@@ -128,9 +128,9 @@ def test_unrelated_concept_has_the_opposite_of_the_queried_property(trials):
         assert claims["unrelated"] == (queried, not negated)
 
 
-def test_shares_match_the_fitted_ones(trials):
+def test_statistics_match_the_fitted_ones(trials):
     samples = checker.statistics(trials)
-    wanted = {
+    expected = {
         "property rules: plural": 1 / 2,
         "subclass rules: plural": 1 / 2,
         "subclass rules: Each": 1 / 4,
@@ -148,12 +148,12 @@ def test_shares_match_the_fitted_ones(trials):
         "mean position: unrelated": 11,
         "words, question and query": 104.6,
     }
-    for name, value in wanted.items():
+    for name, value in expected.items():
         mean, error = checker.mean_and_error(samples[name])
         assert abs(mean - value) < 4 * error + 0.001, name
 
 
-def test_distribution_is_the_official_one(official):
+def test_the_distribution_matches_the_official_one(official):
     ours = [example["test_example"] for example in generator.generate(2000, seed=1).values()]
     for name, theirs, mean, score in checker.compare(official, ours):
         assert abs(score) < 4, (name, theirs, mean)
@@ -183,18 +183,18 @@ def test_no_question_is_generated_twice(trials):
     assert len({trial["question"] for trial in trials}) == len(trials)
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
+def test_the_bytes_depend_on_the_seed_alone(tmp_path):
     digests = []
     for run, seed in enumerate(["7", "7", "8"]):
         out = tmp_path / f"{run}.json"
         assert generator.main(["--trials", "20", "--seed", seed, "--out", str(out)]) == 0
         digests.append(hashlib.sha256(out.read_bytes()).hexdigest())
     assert digests[0] == digests[1] != digests[2]
-    # Pinned, so that a Python version with another random stream shows.
+    # Pinned to detect a Python version with a different random stream.
     assert digests[0] == "b96803297c11fde7a082fbb60a1251579c6bf53d91ad442c13270ec798ed0811"
 
 
-def test_raw_file_has_the_official_layout(tmp_path, official):
+def test_the_raw_file_has_the_official_layout(tmp_path, official):
     out = tmp_path / "raw.json"
     generator.main(["--trials", "3", "--out", str(out)])
     text = out.read_text()
@@ -206,7 +206,7 @@ def test_raw_file_has_the_official_layout(tmp_path, official):
     assert list(raw["example1"]["test_example"]) == list(official[0])
 
 
-def test_trials_below_one_is_refused(tmp_path, capsys):
+def test_fewer_than_one_trial_is_refused(tmp_path, capsys):
     out = tmp_path / "raw.json"
     with pytest.raises(SystemExit) as ended:
         generator.main(["--trials", "0", "--out", str(out)])
@@ -228,7 +228,7 @@ def read_split(tmp_path: Path, name: str) -> list[dict]:
     return json.loads((tmp_path / f"out/prontoqa_{name}.json").read_text())
 
 
-def test_step_is_two_sentences_and_the_last_is_alone():
+def test_a_step_is_two_sentences_and_the_last_step_one():
     assert converter.convert_example({"test_example": example_trial()}) == {
         "question": "Each wumpus is an impus. Impuses are not hot. Every dumpus is hot. "
         "Max is a wumpus. True or false: Max is hot.",
@@ -271,11 +271,11 @@ def test_in_context_examples_are_ignored():
         (3, (1, 1, 1)),
     ],
 )
-def test_splits_are_the_papers_or_in_its_proportions(total, sizes):
+def test_splits_have_the_sizes_or_the_proportions_of_the_paper(total, sizes):
     assert converter.split_sizes(total) == sizes
 
 
-def test_smaller_file_reports_its_split_and_keeps_the_order(tmp_path, capsys):
+def test_a_smaller_file_reports_its_split_and_keeps_its_order(tmp_path, capsys):
     raw = generator.generate(50, seed=0)
     assert convert(tmp_path, raw) == 0
     assert "fewer than 10000: split in the proportions 9000/200/800" in capsys.readouterr().out
@@ -285,7 +285,7 @@ def test_smaller_file_reports_its_split_and_keeps_the_order(tmp_path, capsys):
     assert queries == [e["test_example"]["query"].split("True or false")[1] for e in raw.values()]
 
 
-BAD_FIELDS = [
+INVALID_FIELDS = [
     ("question", None, "question is null, wanted text"),
     ("question", " ", 'question is " ", wanted text'),
     ("query", 3, "query is 3, wanted text"),
@@ -299,14 +299,14 @@ BAD_FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "message"), BAD_FIELDS)
-def test_malformed_example_names_field_and_wanted(field, value, message):
+@pytest.mark.parametrize(("field", "value", "message"), INVALID_FIELDS)
+def test_the_error_for_a_malformed_example_says_what_is_expected(field, value, message):
     with pytest.raises(ValueError, match=message):
         converter.convert_example({"test_example": {**example_trial(), field: value}})
 
 
 @pytest.mark.parametrize("example", [None, [], {}, {"test_example": 1}])
-def test_example_without_test_example_is_refused(example):
+def test_an_example_without_test_example_is_refused(example):
     with pytest.raises(ValueError, match='no "test_example" object'):
         converter.convert_example(example)
 
@@ -318,7 +318,7 @@ def broken_file() -> dict:
     return raw
 
 
-def test_malformed_examples_stop_the_conversion_and_nothing_is_written(tmp_path, capsys):
+def test_with_malformed_examples_nothing_is_written(tmp_path, capsys):
     assert convert(tmp_path, broken_file()) == 2
     errors = capsys.readouterr().err
     assert "example4: test_example.query is null" in errors
@@ -333,7 +333,7 @@ def test_skip_bad_drops_and_counts_malformed_examples(tmp_path, capsys):
     assert sum(len(read_split(tmp_path, s)) for s in ("train", "valid", "test")) == 28
 
 
-def test_many_malformed_examples_are_capped(tmp_path, capsys):
+def test_only_the_first_malformed_examples_are_listed(tmp_path, capsys):
     assert convert(tmp_path, generator.generate(1, 0) | dict.fromkeys(map(str, range(50)))) == 2
     errors = capsys.readouterr().err
     assert errors.count('no "test_example"') == 20
@@ -353,7 +353,7 @@ def test_many_malformed_examples_are_capped(tmp_path, capsys):
         ("[" * 100_000, "is not UTF-8 JSON"),
     ],
 )
-def test_unusable_file_gets_one_message(tmp_path, capsys, text, message):
+def test_an_unusable_file_gives_one_message(tmp_path, capsys, text, message):
     assert convert(tmp_path, text) == 2
     error = capsys.readouterr().err
     assert error.startswith(str(tmp_path / "raw.json")) and error.count("\n") == 1
@@ -361,12 +361,12 @@ def test_unusable_file_gets_one_message(tmp_path, capsys, text, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_byte_order_mark_is_dropped(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     assert convert(tmp_path, "\ufeff" + json.dumps(generator.generate(3, seed=0))) == 0
     assert len(read_split(tmp_path, "train")) == 1
 
 
-def test_missing_file_names_the_command_that_makes_it(tmp_path, capsys):
+def test_the_error_for_a_missing_file_names_the_command_that_makes_it(tmp_path, capsys):
     assert converter.main([str(tmp_path / "none.json")]) == 2
     error = capsys.readouterr().err
     assert "No such file" in error and "prontoqa_generate.py" in error
@@ -386,7 +386,7 @@ json_values = st.recursive(
         optional=dict.fromkeys(("question", "query", "chain_of_thought", "answer"), json_values),
     )
 )
-def test_any_example_converts_or_gets_a_value_error(trial):
+def test_any_example_converts_or_raises_a_value_error(trial):
     try:
         record = converter.convert_example({"test_example": trial})
     except ValueError:

@@ -1,4 +1,4 @@
-"""The quickstart's parts: its three runs and its summary of them."""
+"""The quickstart: its three runs, its summary, the learning curve and the analysis of thoughts."""
 
 import json
 import re
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 MODEL_FOLDER = ROOT / "assets" / "quickstart-model"
 
 
-def test_decoded_text_gives_the_answer_back():
+def test_the_answer_is_extracted_from_decoded_text():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     text = tokenizer.decode(tokenizer("7\n2\n### 5").input_ids)
     assert (text, extract_answer(text, "5")) == ("7 2 ### 5", "5")
 
 
-def test_the_three_runs_chain():
+def test_the_three_runs_fit_together():
     cot, coconut, no_cot = (load_config(quickstart.config_path(name)) for name in quickstart.RUNS)
     assert [config.method for config in (cot, coconut, no_cot)] == ["cot", "coconut", "no_cot"]
     assert coconut.load_model_path == f"{cot.save_path}/{cot.name}/checkpoint_{cot.num_epochs}"
@@ -38,7 +38,7 @@ def test_the_three_runs_chain():
         assert getattr(cot, key) == getattr(coconut, key) == getattr(no_cot, key)
 
 
-def test_overrides_only_where_something_differs():
+def test_only_what_differs_is_overridden():
     assert quickstart.overrides("coconut", quickstart.DEFAULT_OUT, 0) == []
     checkpoint = Path(load_config(quickstart.config_path("coconut")).load_model_path).name
     assert quickstart.overrides("coconut", Path("/else"), 2) == [
@@ -51,7 +51,7 @@ def test_overrides_only_where_something_differs():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with the three runs of the quickstart, over a few questions for a few steps."""
+    """A folder with the three runs of the quickstart, on a few questions for a few steps."""
     out, data = tmp_path_factory.mktemp("quickstart"), tmp_path_factory.mktemp("data")
     arithmetic.main(["--out", str(data), "--train", "64", "--valid", "20"])
     make_quickstart_model.main(["--out", str(out / "model"), "--weights", "0"])
@@ -66,17 +66,17 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_summary_states_every_figure_and_file(finished):
+def test_the_summary_shows_every_figure_and_file(finished):
     summary = quickstart.summarize(finished, began=0.0)
     assert (finished / "summary.md").read_text() == summary + "\n"
-    assert (finished / quickstart.PICTURE_NAME).stat().st_size > 10_000
+    assert (finished / quickstart.PLOT_NAME).stat().st_size > 10_000
     evaluations = learning_curve.read_curve(finished / "coconut").evaluations
     last = evaluations[-1]
     interval = f"{100 * last['eval/acc_low']:.1f} to {100 * last['eval/acc_high']:.1f}"
     assert re.search(
         rf"\| 3 +\| 0 +\| 3 +\| {100 * last['eval/acc']:.1f} % +\| {interval}", summary
     )
-    for row in ("its own thoughts", "zeros for thoughts", "another question's", "the baseline"):
+    for row in ("its own thoughts", "zeros in place", "another question's", "the baseline"):
         assert re.search(rf"\| [^|]*{row}[^|]*\| \d+\.\d % +\|", summary)
     for path in re.findall(r"^    (?:\S+ )+ +(/\S+)$", summary, flags=re.MULTILINE):
         assert Path(path).exists()
@@ -92,33 +92,30 @@ def test_own_thoughts_give_the_accuracy_of_the_run(finished):
     assert len(report.agreement) == 3
 
 
-def test_zero_and_other_thoughts_replace_every_thought():
+def test_zeros_and_other_rows_replace_every_thought(tiny_model):
     hidden, mask = torch.randn(3, 2, 4), torch.ones(3, 2)
     first = torch.zeros(3, dtype=torch.bool)
-    models = {}
+    read = {}
     for name, kind in thoughts.CONDITIONS.items():
-        model = kind.__new__(kind)
-        torch.nn.Module.__init__(model)
-        model.window_scope = "sequence"
-        model.register_buffer("latent_weights", torch.tensor([0.6, 0.3]))
-        models[name] = model.thought(hidden, mask, first)
-    assert torch.equal(models["zero"], torch.zeros(3, 4))
-    assert torch.equal(models["other"], models["own"][[2, 0, 1]])
+        model = kind(tiny_model("gpt2"), 1, 2, 3, 4, latent_window_size=2)
+        read[name] = model.thought(hidden, mask, first)
+    assert torch.equal(read["zero"], torch.zeros(3, 4))
+    assert torch.equal(read["other"], read["own"][[2, 0, 1]])
 
 
-def test_agreement_counts_the_records_that_have_the_step():
-    # Two thoughts a step; the second record has one step, the third none.
+def test_agreement_counts_only_records_that_have_the_step():
+    # Two thoughts per step; the second record has one step, the third none.
     word_ids = [[5, 5, 7, 8], [6, 5], []]
     step_ids = [[[5, 1], [2, 7]], [[6]], []]
     assert thoughts.agreement(word_ids, step_ids, c_thought=2) == [1.0, 0.5, 1.0, 0.0]
 
 
-def test_thoughts_are_read_as_words_in_which_answers_differ():
+def test_thoughts_are_decoded_to_words_in_which_answers_differ():
     assert thoughts.differing_ids([[9, 4, 1], [9, 5, 1], [9, 4, 1]]) == [4, 5]
     assert thoughts.differing_ids([[9, 4], [4, 9]]) == [4, 9]
 
 
-def test_only_coconut_checkpoints_have_thoughts(finished, capsys):
+def test_checkpoints_without_thoughts_are_refused(finished, capsys):
     for folder in (finished / "cot" / "checkpoint_1", finished / "model"):
         with pytest.raises(UserError, match="is no Coconut checkpoint with thoughts"):
             thoughts.examine(folder)
@@ -128,27 +125,29 @@ def test_only_coconut_checkpoints_have_thoughts(finished, capsys):
     assert "name a run's checkpoint_N" in capsys.readouterr().err
 
 
-def test_description_of_thoughts_has_every_condition(finished, capsys):
+def test_the_analysis_prints_every_condition(finished, capsys):
     assert thoughts.main([str(finished / "coconut" / "checkpoint_4")]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in ("stage 3", "its own thoughts", "zeros", "another question's", "thought 3"):
-        assert line in said
+        assert line in printed
 
 
-def test_stage_spans_join_equal_neighbours():
+def test_stage_spans_merge_consecutive_equal_stages():
     lines = [{"eval/epoch": e, "eval/stage": s} for e, s in enumerate([0, 0, 1, 2, 2, 2])]
     assert learning_curve.stage_spans(lines) == [(0, 0, 2), (1, 2, 3), (2, 3, 6)]
 
 
-def test_an_unfinished_epoch_is_drawn_as_far_as_it_came(tmp_path):
-    places = [0.5, 1.0, 1.25]
-    lines = [{"step": i, "train/epochs_done": x, "train/loss": 1.0} for i, x in enumerate(places)]
+def test_an_unfinished_epoch_is_drawn_up_to_its_last_step(tmp_path):
+    epochs_done = [0.5, 1.0, 1.25]
+    lines = [
+        {"step": i, "train/epochs_done": x, "train/loss": 1.0} for i, x in enumerate(epochs_done)
+    ]
     figures = dict.fromkeys(("acc", "acc_low", "acc_high", "loss"), 0.5)
     figures |= {"epoch": 0, "stage": 0}
     lines.append({"step": 2} | {f"eval/{name}": value for name, value in figures.items()})
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     curve = learning_curve.read_curve(tmp_path)
-    assert [place for place, _ in curve.steps] == places
+    assert [epoch for epoch, _ in curve.steps] == epochs_done
     _, bottom = learning_curve.draw_learning_curve([curve]).axes
     assert bottom.get_xlim() == (0, 1.25)
 
@@ -157,12 +156,12 @@ def test_an_unfinished_epoch_is_drawn_as_far_as_it_came(tmp_path):
     ("text", "message"),
     [
         (None, r"metrics\.jsonl: No such file or directory; name the folder of a training run"),
-        ('{"step": 1}\n{"st', r"metrics\.jsonl: broken \(.*\); continue the run, which mends it"),
-        ('{"step": 1}\n', r"metrics\.jsonl: holds no evaluation yet; let the run finish an epoch"),
-        ('{"step": 1, "eval/epoch": 0}\n', r"metrics\.jsonl: holds no training losses with train"),
+        ('{"step": 1}\n{"st', r"metrics\.jsonl: broken \(.*\); resume the run, which fixes it"),
+        ('{"step": 1}\n', r"metrics\.jsonl: no evaluation yet; let the run finish an epoch"),
+        ('{"step": 1, "eval/epoch": 0}\n', r"metrics\.jsonl: no training losses with train"),
     ],
 )
-def test_unusable_metrics_are_told(tmp_path, text, message, capsys):
+def test_unusable_metrics_are_reported(tmp_path, text, message, capsys):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -174,20 +173,20 @@ def test_unusable_metrics_are_told(tmp_path, text, message, capsys):
     assert not (tmp_path / "curve.png").exists()
 
 
-def test_a_run_begins_in_the_picture_where_the_one_before_it_ended():
+def test_a_run_is_drawn_from_where_the_previous_one_ended():
     def curve(*epochs):
         return learning_curve.Curve(
             [(epoch + 0.5, 1.0) for epoch in epochs], [{"eval/epoch": epoch} for epoch in epochs]
         )
 
-    assert learning_curve.in_a_row([curve(0, 1, 2), curve(2, 3), curve(9)]) == [
+    assert learning_curve.concatenate([curve(0, 1, 2), curve(2, 3), curve(9)]) == [
         curve(0, 1, 2), curve(3, 4), curve(5)
     ]  # fmt: skip
-    assert learning_curve.in_a_row([curve(4, 5)]) == [curve(4, 5)]
+    assert learning_curve.concatenate([curve(4, 5)]) == [curve(4, 5)]
 
 
 @pytest.mark.parametrize("baseline", [0.09, 0.1, 0.12, 0.6])
-def test_labels_of_close_levels_do_not_lie_on_each_other(baseline):
+def test_labels_of_close_levels_do_not_overlap(baseline):
     line = {"eval/epoch": 0, "eval/stage": 0, "eval/loss": 1.0}
     line |= {"eval/acc": 0.5, "eval/acc_low": 0.4, "eval/acc_high": 0.6}
     curve = learning_curve.Curve(steps=[(0.5, 1.0), (1.0, 0.9)], evaluations=[line])
@@ -197,7 +196,7 @@ def test_labels_of_close_levels_do_not_lie_on_each_other(baseline):
     assert not one.overlaps(other)
 
 
-def test_curve_of_runs_in_a_row_is_drawn(finished, tmp_path, capsys):
+def test_consecutive_runs_are_drawn(finished, tmp_path, capsys):
     out = tmp_path / "curve.png"
     runs = [str(finished / name) for name in ("cot", "coconut")]
     assert learning_curve.main([*runs, "--out", str(out), "--chance", "0.1"]) == 0
@@ -211,26 +210,26 @@ def test_curve_of_runs_in_a_row_is_drawn(finished, tmp_path, capsys):
     assert bottom.get_xlim() == (0, 4)
 
 
-def test_picture_of_the_method_is_drawn(tmp_path):
+def test_the_figure_of_the_method_is_drawn(tmp_path):
     draw_method.main(["--out", str(tmp_path / "coconut.png")])
     assert (tmp_path / "coconut.png").stat().st_size > 50_000
     assert (ROOT / "assets" / "coconut.png").stat().st_size > 50_000
 
 
-def test_a_failing_step_ends_the_quickstart_with_its_status(tmp_path, monkeypatch):
+def test_a_failing_command_ends_the_quickstart_with_its_status(tmp_path, monkeypatch):
     monkeypatch.setattr(
         quickstart, "train_all", lambda out, seed: quickstart.run_to_end(["-c", "exit(2)"])
     )
     assert quickstart.main(["--out", str(tmp_path)]) == 2
 
 
-def test_a_quickstart_without_runs_says_so(tmp_path, monkeypatch, capsys):
+def test_a_quickstart_without_runs_reports_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "train_all", lambda out, seed: None)
     assert quickstart.main(["--out", str(tmp_path)]) == 2
     assert "config.yaml: No such file" in capsys.readouterr().err
 
 
-def test_an_interruption_stops_what_runs_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_an_interruption_stops_the_runs_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
     started = []
 
     def interrupted(out, seed):
@@ -240,5 +239,5 @@ def test_an_interruption_stops_what_runs_and_tells_how_to_go_on(tmp_path, monkey
 
     monkeypatch.setattr(quickstart, "train_all", interrupted)
     assert quickstart.main(["--out", str(tmp_path)]) == quickstart.EXIT_INTERRUPTED
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "the same command resumes from here" in capsys.readouterr().err
     assert started[0].returncode is not None
