@@ -90,10 +90,10 @@ def _acquire(lock: FileLock, run_dir: Path) -> None:
 
 def holder(run_dir: Path) -> str:
     """The process that holds `run_dir`, or held it last, in words."""
-    try:
-        return (run_dir / LOCK).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "no process"
+    text = ""
+    with suppress(OSError):
+        text = (run_dir / LOCK).read_text(encoding="utf-8", errors="replace")
+    return text or "an unknown process"
 
 
 def check(folder: Path) -> None:
