@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from coconut import initial_weights
 from dataset import Curriculum
+from engine import distributed
 from engine.config import Config
 from engine.metadata import Position
 from utils import log
@@ -68,37 +69,54 @@ def opening_lines(
     curriculum: Curriculum,
     *,
     num_parameters: int,
-    num_train: int,
     num_val: int,
-    device: torch.device,
-    world_size: int,
+    num_train: int | None = None,
+    stage: int | None = None,
+    position: Position | None = None,
 ) -> list[str]:
-    """What a training run is about to do, a fact a line.
+    """What a run is about to do, a fact a line.
 
-    num_train, num_val: records. world_size: processes.
+    num_train, num_val: records; an evaluation has no num_train but a `stage`.
+    position: where a training that resumes stands.
     """
-    weights = config.load_model_path or ("random" if config.from_scratch else "its own")
-    accumulation = config.accumulation_steps(world_size)
-    effective = config.records_per_step(world_size)
-    steps_per_epoch = -(-num_train // effective)
-    num_epochs = max(config.num_epochs - config.resume, 0)
+    model = config.model_id or config.load_model_path
+    weights = config.load_model_path or "its own"
     facts = {
-        "run": config.run_dir if not config.debug else f"{config.name}, a trial that saves nothing",
-        "device": describe_device(device, world_size),
-        "model": f"{config.model_id}, {num_parameters:,} parameters; weights: {weights}",
+        "run": f"{config.run_dir}{', a trial that saves nothing' if config.debug else ''}",
+        "device": describe_device(),
+        "model": f"{model}, {num_parameters:,} parameters; weights:"
+        f" {'random' if config.from_scratch else weights}",
         "method": config.method,
         "thought": describe_thought(config),
-        "schedule": describe_schedule(config, curriculum),
-        "records": f"{num_train:,} training, {num_val:,} validation",
-        "effective batch": f"{effective} = {config.batch_size_training} records x {accumulation}"
-        f" accumulation x {world_size} processes",
-        "optimizer steps": f"{steps_per_epoch:,} an epoch, {steps_per_epoch * num_epochs:,} in all",
+        "records": f"{num_val:,} validation",
     }
+    if stage is not None:
+        facts["stage"] = stage
+    if num_train is not None:
+        facts["records"] = f"{num_train:,} training, {num_val:,} validation"
+        facts |= _training_facts(config, curriculum, num_train)
+    if position is not None:
+        facts["resumes"] = f"in epoch {position.epoch}, after step {position.optimizer_step:,}"
     return [f"{name:<20}{fact}" for name, fact in facts.items() if fact is not None]
 
 
-def describe_device(device: torch.device, world_size: int) -> str:
-    """What a run computes on."""
+def _training_facts(config: Config, curriculum: Curriculum, num_train: int) -> dict[str, str]:
+    """Schedule, effective batch and steps of a training run, by name."""
+    world_size = distributed.world_size()
+    effective = config.records_per_step(world_size)
+    steps_per_epoch = -(-num_train // effective)
+    num_epochs = max(config.num_epochs - config.resume, 0)
+    return {
+        "schedule": describe_schedule(config, curriculum),
+        "effective batch": f"{effective} = {config.batch_size_training} records"
+        f" x {config.accumulation_steps(world_size)} accumulation x {world_size} processes",
+        "optimizer steps": f"{steps_per_epoch:,} an epoch, {steps_per_epoch * num_epochs:,} in all",
+    }
+
+
+def describe_device() -> str:
+    """What this run computes on."""
+    device, world_size = distributed.device(), distributed.world_size()
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"

@@ -23,9 +23,9 @@ from dataset import StagedRecords, TokenizedRecords
 from engine import checkpoint, distributed, evaluation, run_dir
 from engine.config import Config
 from engine.config_file import dump_config
-from engine.console import describe_device, progress_bar
+from engine.console import closing_lines, describe_device, opening_lines, progress_bar
 from engine.failures import report_failure
-from engine.metadata import Metadata
+from engine.metadata import Metadata, Position
 from engine.model import build_coconut, load_backbone
 from engine.provenance import provenance_lines, run_provenance
 from engine.setup import (
@@ -120,11 +120,10 @@ def dry_run(config: Config) -> None:
             source = ModelSource("model_id", config.model_id, config.model_id, has_weights=False)
         prepared = prepare(config, state, coconut_class, source)
         log.info(dump_config(prepared.config))
-        if prepared.evaluated is not None:
-            log.info(f"stage               {prepared.evaluated[0]}")
-        else:
-            _log_schedule(prepared, state)
-        log.info(f"parameters          {prepared.outline.num_parameters:,}")
+        position = Position(**state.trainer["position"]) if state else None
+        _log_opening(prepared, prepared.outline.num_parameters, position)
+        if prepared.data.train:
+            log.info(schedule_table(prepared.config, prepared.data.train))
         log.info(NOTHING_WRITTEN)
 
 
@@ -252,8 +251,11 @@ def _train_from(
             if state is None:
                 tracker.truncate(-1)
             _log_provenance(tracker, facts, trainer.position.optimizer_step)
+        position = trainer.position
+        if position.epoch < config.num_epochs:
+            _log_opening(prepared, _num_parameters(model), position if state else None)
         trainer.run()
-    position = trainer.position
+        log.info("\n".join(closing_lines(config, trainer.curriculum, position)))
     return TrainingResult(
         config.run_dir if saves else None,
         trainer.figures,
@@ -280,6 +282,7 @@ def _evaluate(
             "disabled" if config.debug else config.wandb,
             distributed.is_main(),
         )
+    _log_opening(prepared, _num_parameters(model))
     with contextlib.closing(tracker):
         outcome = evaluation.evaluate(
             distributed.unwrap(model),
@@ -332,7 +335,7 @@ def _build_model(
     if config.only_eval:
         parallel = distributed.Parallel("none", False, "an evaluation needs whole parameters")
     else:
-        num_parameters = sum(p.numel() for p in model.parameters())
+        num_parameters = _num_parameters(model)
         parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
     log.info(f"parallel: {parallel.kind} ({parallel.reason})")
     if config.compile:
@@ -340,13 +343,16 @@ def _build_model(
     return distributed.parallelize(model, parallel, model.blocks, config.bf16)
 
 
+def _num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _provenance(data: Data) -> dict:
     """Where the figures of this run come from: rank 0's commit, versions and machine, its data."""
     files = {"train_path": data.train, "val_path": data.val}
     used = {key: (len(records), records.sha256) for key, records in files.items() if records}
-    device = describe_device(distributed.device(), distributed.world_size())
     return distributed.broadcast_from_main(
-        run_provenance(device, used) if distributed.is_main() else None
+        run_provenance(describe_device(), used) if distributed.is_main() else None
     )
 
 
@@ -366,25 +372,19 @@ def _write_config(config: Config, folder: Path, facts: dict) -> None:
     atomic_write_text(path, text)
 
 
-def _log_schedule(prepared: Prepared, state: checkpoint.TrainingState | None) -> None:
-    """What a training run would do: stages, records, batches and steps."""
+def _log_opening(prepared: Prepared, num_parameters: int, position: Position | None = None) -> None:
+    """What the run is about to do. position: where a training that resumes stands."""
     config, data = prepared.config, prepared.data
-    steps = config.accumulation_steps(distributed.world_size())
-    effective = config.records_per_step(distributed.world_size())
-    per_epoch = -(-len(data.train) // effective)
-    epochs = max(config.num_epochs - config.resume, 0)
-    log.info(schedule_table(config, data.train))
-    log.info(
-        f"examples            {len(data.train)} training, {len(data.val)} validation\n"
-        f"effective batch     {effective} = {config.batch_size_training} records x {steps}"
-        f" accumulation x {distributed.world_size()} processes\n"
-        f"optimizer steps     {per_epoch} an epoch, {per_epoch * epochs} in all"
+    lines = opening_lines(
+        config,
+        make_curriculum(config),
+        num_parameters=num_parameters,
+        num_val=len(data.val),
+        num_train=len(data.train) if data.train else None,
+        stage=prepared.evaluated[0] if prepared.evaluated else None,
+        position=position,
     )
-    if state is not None:
-        position = state.trainer["position"]
-        log.info(
-            f"resumes             in epoch {position['epoch']}, step {position['optimizer_step']}"
-        )
+    log.info("\n".join(lines))
 
 
 def schedule_table(config: Config, records: TokenizedRecords) -> str:

@@ -27,7 +27,7 @@ from dataset import (
 )
 from engine import checkpoint, distributed, run_dir
 from engine.config import Config
-from engine.console import closing_lines, epoch_line, opening_lines, progress_bar
+from engine.console import epoch_line, progress_bar
 from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
 from engine.loader import batch_loader
 from engine.metadata import ORIGIN_FIELDS, Metadata, Position, trajectory
@@ -108,14 +108,12 @@ class Trainer:
             self._continue_from(state)
 
     def run(self) -> None:
-        """Train and evaluate every remaining epoch, and say what is done.
+        """Train and evaluate every remaining epoch.
 
         Raises: RunFailed for a loss or gradient that is not finite; Stopped after a signal.
         """
         if self.position.epoch >= self.config.num_epochs:
             log.info(f"all {self.config.num_epochs} epochs are done: nothing to train")
-        else:
-            self._log_opening()
         try:
             with listen_for_signals() as self.requests:
                 while self.position.epoch < self.config.num_epochs:
@@ -124,21 +122,6 @@ class Trainer:
             done = self.position
             error.add_note(f"after optimizer step {done.optimizer_step} (epoch {done.epoch})")
             raise
-        for line in closing_lines(self.config, self.curriculum, self.position):
-            log.info(line)
-
-    def _log_opening(self) -> None:
-        lines = opening_lines(
-            self.config,
-            self.curriculum,
-            num_parameters=sum(p.numel() for p in self.model.parameters()),
-            num_train=len(self.train_records),
-            num_val=len(self.val_records),
-            device=self.device,
-            world_size=distributed.world_size(),
-        )
-        for line in lines:
-            log.info(line)
 
     def _run_epoch(self, epoch: int) -> None:
         stage = self.curriculum.stage(epoch)

@@ -62,7 +62,9 @@ MAY_IMPORT = {
     },
     "engine.failures": {"engine.config", "engine.distributed", "engine.run_dir", "utils"},
     "engine.signals": {"utils"},
-    "engine.console": {"coconut", "dataset", "engine.config", "engine.metadata", "utils"},
+    "engine.console": {
+        "coconut", "dataset", "engine.config", "engine.distributed", "engine.metadata", "utils",
+    },
     "engine.setup": {*MODULES} - {"engine.evaluation", "engine.setup", "engine.tracking", *LAST},
     "engine.trainer": {*MODULES} - {"engine.setup", *LAST},
     "engine.jobs": {*MODULES} - {"engine.jobs", "run"},

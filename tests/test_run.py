@@ -241,11 +241,11 @@ def test_dry_run_shows_schedule_and_sizes_and_writes_nothing(tmp_path, capsys, c
             mean = f"{sum(values) / len(values):.2f}"
             assert cell == [mean, f"({min(values)}-{max(values)})"]
     assert "lr: 5.0e-05" in shown
-    assert "examples            18 training, 7 validation" in shown
+    assert "records             18 training, 7 validation" in shown
     assert "effective batch     8 = 4 records x 2 accumulation x 1 processes" in shown
     assert "optimizer steps     3 an epoch, 24 in all" in shown
     grown = build_tiny_model("gpt2", vocab_size=40)
-    assert f"parameters          {grown.num_parameters():,}" in shown
+    assert f", {grown.num_parameters():,} parameters; weights: its own" in shown
     evaluation = evaluation_of(coconut, tmp_path / "e")
     assert evaluation.main("--dry-run") == 0
     shown = capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_dry_run_knows_of_a_run_that_would_go_on(coconut, capsys):
     assert coconut.main("--dry-run", "num_epochs=5") == 0
     shown = capsys.readouterr().out
     assert "continuing from " in shown and "dry run: nothing trained or written" in shown
-    assert "resumes             in epoch 3, step 10" in shown
+    assert "resumes             in epoch 3, after step 10" in shown
     words = ["this run began with seed=0, now it is 7"]
     assert_refused(capsys, coconut, "--dry-run", "seed=7", words=words)
     assert tree(coconut.folder) == before

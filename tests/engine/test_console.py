@@ -6,10 +6,9 @@ import sys
 import time
 
 import pytest
-import torch
 from runs import Experiment
 
-from engine import console
+from engine import console, distributed
 from engine.config_file import load_config
 from engine.console import (
     closing_lines,
@@ -81,22 +80,24 @@ def test_a_run_says_what_a_thought_is(tmp_path, keys, words):
     assert describe_thought(load_config(str(Experiment(tmp_path, cot=True).yaml))) is None
 
 
-def test_the_opening_block_names_everything_that_decides_the_run(tmp_path):
+def test_the_opening_block_names_everything_that_decides_the_run(tmp_path, monkeypatch):
     experiment = Experiment(tmp_path, resume=1, load_model_path="cot/checkpoint_3")
     config = load_config(str(experiment.yaml))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     lines = opening_lines(
         config, make_curriculum(config), num_parameters=1_234_567, num_train=18, num_val=7,
-        device=torch.device("cpu"), world_size=2,
+        position=Position(epoch=1, optimizer_step=2),
     )  # fmt: skip
     assert [line for line in lines if not line.startswith("thought")] == [
         f"run                 {experiment.run_dir}",
         "device              2 processes on the CPU, 1 thread each",
         f"model               {experiment.model}, 1,234,567 parameters; weights: cot/checkpoint_3",
         "method              coconut",
-        "schedule            epochs 1 to 2, stages 1 to 2 of 0 to 3, epochs_per_stage 1",
         "records             18 training, 7 validation",
+        "schedule            epochs 1 to 2, stages 1 to 2 of 0 to 3, epochs_per_stage 1",
         "effective batch     8 = 4 records x 1 accumulation x 2 processes",
         "optimizer steps     3 an epoch, 6 in all",
+        "resumes             in epoch 1, after step 2",
     ]
 
 
