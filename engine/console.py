@@ -103,13 +103,14 @@ def opening_lines(
 def _training_facts(config: Config, curriculum: Curriculum, num_train: int) -> dict[str, str]:
     """Schedule, effective batch and steps of a training run, by name."""
     world_size = distributed.world_size()
+    accumulation, processes = config.accumulation_steps(world_size), _count(world_size, "process")
     effective = config.records_per_step(world_size)
     steps_per_epoch = -(-num_train // effective)
     num_epochs = max(config.num_epochs - config.resume, 0)
     return {
         "schedule": describe_schedule(config, curriculum),
-        "effective batch": f"{effective} = {config.batch_size_training} records"
-        f" x {config.accumulation_steps(world_size)} accumulation x {world_size} processes",
+        "effective batch": f"{effective} = {config.batch_size_training} records x {accumulation}"
+        f" accumulation x {processes}",
         "optimizer steps": f"{steps_per_epoch:,} an epoch, {steps_per_epoch * num_epochs:,} in all",
     }
 
@@ -118,9 +119,13 @@ def describe_device() -> str:
     """What this run computes on."""
     device, world_size = distributed.device(), distributed.world_size()
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    return f"{processes} on {on}, {threads}{' each' if world_size > 1 else ''}"
+    threads = f"{_count(torch.get_num_threads(), 'thread')}{' each' if world_size > 1 else ''}"
+    return f"{_count(world_size, 'process')} on {on}, {threads}"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
 
 
 def describe_thought(config: Config) -> str | None:
@@ -169,13 +174,13 @@ def epoch_line(
     """What an epoch came to. figures: those of its evaluation."""
     f = figures
     cot = "" if f["cot_em"] is None else f", CoT match {100 * f['cot_em']:.1f} %"
-    unfinished = f["num_hit_max_new_tokens"]
-    cut = f", {unfinished} cut at max_new_tokens" if unfinished else ""
+    num_hit = f["num_hit_max_new_tokens"]
+    hit = f", {num_hit} hit max_new_tokens" if num_hit else ""
     return (
         f"epoch {epoch} stage {f['stage']}: train loss {train_loss:.4f}, val loss {f['loss']:.4f},"
         f" accuracy {100 * f['acc']:.1f} %"
         f" [{100 * f['acc_low']:.1f}, {100 * f['acc_high']:.1f}]{cot},"
-        f" tokens {f['mean_tokens']:.1f} + {f['mean_thoughts']:.1f} thoughts{cut}"
+        f" tokens {f['mean_tokens']:.1f} + {f['mean_thoughts']:.1f} thoughts{hit}"
         f" (train {train_seconds:.0f} s, evaluation {eval_seconds:.0f} s)"
     )
 
@@ -185,8 +190,9 @@ def closing_lines(config: Config, curriculum: Curriculum, position: Position) ->
     num_epochs = position.epoch - config.resume
     trained, evaluated = duration(position.train_seconds), duration(position.eval_seconds)
     facts = {
-        "finished": f"{num_epochs:,} epochs, {position.optimizer_step:,} optimizer steps; training"
-        f" {trained}, evaluation {evaluated}",
+        "finished": f"{_count(num_epochs, 'epoch')},"
+        f" {_count(position.optimizer_step, 'optimizer step')}; training {trained}, evaluation"
+        f" {evaluated}",
         "best of any stage": _best(config, curriculum, position.best_epoch, position.best_accuracy),
         "best of last stage": _best(
             config, curriculum, position.stage_best_epoch, position.stage_best_accuracy

@@ -1,9 +1,8 @@
-"""Evaluation (SPEC section 8): mean token loss, and greedy answers to prompts, batch by batch.
+"""Evaluation (docs/specification.md, section 8): token loss and greedy answers, batch by batch.
 
 A batch's prompts are read once for both (Coconut.answer). Every rank takes its share of the
-records, sorted so that those of like length stand together; rank 0 puts the predictions back into
-file order and computes the figures. What counts as right is metrics.py's business, where the stage
-comes from is the caller's.
+records, sorted by length; rank 0 puts the predictions back into file order and computes the
+figures. What counts as right is left to metrics.py, the choice of the stage to the caller.
 """
 
 import json
@@ -168,7 +167,7 @@ class Decoder:
 
 
 def summarize(predictions: list[dict]) -> dict[str, float | int | None]:
-    """The figures of SPEC section 8 from prediction records."""
+    """The figures of docs/specification.md, section 8, from prediction records."""
     n = len(predictions)
     num_correct = sum(row["correct"] for row in predictions)
     low, high = metrics.wilson_interval(num_correct, n)
@@ -201,8 +200,8 @@ def describe(figures: dict) -> str:
         "  CoT match           " + ("no steps left" if cot_em is None else f"{100 * cot_em:.2f} %"),
         f"  tokens + thoughts   {figures['mean_tokens']:.2f} + {figures['mean_thoughts']:.2f} ="
         f" {figures['mean_tokens_and_thoughts']:.2f}",
-        f"  seconds a record    {figures['seconds_per_record']:.4f}",
-        f"  cut at max_new_tokens {figures['num_hit_max_new_tokens']}, without '#'"
+        f"  seconds per record  {figures['seconds_per_record']:.4f}",
+        f"  hit max_new_tokens  {figures['num_hit_max_new_tokens']}, without '#'"
         f" {figures['num_without_answer']}",
     ]
     return "\n".join(lines)

@@ -208,7 +208,7 @@ class StoredTrainer(BaseModel):
 
     position: Position
     metadata: Metadata
-    trajectory: dict[str, str | int | float]
+    trajectory: dict[str, str | int | float | None]
     first_epoch: Count
     origin: dict[Literal[ORIGIN_FIELDS], str | bool | None] = {}
     # wandb names a folder by it, and allows in it what may stand in an address.
@@ -243,6 +243,7 @@ def trajectory(config: Config, world_size: int, train_sha256: str, val_sha256: s
         "train_path_sha256": train_sha256,
         "val_path_sha256": val_sha256,
         "uniform_prob": config.uniform_prob,
+        "max_train_records": config.max_train_records,
     }
 
 

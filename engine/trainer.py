@@ -1,14 +1,14 @@
-"""The training run: the step over an effective batch, the epochs, and the state to go on from.
+"""The training run: the step over an effective batch, the epochs, and resuming.
 
 An effective batch is the unit of everything: its loss is the mean over its labelled tokens on all
-ranks and accumulation steps (SPEC section 7), its end is where a run may be saved, stopped and
-continued. Evaluation, files and consoles are asked of their own rooms.
+ranks and accumulation steps (docs/specification.md, section 7), and at its end a run may be saved,
+stopped and resumed. Evaluation, files and what the console shows are left to their modules.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 import numpy as np
@@ -64,7 +64,7 @@ class Trainer:
 
     model: the Coconut module on its device, wrapped by distributed.parallelize.
     metadata: what coconut.json of a checkpoint holds, but for stage and epoch.
-    state: a training state to go on from, or None.
+    state: the training state to resume from, or None.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Trainer:
         token = torch.tensor([[self.ids.eos]], device=self.device)
         distributed.arrange_buckets(model, token, torch.ones_like(token))
         if state is not None:
-            self._continue_from(state)
+            self._resume_from(state)
 
     def run(self) -> None:
         """Train and evaluate every remaining epoch.
@@ -143,8 +143,8 @@ class Trainer:
             checkpoint.update_trainer(
                 self.config.run_dir, self.position.optimizer_step, self.state_dict()
             )
-        goes_on = self.position.epoch < self.config.num_epochs
-        if distributed.sum_over_ranks([float(self.requests.stop > 0)])[0] and goes_on:
+        (stop,) = distributed.sum_over_ranks([float(self.requests.stop > 0)])
+        if stop and self.position.epoch < self.config.num_epochs:
             self._stop()
 
     def _train_epoch(self, epoch: int, stage: int) -> None:
@@ -154,44 +154,50 @@ class Trainer:
             self.curriculum, records.num_steps, epoch, config.uniform_prob, config.seed
         )
         staged = StagedRecords.of(records, self.curriculum, stages)
-        batches = effective_batches(len(records), self.effective_batch_size, config.seed, epoch)
+        effective = effective_batches(len(records), self.effective_batch_size, config.seed, epoch)
         steps = [
             (indices, self._micro_batches(indices, staged))
-            for indices in batches[self.position.steps_done :]
+            for indices in effective[self.position.steps_done :]
         ]
-        mine = [shares[distributed.rank()] for _, micro in steps for shares in micro]
-        # Sharded ranks need a column for every pass that the longest chain of thoughts takes.
-        min_width = self._num_passes(staged, batches) or 1
-        loader = iter(
-            batch_loader(
-                Collator(staged, self.ids, min_width=min_width),
-                mine,
-                config.num_workers,
-                self.device.type == "cuda",
-            )
-        )
+        loader = self._batches_of_this_rank(staged, effective, steps)
         if self.position.optimizer_step == 0 and distributed.is_main():
-            self._show_examples(Collator(staged, self.ids), batches[0])
+            self._log_examples(Collator(staged, self.ids), effective[0])
         bar = progress_bar(
-            len(batches), f"epoch {epoch} stage {stage}", initial=self.position.steps_done
+            len(effective), f"epoch {epoch} stage {stage}", initial=self.position.steps_done
         )
         self.model.train()
-        for indices, micro in steps:
+        for indices, shares_of_ranks in steps:
             began = time.perf_counter()
             num_labels = int(staged.num_labels[indices].sum())
             num_tokens = int(staged.prompt_lengths[indices].sum()) + num_labels
-            num_passes = [self._num_passes(staged, shares) for shares in micro]
-            own = [next(loader) for _ in micro]
+            num_passes = [self._num_passes(staged, shares) for shares in shares_of_ranks]
+            batches = [next(loader) for _ in shares_of_ranks]
             try:
-                loss, norm = self.train_step(own, num_labels, num_passes)
+                loss, norm = self.train_step(batches, num_labels, num_passes)
             except torch.OutOfMemoryError as error:
-                raise self._out_of_memory(own) from error
+                raise self._out_of_memory(batches) from error
             seconds = time.perf_counter() - began
             self.position.finish_step(loss, seconds)
             bar.set_postfix_str(f"loss {loss:.4f}, {num_tokens / seconds:.0f} tok/s")
             bar.update()
             self._after_step(epoch, stage, loss, norm, num_tokens / seconds)
         bar.close()
+
+    def _batches_of_this_rank(
+        self, staged: StagedRecords, effective: list[np.ndarray], steps: list[tuple]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's micro-batches of all `steps`, in order."""
+        # Sharded ranks need a column for every pass that the longest chain of thoughts takes.
+        min_width = self._num_passes(staged, effective) or 1
+        own = [shares[distributed.rank()] for _, parts in steps for shares in parts]
+        return iter(
+            batch_loader(
+                Collator(staged, self.ids, min_width=min_width),
+                own,
+                self.config.num_workers,
+                self.device.type == "cuda",
+            )
+        )
 
     def _micro_batches(self, indices: np.ndarray, staged: StagedRecords) -> list[list[np.ndarray]]:
         """The shares of all ranks in each micro-batch of the effective batch `indices`."""
@@ -265,7 +271,7 @@ class Trainer:
     def _after_step(
         self, epoch: int, stage: int, loss: float, norm: float, tokens_per_second: float
     ) -> None:
-        """Log the step, and save or stop where that was asked for."""
+        """Log the step; evaluate, save or stop where that is due."""
         self.tracker.log(
             {
                 "train/epoch": epoch,
@@ -319,7 +325,7 @@ class Trainer:
         )
 
     def _reset_optimizer_if_due(self, epoch: int) -> None:
-        """Forget AdamW's moments where reset_optimizer says so; the schedule goes on."""
+        """Drop AdamW's moments where reset_optimizer says so; the learning rate stays on course."""
         if epoch == self.config.resume:
             return
         changed = self.curriculum.stage(epoch) != self.curriculum.stage(epoch - 1)
@@ -399,8 +405,8 @@ class Trainer:
         with distributed.gathered_parameters(coconut):
             return coconut.window_weights
 
-    def _show_examples(self, collator: Collator, indices: np.ndarray) -> None:
-        """The first examples as the model sees them, for wandb's table."""
+    def _log_examples(self, collator: Collator, indices: np.ndarray) -> None:
+        """Log the first examples as the model sees them."""
         rows = [
             [int(index), self.tokenizer.decode(collator[np.array([index])]["input_ids"][0])]
             for index in indices[:4]
@@ -408,6 +414,7 @@ class Trainer:
         self.tracker.table("data_table", ["record", "text"], rows)
 
     def state_dict(self) -> dict:
+        """What a training state stores of this run beside tensors, as StoredTrainer reads it."""
         return {
             "position": self.position.state_dict(),
             "metadata": self.metadata.model_dump(),
@@ -436,8 +443,8 @@ class Trainer:
             self.state_dict(),
         )
 
-    def _continue_from(self, state: checkpoint.TrainingState) -> None:
-        """Take up `state` as if the run had never stopped.
+    def _resume_from(self, state: checkpoint.TrainingState) -> None:
+        """Continue from `state` as if the run had never stopped.
 
         Raises: UserError when its tensors are not this run's.
         """

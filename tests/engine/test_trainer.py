@@ -1,7 +1,7 @@
-"""Laws of training: a batch's split changes nothing, one step is AdamW's, a stopped run goes on.
+"""Laws of training: a batch's split changes nothing, one step is AdamW's, a stopped run resumes.
 
-Split and step are tested in float64 with dropout 0, going on bit for bit in float32 with dropout
-on. Ranks are in test_distributed.py, mistakes of users in test_run.py.
+Split and step are tested in float64 with dropout 0, resuming bit for bit in float32 with dropout.
+Ranks are in test_distributed.py, mistakes of users in test_run.py.
 """
 
 import copy
