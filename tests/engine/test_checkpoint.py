@@ -1,6 +1,6 @@
 """Laws of what is saved: whole or not at all, loadable by others, damage is noticed.
 
-That a run resumes from its states is tested in test_trainer.py.
+That a run resumes from its states is tested in test_resume.py.
 """
 
 import errno

@@ -32,7 +32,7 @@ from utils import EXIT_INTERRUPTED
 KINDS = ("ddp", "fsdp", "fsdp-resharded")
 # Family, batch per process, accumulation and whether all records get equally many latents. Of 17
 # records the last effective batch of two ranks holds 1, so that rank 1 has none; or 5 of 6, so that
-# it has none in the last micro-step.
+# it has none in the last micro-step. With equally many latents the window's weights are learned.
 CASES = (
     ("gpt2", 4, 1, False),
     ("gpt2", 1, 3, True),
@@ -68,6 +68,7 @@ def runs(request, tmp_path_factory):
                 "resume": 1, "max_grad_norm": 1.0, "uniform_prob": 0.0 if is_fixed else 0.3,
                 "pad_latent_to_max": is_fixed, "num_train": 17 if world == 2 else 33,
                 "parallel": {"one": "auto", "fsdp-resharded": "fsdp"}.get(kind, kind),
+                "latent_weights": "learned" if is_fixed else None, "eval_every_steps": 2,
             }  # fmt: skip
             experiments[case, kind] = Experiment(folder / f"{number}-{kind}", family, **keys)
     for hook, kinds in ((use_float64, KINDS[:2]), (gather_for_every_pass, KINDS[2:])):
@@ -103,9 +104,11 @@ def test_ranks_follow_the_trajectory_of_one_process(runs, case, kind):
     assert_same_weights(many.weights(), one.weights(), rtol=1e-5, atol=1e-7)
     for ours, theirs in zip(many.metrics(), one.metrics(), strict=True):
         # approx knows no nested values; the first records' texts are the same to the letter.
-        assert ours.pop("data_table", None) == theirs.get("data_table")
-        numbers = {key: value for key, value in theirs.items() if key != "data_table"}
-        assert ours == pytest.approx(numbers, rel=1e-5)
+        assert ours.pop("data_table", None) == theirs.pop("data_table", None)
+        weights = theirs.pop("train/window_weights", [])
+        assert ours.pop("train/window_weights", []) == pytest.approx(weights, rel=1e-5)
+        assert bool(weights) == (case[-1] and "eval/acc" in theirs)
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,7 +137,7 @@ def test_ranks_write_the_shards_that_they_alone_hold(runs, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_ranks_that_stop_and_go_on_end_where_they_would_have_ended(tmp_path, kind):
+def test_ranks_that_stop_and_resume_end_where_they_would_have_ended(tmp_path, kind):
     keys = {"dropout": 0.1, "parallel": kind, "batch_size_training": 2, "num_epochs": 2}
     keys["latent_weights"] = "learned"
     straight = Experiment(tmp_path, name="straight", **keys)
@@ -151,7 +154,7 @@ def test_ranks_that_stop_and_go_on_end_where_they_would_have_ended(tmp_path, kin
     assert stopped.metrics() == straight.metrics()
 
 
-def test_a_state_in_shards_goes_on_with_any_number_of_ranks(tmp_path):
+def test_a_state_in_shards_resumes_on_any_number_of_ranks(tmp_path):
     keys = {"parallel": "fsdp", "effective_batch_size": 8, "batch_size_training": 2}
     straight = Experiment(tmp_path / "straight", "llama", **keys)
     stopped = Experiment(tmp_path / "stopped", "llama", **keys)
@@ -169,7 +172,7 @@ def test_a_state_in_shards_goes_on_with_any_number_of_ranks(tmp_path):
     np.testing.assert_allclose(stopped.losses(), straight.losses(), rtol=1e-6)
 
 
-def tell_what_is_gathered(gathered):
+def print_what_is_gathered(gathered):
     """Let every rank print how many whole tensors a checkpoint makes it hold."""
     choose = distributed.choose_parallel
     distributed.choose_parallel = lambda *given: dataclasses.replace(
@@ -177,13 +180,13 @@ def tell_what_is_gathered(gathered):
     )
     gather = checkpoint.get_model_state_dict
 
-    def told(model, options=None):
+    def printing(model, options=None):
         state = gather(model, options=options)
         if options is not None:
             print(f"rank {distributed.rank()} holds {len(state)} whole tensors")
         return state
 
-    checkpoint.get_model_state_dict = told
+    checkpoint.get_model_state_dict = printing
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -192,7 +195,7 @@ def test_bf16_shards_follow_ddp_and_rank_0_alone_gathers_the_checkpoint(tmp_path
     keys = {"bf16": True, "num_epochs": 2, "resume": 1, "batch_size_training": 4}
     ddp = Experiment(tmp_path / "ddp", family, parallel="ddp", **keys)
     two = Experiment(tmp_path / "fsdp", family, parallel="fsdp", **keys)
-    hook = functools.partial(tell_what_is_gathered, gathered)
+    hook = functools.partial(print_what_is_gathered, gathered)
     ranks = Ranks(2, tmp_path, [[str(ddp.yaml)], [str(two.yaml)]], hook=hook)
     assert ranks.wait() == [0, 0], ranks.output()
     assert two.losses() == pytest.approx(ddp.losses(), rel=1e-6)
