@@ -244,7 +244,7 @@ def _sentence(comparison, condition, outcome, arm, pair, adjusted) -> str:
     where = "" if condition == "all" else f"{condition}: "
     unit = "points" if outcome.unit == "%" else outcome.unit
     what = f"{where}{outcome.name}, {arm} minus {comparison.baseline}: {d.mean:+.1f} {unit}"
-    if d.n > 1 and d.deviation == 0:
+    if d.n > 1 and pair.t_p is None:
         return f"{what} on every one of {d.n} seeds."
     if d.n == 1:
         return f"{what} on one seed, from which nothing follows."

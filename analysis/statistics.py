@@ -16,6 +16,7 @@ from scipy import optimize, stats
 MIN_PAIRS_FOR_SIGN_TEST = 6
 POWER = 0.8
 LEVEL = 0.05
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def compare_pairs(arm: Sequence[float], baseline: Sequence[float]) -> Paired:
     higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
     t_p = detectable = None
     if summary.n > 1:
-        # Equal differences leave no error to test against: certain if they are not zero.
-        t_p = float(summary.mean == 0)
-        if summary.deviation > 0:
+        # Equal differences, such as one record more on each of two seeds, leave no error to test
+        # against; rounding must not make them look certain.
+        if summary.deviation > ROUNDING * np.abs([*arm, *baseline]).max():
             t_p = float(stats.ttest_rel(arm, baseline).pvalue)
         detectable = detectable_difference(summary.n, summary.deviation)
     sign_p = float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else None

@@ -35,7 +35,11 @@ def test_paired_tests_are_scipys():
 
 def test_equal_arms_differ_in_nothing():
     pair = compare_pairs(ARM, ARM)
-    assert (pair.t_p, pair.sign_p, pair.difference.mean) == (1.0, None, 0.0)
+    assert (pair.t_p, pair.sign_p, pair.difference.mean) == (None, None, 0.0)
+
+
+def test_equal_differences_leave_no_error_to_test_against():
+    assert compare_pairs([0.3 + 0.2, 0.1 + 0.2], [0.3, 0.1]).t_p is None
 
 
 def test_five_pairs_cannot_reach_five_per_cent_in_a_sign_test_and_six_can():
