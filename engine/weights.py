@@ -11,14 +11,17 @@ import copy
 import json
 import os
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -42,10 +45,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "voc
 TOKENIZER_FILES += ("tokenizer.model", "spiece.model")
 STATE_FILE = "state.json"  # of a training state, as checkpoint.py writes it
 COCONUT_PREFIX = "base_causallm."
+# Parts of names that torch.compile, FSDP and activation checkpointing add; DDP adds "module.".
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # The published code's wrapper saves the input embedding a second time under this name.
 COCONUT_COPY = "embedding.weight"
 MAX_REASON_LENGTH = 300
 MAX_LAYERS = 1000
+HUB_TIMEOUT_S = 4.0
 
 
 @dataclass(frozen=True)
@@ -241,7 +247,7 @@ def _unwrap(
         of the base model.
     Raises: UserError for tensors beside the wrapped model, but for its equal copy of the embedding.
     """
-    saved = read_tensors(Path(source.location))
+    saved = _without_wrappers(read_tensors(Path(source.location)))
     is_wrapped = any(name.startswith(COCONUT_PREFIX) for name in saved)
     embeddings = (
         tensor
@@ -257,7 +263,16 @@ def _unwrap(
     if surplus:
         raise _does_not_fit(source, [f"{len(surplus)} surplus ({shorten(surplus)})"])
     tensors = {name.removeprefix(COCONUT_PREFIX): tensor for name, tensor in saved.items()}
-    return tensors, embedding, is_wrapped
+    return _without_wrappers(tensors), embedding, is_wrapped
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names they had before DDP, FSDP or torch.compile wrapped the model."""
+    names = {name: ".".join(p for p in name.split(".") if p not in WRAPPERS) for name in tensors}
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {name: bare.removeprefix("module.") for name, bare in names.items()}
+    # Where two would become one, the names stay and are found surplus.
+    return tensors if len({*names.values()}) < len(names) else {names[n]: tensors[n] for n in names}
 
 
 def _load_weights(
@@ -280,12 +295,19 @@ def _load_weights(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
+            **_hub_options(source.location),
             **options,
         )
     faults = []
-    for kind, key in (("missing", "missing_keys"), ("surplus", "unexpected_keys")):
-        if names := sorted(report[key]):
+    missing, surplus = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    for kind, names in (("missing", missing), ("surplus", surplus)):
+        if names:
             faults.append(f"{len(names)} {kind} ({shorten(names)})")
+    if prefix := _extra_prefix(surplus, missing):
+        faults.append(
+            f"the surplus ones are missing ones behind the prefix {prefix}: save the state dict of"
+            " the model inside"
+        )
     if mismatched := sorted(report["mismatched_keys"]):
         shapes = [f"{name} {list(got)}, wanted {list(want)}" for name, got, want in mismatched]
         faults.append(f"{len(shapes)} of a wrong shape ({shorten(shapes)})")
@@ -301,6 +323,16 @@ def _load_weights(
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+def _extra_prefix(surplus: list[str], missing: list[str]) -> str | None:
+    """What all surplus names have before a missing one; None where they differ otherwise."""
+    first = surplus[0] if surplus else ""
+    prefixes = [first.removesuffix(name) for name in missing if first.endswith(name)]
+    for prefix in sorted(prefixes, key=len):
+        if all(name.removeprefix(prefix) in missing for name in surplus):
+            return prefix
+    return None
 
 
 def _does_not_fit(source: ModelSource, faults: list[str]) -> UserError:
@@ -333,14 +365,39 @@ def reading(key: str, location: str, part: str = "the model") -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def read_config(key: str, location: str, **options) -> PretrainedConfig:
+def _hub_options(location: str) -> dict:
+    """What keeps loaders from asking a hub that is out of reach, which takes them 24 s a file."""
+    if os.path.exists(location) or constants.HF_HUB_OFFLINE or _hub_answers():
+        return {}
+    return {"local_files_only": True}
+
+
+@cache
+def _hub_answers() -> bool:
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(Exception):
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+            answered.set()
+
+    # The time-out of a connection does not cover the look-up of the name.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_TIMEOUT_S)
+    return answered.is_set()
+
+
+def read_config(key: str, location: str) -> PretrainedConfig:
     """The architecture that a folder or hub name describes.
 
     Raises: UserError when it cannot be had or read, or brings code of its own.
     """
     # False, not unset: unset, transformers asks on a terminal whether to run a folder's code.
     with reading(key, location, "config.json"):
-        architecture = AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+        architecture = AutoConfig.from_pretrained(
+            location, trust_remote_code=False, **_hub_options(location)
+        )
         if getattr(architecture, "auto_map", None):
             raise UserError(_code_is_refused(key, location))
     return architecture
@@ -357,7 +414,7 @@ def read_tokenizer(
     """
     with reading(key, location, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            location, config=architecture, trust_remote_code=False
+            location, config=architecture, trust_remote_code=False, **_hub_options(location)
         )
         if tokenizer.init_kwargs.get("auto_map"):
             raise UserError(_code_is_refused(key, location))
@@ -462,10 +519,14 @@ def _why_unreadable(key: str, location: str, part: str, error: Exception) -> str
         return _code_is_refused(key, location)
     reason = " ".join(str(error).split())[:MAX_REASON_LENGTH] or type(error).__name__
     if not os.path.exists(location) and isinstance(error, OSError):
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        why = reason
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set, and it was not downloaded before"
+        elif not _hub_answers():
+            why = f"{constants.ENDPOINT} does not answer, and it was not downloaded before"
         return (
-            f"{key}: {location!r} is no local folder and could not be had from the Hugging Face"
-            f" hub{offline}: {reason}; check the name and the connection, or write a local folder"
+            f"{key}: {location!r} is not a local folder, and the Hugging Face hub does not give it"
+            f" ({why}); check the name and the connection, or write a local folder"
         )
     if fault := first_fault(location):
         return fault

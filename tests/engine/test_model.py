@@ -163,8 +163,8 @@ def test_tokenizer_without_eos_is_refused(configure, tiny_folder, word_tokenizer
         load_tokenizer(configure(folder))
 
 
-def test_hub_name_out_of_reach_is_told_with_the_way_out(configure):
-    wanted = r"model_id: 'no/such-model' is no local folder .*HF_HUB_OFFLINE is set.*local folder"
+def test_a_hub_name_that_is_out_of_reach_is_refused_with_the_fix(configure):
+    wanted = r"model_id: 'no/such-model' is not a local folder.*HF_HUB_OFFLINE is set.*local folder"
     with pytest.raises(UserError, match=wanted):
         load_tokenizer(configure("no/such-model"))
 
@@ -451,6 +451,41 @@ def test_buffers_that_the_model_class_ignores_are_not_surplus(configure, tiny_fo
     state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
     torch.save(state, tmp_path / "weights")
     load_quietly(configure(folder, cot=True, load_model_path=tmp_path / "weights"))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.",
+        "base_causallm.module.", "module.base_causallm._orig_mod.", "_fsdp_wrapped_module.",
+    ],
+)  # fmt: skip
+def test_the_names_that_wrappers_give_to_tensors_load(configure, tiny_folder, tmp_path, prefix):
+    folder = tiny_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = model.state_dict()
+    # What torch.compile does to a part of a model.
+    state = {name.replace("h.0.", "h.0._orig_mod."): tensor for name, tensor in state.items()}
+    path = tmp_path / "weights"
+    torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, path)
+    assert_same_weights(
+        load_quietly(configure(folder, cot=True, load_model_path=path)).model, model
+    )
+
+
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_a_prefix_that_is_the_only_difference_is_named(configure, tiny_folder, tmp_path, layout):
+    folder = tiny_folder()
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    renamed = {f"net.inner.{name}": tensor.clone() for name, tensor in state.items()}
+    path = tmp_path / "other"
+    if layout == "folder":
+        shutil.copytree(folder, path)
+        save_file(renamed, path / "model.safetensors")
+    else:
+        torch.save(renamed, path)
+    with pytest.raises(UserError, match=r"missing ones behind the prefix net\.inner\.: save"):
+        load_quietly(configure(folder, cot=True, load_model_path=path))
 
 
 def break_state(state, fault):
@@ -749,7 +784,7 @@ def test_a_random_model_may_be_larger_than_the_weights_beside_it(configure, tiny
 def test_a_path_longer_than_the_system_allows_is_refused(configure, tiny_folder, name):
     with pytest.raises(UserError, match="load_model_path: x.* does not exist; name a checkpoint"):
         load_quietly(configure(tiny_folder(), load_model_path=name))
-    with pytest.raises(UserError, match="model_id: 'x.* is no local folder and could not be had"):
+    with pytest.raises(UserError, match="model_id: 'x.* is not a local folder"):
         load_quietly(configure(name))
 
 

@@ -6,12 +6,16 @@ That nothing in a source is run is test_security.py's; mangled files are test_fu
 import json
 import os
 import shutil
+import threading
+import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine import weights
 from engine.weights import (
     check_folder,
     first_fault,
@@ -123,6 +127,54 @@ def test_a_folder_is_a_model_folder_or_says_what_it_lacks(tiny_folder):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"model_id: folder .* has no config\.json"):
         check_folder("model_id", folder, needs_weights=False)
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`hub(head)`: a hub whose answer to a request is what `head` does, asked anew."""
+
+    def replace(head):
+        monkeypatch.setattr(weights.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(weights, "get_session", lambda: SimpleNamespace(head=head))
+        weights._hub_answers.cache_clear()
+
+    yield replace
+    weights._hub_answers.cache_clear()
+
+
+def test_a_hub_that_is_out_of_reach_is_asked_once_and_only_for_names(hub, tmp_path):
+    asked = []
+
+    def head(url, timeout):
+        asked.append(url)
+        raise OSError("Name or service not known")
+
+    hub(head)
+    assert weights._hub_options(str(tmp_path)) == {} and not asked
+    for _ in range(2):
+        assert weights._hub_options("no/such-model") == {"local_files_only": True}
+    assert asked == [weights.constants.ENDPOINT]
+    began = time.monotonic()
+    words = "'no/such-model' is not a local folder, .* does not answer, and it was not downloaded"
+    with pytest.raises(UserError, match=words):
+        read_config("model_id", "no/such-model")
+    assert time.monotonic() - began < 5
+
+
+def test_a_hub_that_never_answers_is_given_up(hub, monkeypatch):
+    monkeypatch.setattr(weights, "HUB_TIMEOUT_S", 0.1)
+    hub(lambda url, timeout: threading.Event().wait(20))
+    began = time.monotonic()
+    assert weights._hub_options("no/such-model") == {"local_files_only": True}
+    assert time.monotonic() - began < 5
+
+
+def test_a_hub_that_answers_is_asked_for_the_files(hub):
+    hub(lambda url, timeout: None)
+    assert weights._hub_options("no/such-model") == {}
 
 
 # What loaders raise
