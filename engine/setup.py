@@ -4,6 +4,8 @@ Every mistake that can be known without the weights ends here, as a UserError on
 run then does is jobs.py's.
 """
 
+import hashlib
+import os
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -40,6 +42,7 @@ from utils import UserError, log
 
 DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32
+MAX_NAME_PART = 60
 
 
 @dataclass
@@ -285,9 +288,15 @@ def evaluated_stage(config: Config, metadata: Metadata | None, name: str) -> tup
 
 
 def evaluation_folder(config: Config) -> Path:
-    """Where only_eval writes."""
-    name = f"eval_{Path(config.val_path).stem}_{Path(config.load_model_path).name}"
-    return config.run_dir / name
+    """Where only_eval writes: one folder for each pair of a data file and weights.
+
+    eval_DATA_RUN_CHECKPOINT_HASH, with a hash of where the two are, since files and checkpoints of
+    different folders often have the same names.
+    """
+    data, weights = (Path(os.path.realpath(p)) for p in (config.val_path, config.load_model_path))
+    where = hashlib.sha256(f"{data}\0{weights}".encode(errors="surrogateescape")).hexdigest()[:8]
+    names = [name[:MAX_NAME_PART] for name in (data.stem, weights.parent.name, weights.name)]
+    return config.run_dir / "_".join(["eval", *filter(None, names), where])
 
 
 def check_place(config: Config) -> None:

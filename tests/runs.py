@@ -27,6 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 import run
 from engine import model as backbone
+from engine.config_file import load_config
+from engine.setup import evaluation_folder
 from utils import EXIT_USER_ERROR
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,10 @@ class Experiment:
     @property
     def run_dir(self):
         return Path(self.keys["save_path"]) / self.keys["name"]
+
+    @property
+    def evaluation_folder(self):
+        return evaluation_folder(load_config(self.yaml))
 
     def write(self, name, content):
         """A JSON file in the folder; text is written as it is."""

@@ -369,14 +369,14 @@ def test_only_eval_repeats_the_evaluation_of_the_run_and_leaves_it_alone(coconut
         assert evaluation.main() == 0
     shown = capsys.readouterr().out
     assert "checkpoint_3 on " in shown and "stage 2" in shown and "implies" not in shown
-    folder = tmp_path / "exps" / "run" / "eval_val_checkpoint_3"
+    folder = evaluation.evaluation_folder
     names = {"config.yaml", "metrics.jsonl", "predictions_2.jsonl"}
     assert {path.name for path in folder.iterdir()} == names
     assert load_config(folder / "config.yaml").load_model_path.endswith("checkpoint_3")
     assert (folder / "predictions_2.jsonl").read_text() == (
         coconut.run_dir / "predictions_2.jsonl"
     ).read_text()
-    (figures,) = evaluation.metrics("eval_val_checkpoint_3/metrics.jsonl")
+    (figures,) = evaluation.metrics(evaluation.evaluation_folder / "metrics.jsonl")
     trained = coconut.metrics()[-1]
     for name in ("acc", "loss", "cot_em", "mean_tokens", "mean_thoughts", "stage", "epoch"):
         assert figures[f"eval/{name}"] == trained[f"eval/{name}"], name
@@ -393,24 +393,30 @@ def test_only_eval_tells_when_resume_implies_another_stage(coconut, tmp_path, ca
     assert "implies" not in capsys.readouterr().out
 
 
-def test_an_evaluation_that_replaces_that_of_other_weights_says_so(
-    coconut, tmp_path, monkeypatch, capsys
-):
+def test_evaluations_of_other_files_of_the_same_names_stay_apart(coconut, tmp_path):
     evaluation = evaluation_of(coconut, tmp_path)
-    assert evaluation.main() == 0 and evaluation.main() == 0
-    assert "changed since the last start" not in capsys.readouterr().out
-    copy = tmp_path / "other" / "checkpoint_3"
-    shutil.copytree(coconut.run_dir / "checkpoint_3", copy)
-    folder = tmp_path / "exps" / "run" / "eval_val_checkpoint_3"
+    assert evaluation.main() == 0
+    first = evaluation.evaluation_folder
+    assert first.name.startswith("eval_val_run_checkpoint_3_")
+    before = {path: path.read_bytes() for path in first.iterdir()}
+    weights = tmp_path / "other" / "run" / "checkpoint_3"
+    shutil.copytree(coconut.run_dir / "checkpoint_3", weights)
+    data = shutil.copy(coconut.val, tmp_path / "other" / "val.json")
+    for keys in ({"load_model_path": weights}, {"val_path": data}):
+        assert evaluation.change(**keys).main() == 0
+        assert (evaluation.evaluation_folder / "predictions_2.jsonl").is_file()
+    assert len(list(evaluation.run_dir.iterdir())) == 3
+    assert before == {path: path.read_bytes() for path in first.iterdir()}
+
+
+def test_an_interrupted_evaluation_leaves_the_one_before(coconut, tmp_path, monkeypatch):
+    evaluation = evaluation_of(coconut, tmp_path)
+    assert evaluation.main() == 0
+    folder = evaluation.evaluation_folder
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "predict", interrupt)
-        assert evaluation.change(load_model_path=copy).main() == EXIT_INTERRUPTED
+    monkeypatch.setattr(Decoder, "predict", interrupt)
+    assert evaluation.main() == EXIT_INTERRUPTED
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
-    capsys.readouterr()
-    assert evaluation.change(load_model_path=copy).main() == 0
-    shown = capsys.readouterr().out
-    assert "eval_val_checkpoint_3/config.yaml: changed since the last start: load_mo" in shown
 
 
 def interrupt(*_):
@@ -420,13 +426,13 @@ def interrupt(*_):
 def test_the_configuration_that_an_evaluation_wrote_repeats_it(coconut, tmp_path, capsys):
     evaluation = evaluation_of(coconut, tmp_path)
     assert evaluation.main() == 0
-    folder = tmp_path / "exps" / "run" / "eval_val_checkpoint_3"
-    figures = evaluation.metrics("eval_val_checkpoint_3/metrics.jsonl")
+    folder = evaluation.evaluation_folder
+    figures = evaluation.metrics(evaluation.evaluation_folder / "metrics.jsonl")
     capsys.readouterr()
     assert run.main([str(folder / "config.yaml")]) == 0
     shown = capsys.readouterr().out
     assert "implies" not in shown and "changed" not in shown
-    assert evaluation.metrics("eval_val_checkpoint_3/metrics.jsonl") == figures
+    assert evaluation.metrics(evaluation.evaluation_folder / "metrics.jsonl") == figures
 
 
 @pytest.mark.parametrize("torn, what", [("", "the evaluation"), ("{", "metrics.jsonl")])
@@ -434,7 +440,7 @@ def test_a_full_disk_ends_an_evaluation_with_one_message(
     coconut, tmp_path, monkeypatch, capsys, torn, what
 ):
     evaluation = evaluation_of(coconut, tmp_path)
-    folder = tmp_path / "exps" / "run" / "eval_val_checkpoint_3"
+    folder = evaluation.evaluation_folder
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text(torn)
 
@@ -503,7 +509,7 @@ def test_a_published_state_dict_evaluates_like_the_checkpoint(coconut, tmp_path)
         latent_weights=[0.6, 0.3], window_scope="sequence",
     )  # fmt: skip
     assert evaluation.main() == 0
-    (figures,) = evaluation.metrics("eval_val_checkpoint_3/metrics.jsonl")
+    (figures,) = evaluation.metrics(evaluation.evaluation_folder / "metrics.jsonl")
     assert figures["eval/loss"] == coconut.metrics()[-1]["eval/loss"]
 
 

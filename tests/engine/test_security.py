@@ -377,9 +377,9 @@ def test_a_run_directory_that_is_a_link_is_refused(tmp_path, capsys, kind):
 def test_an_evaluation_folder_that_is_a_link_is_refused(tmp_path, capsys):
     experiment, elsewhere = Experiment(tmp_path / "e"), tmp_path / "elsewhere"
     elsewhere.mkdir()
-    folder = experiment.run_dir / "eval_val_model"
-    link_to(folder, elsewhere)
     experiment.change(only_eval=True, load_model_path=experiment.model)
+    folder = experiment.evaluation_folder
+    link_to(folder, elsewhere)
     assert_refused(capsys, experiment, words=[f"save_path: {folder} is a link to {elsewhere}"])
     assert tree(elsewhere) == []
 
@@ -397,12 +397,13 @@ def test_a_link_inside_a_run_directory_is_not_written_through(tmp_path, capsys, 
 @pytest.mark.parametrize("name", [".lock", "config.yaml", "metrics.jsonl"])
 def test_a_pipe_or_folder_in_place_of_a_file_of_a_run_is_refused(tmp_path, capsys, name, kind):
     experiment = Experiment(tmp_path / "e")
-    evaluated = experiment.run_dir / "eval_val_model"
+    evaluation = {"only_eval": True, "load_model_path": experiment.model}
+    evaluation = Experiment(tmp_path / "e", **evaluation)
+    evaluated = evaluation.evaluation_folder
     evaluated.mkdir(parents=True)
     kind(evaluated / name)
-    evaluation = {"only_eval": True, "load_model_path": experiment.model}
     words = [f"{evaluated / name}: is not a plain file", "move it away"]
-    assert_refused(capsys, Experiment(tmp_path / "e", **evaluation), words=words)
+    assert_refused(capsys, evaluation, words=words)
     kind(experiment.run_dir / name)
     experiment.change()
     words = [f"{experiment.run_dir / name}: is not a plain file", "move it away"]
