@@ -12,7 +12,8 @@ Shapes: B batch, T tokens, n records, S the largest number of steps of a record.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -22,16 +23,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import UserError
+from utils import UserError, log, quote, raise_faults
 
 START_LATENT = "<|start-latent|>"
 END_LATENT = "<|end-latent|>"
 LATENT = "<|latent|>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)
 IGNORE_INDEX = -100
-MAX_FAULTS = 10
-MAX_QUOTED = 80
 METHODS_WITHOUT_STAGES = ("cot", "no_cot")
+HOW_TO_MAKE = "README's Data section says how to make it"
+# First bytes of files that are given for data files -> what they are.
+OTHER_FILES = {
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "a Parquet file; write its records as JSON",
+    b"<": "HTML or XML, as failed downloads leave it; download it again",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file with git lfs pull",
+}
+TRAILING_COMMA = re.compile(r",\s*[\]}]")
+GSM_LINE = re.compile(r"[^\n]*\|\|[^\n]*####")
 
 # The tokenizer is done before any worker is forked; without this it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -43,73 +55,134 @@ class FileRecords(list):
     sha256: str
 
 
-def read_records(
-    path: str, limit: int | None = None, notify: Callable[[str], None] = print
-) -> FileRecords:
-    """The records of a JSON data file as {"question": str, "answer": str, "steps": [str, ...]}.
+def read_records(path: str, limit: int | None = None) -> FileRecords:
+    """The records of a data file, JSON or JSON Lines, as {"question", "answer", "steps"} of texts.
 
-    limit: keep at most this many records, the first ones.
-    notify: is told how many blank steps were dropped, if any.
+    Blank steps are dropped, and their number is logged.
 
-    Raises: UserError naming file, record index, field and what was expected.
+    limit: keep at most this many records, the first ones; sha256 stays that of the whole file.
+
+    Raises: UserError naming the file and its first faults: record, field, what was expected.
     """
     try:
         with open(path, "rb") as file:
             content = file.read()
-        raw = json.loads(content.decode("utf-8").removeprefix("\ufeff"))
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); README's Data section tells how to make it"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(raw, list) or not raw:
-        got = "an empty list" if raw == [] else _kind(raw)
-        raise UserError(f"{path}: holds {got}; expected a list of at least one record")
-    records = FileRecords(_checked_record(path, i, record) for i, record in enumerate(raw[:limit]))
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {HOW_TO_MAKE}") from None
+    raw = _parse(path, content)[:limit]
+    raise_faults(
+        path, [f"record {i}: {fault}" for i, record in enumerate(raw) for fault in _faults(record)]
+    )
+    num_steps = sum(len(record["steps"]) for record in raw)
+    records = FileRecords(
+        {
+            "question": record["question"],
+            "answer": record["answer"],
+            "steps": [step for step in record["steps"] if step.strip()],
+        }
+        for record in raw
+    )
     records.sha256 = hashlib.sha256(content).hexdigest()
-    num_steps = sum(len(record["steps"]) for record in records)
-    for record in records:
-        record["steps"] = [step for step in record["steps"] if step.strip()]
     num_blank = num_steps - sum(len(record["steps"]) for record in records)
     if num_blank:
-        notify(f"{path}: dropped {num_blank} blank steps")
+        log.info(f"{path}: dropped {num_blank} blank steps")
     return records
 
 
-def _checked_record(path: str, index: int, record: object) -> dict:
-    """The three fields of a raw record, or a UserError that names the one that is wrong."""
+def _parse(path: str, content: bytes) -> list:
+    """What a file holds as records, unchecked. Raises: UserError saying what else it is."""
+    for start, kind in OTHER_FILES.items():
+        if content.startswith(start):
+            raise UserError(f"{path}: is {kind}")
+    try:
+        text = content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: is empty; {HOW_TO_MAKE}")
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        first_line = text.lstrip().partition("\n")[0].rstrip(", \r")
+        if str(path).endswith(".jsonl") or _is_object(first_line):
+            return _parse_lines(path, text)
+        raise UserError(f"{path}: is not JSON ({_json_fault(text, error)})") from None
+    if isinstance(raw, dict) and ("question" in raw or str(path).endswith(".jsonl")):
+        return [raw]  # JSON Lines of one line
+    if isinstance(raw, dict) and isinstance(raw.get("example1"), dict):
+        raise UserError(
+            f"{path}: is ProntoQA as its generator writes it; convert it with"
+            f" python preprocessing/prontoqa.py {path} and use the files which that makes"
+        )
+    if not isinstance(raw, list) or not raw:
+        got = "an empty list" if raw == [] else _kind(raw)
+        raise UserError(f"{path}: holds {got}; expected a list of at least one record")
+    return raw
 
-    def refuse(field: str, got: str, wanted: str):
-        raise UserError(f"{path}: record {index}: {field}{got}; expected {wanted}")
 
-    def check_text(field: str, text: object, may_be_blank: bool) -> None:
-        if not isinstance(text, str):
-            refuse(field, f" is {_kind(text)}", "text")
-        if not may_be_blank and not text.strip():
-            refuse(field, " is blank", "text")
-        for marker in MARKERS:
-            if marker in text:
-                refuse(field, f" holds the marker {marker}", "text without it")
+def _parse_lines(path: str, text: str) -> list:
+    records, faults = [], []
+    # Texts may hold other line breaks than "\n".
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip(" \t\r\ufeff")
         try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            refuse(field, " holds half a surrogate pair", "valid Unicode text")
+            records += [json.loads(line)] if line else []
+        except (ValueError, RecursionError) as error:
+            faults.append(_json_fault(line, error, number))
+    raise_faults(path, faults, "expected one JSON object a line")
+    return records
 
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_fault(text: str, error: Exception, first_line: int = 1) -> str:
+    """Where and why a text is not JSON, with the fix where it is known; `text` starts at a line."""
+    if not isinstance(error, json.JSONDecodeError):
+        return f"line {first_line}: {error}"
+    place = f"line {first_line + error.lineno - 1}, column {error.colno}"
+    if text[error.pos :].strip() == ",":
+        return f"{place}: a comma follows the object; remove it"
+    comma = TRAILING_COMMA.match(text, max(text.rfind(",", 0, error.pos + 1), 0))
+    if comma and comma.end() > error.pos:
+        line = first_line + text.count("\n", 0, comma.start())
+        return f"line {line}: a comma stands before a closing bracket; remove it"
+    if error.msg.startswith("Unterminated") or not text[error.pos :].strip():
+        return f"{place}: it ends too early, as a copy that was cut off; copy or make it again"
+    if GSM_LINE.match(text):
+        return f"{place}: it is GSM8K's text; convert it with preprocessing/gsm_icot.py"
+    return f"{place}: {error.msg}"
+
+
+def _faults(record: object) -> Iterator[str]:
+    """Everything that is wrong with a raw record: field, what it holds, what was expected."""
     if not isinstance(record, dict):
-        refuse("the record", f" is {_kind(record)}", "an object with question, answer and steps")
+        yield f"the record is {_kind(record)}; expected an object with question, answer and steps"
+        return
     for field in ("question", "answer", "steps"):
         if field not in record:
-            refuse(field, " is missing", "question, answer and steps")
-    check_text("question", record["question"], may_be_blank=False)
-    check_text("answer", record["answer"], may_be_blank=False)
-    if not isinstance(record["steps"], list):
-        refuse("steps", f" is {_kind(record['steps'])}", "a list of texts")
-    for number, step in enumerate(record["steps"]):
-        check_text(f"steps[{number}]", step, may_be_blank=True)
-    return {field: record[field] for field in ("question", "answer", "steps")}
+            yield f"{field} is missing; expected question, answer and steps"
+    texts = {field: record[field] for field in ("question", "answer") if field in record}
+    steps = record.get("steps", [])
+    if isinstance(steps, list):
+        texts |= {f"steps[{number}]": step for number, step in enumerate(steps)}
+    else:
+        yield f"steps is {_kind(steps)}; expected a list of texts"
+    for field, text in texts.items():
+        if not isinstance(text, str):
+            yield f"{field} is {_kind(text)}; expected text"
+            continue
+        if not text.strip() and not field.startswith("steps"):
+            yield f"{field} is blank; expected text"
+        for marker in MARKERS:
+            if marker in text:
+                yield f"{field} holds the marker {marker}; expected text without it"
+        if not text.isascii() and text.encode("utf-8", "ignore").decode("utf-8") != text:
+            yield f"{field} holds half a surrogate pair; expected valid Unicode text"
 
 
 def _kind(value: object) -> str:
@@ -132,20 +205,6 @@ def decode(tokenizer, rows: list[list[int]]) -> list[str]:
     return tokenizer.batch_decode(
         rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-
-
-def quote(text: str) -> str:
-    """`text` as Python writes it, cut where it is long."""
-    return repr(text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "...")
-
-
-def raise_faults(path: str, faults: Sequence[str], fix: str) -> None:
-    """Raise one UserError that shows the first MAX_FAULTS of `faults`, their number and `fix`."""
-    lines = [f"{path}: {fault}" for fault in faults[:MAX_FAULTS]]
-    if len(faults) == 1:
-        raise UserError(f"{lines[0]}; {fix}")
-    if faults:
-        raise UserError("\n".join([*lines, f"{path}: {len(faults)} faults in all; {fix}"]))
 
 
 @dataclass(frozen=True)
@@ -174,33 +233,31 @@ class TokenizedRecords:
 
 
 def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedRecords:
-    """Tokenise each part of each record by itself, as SPEC section 2 lays them out.
+    """Tokenise each part of each record by itself (docs/specification.md, section 2).
 
-    Raises: UserError when a question becomes no tokens at all, a text holds the tokenizer's EOS, or
-    the tokenizer fails.
+    Raises: UserError when a question becomes no tokens at all, a text holds the tokenizer's EOS or
+        tokens unknown to it, or the tokenizer fails.
     """
-
-    def ids_of(texts: list[str]) -> list[list[int]]:
-        # Masks would be lists as long as the ids, and are not needed.
-        options = {"add_special_tokens": False, "return_attention_mask": False}
-        return tokenizer(texts, **options).input_ids if texts else []
+    faults: list[tuple[str, int]] = []
 
     def tokenize(batch: dict, indices: list[int]) -> dict:
-        questions = ids_of([question + "\n" for question in batch["question"]])
-        flat = iter(ids_of([step + "\n" for steps in batch["steps"] for step in steps]))
-        steps = [[next(flat) for _ in steps] for steps in batch["steps"]]
-        answers = ids_of([f"### {answer}" for answer in batch["answer"]])
-        for index, *parts in zip(indices, questions, steps, answers, strict=True):
-            _refuse_eos(f"{path}: record {index}", *parts, tokenizer)
-        question_ids = [prefix + ids for ids in questions]
-        answer_ids = [ids + [tokenizer.eos_token_id] for ids in answers]
-        parts = zip(question_ids, steps, answer_ids, strict=True)
-        return {
-            "question_ids": question_ids,
-            "step_ids": steps,
-            "answer_ids": answer_ids,
-            "highest_id": [max(chain(q, *s, a)) for q, s, a in parts],
-        }
+        rows = zip(indices, batch["question"], batch["steps"], batch["answer"], strict=True)
+        parts = [part for row in rows for part in _parts(*row)]
+        # Masks would be lists as long as the ids, and are not needed.
+        options = {"add_special_tokens": False, "return_attention_mask": False}
+        ids = tokenizer([text for _, _, text in parts], **options).input_ids
+        faults.extend(_token_faults(tokenizer, parts, ids))
+        following = iter(ids)
+        columns = {name: [] for name in ("question_ids", "step_ids", "answer_ids", "highest_id")}
+        for steps in batch["steps"]:
+            question_ids = prefix + next(following)
+            step_ids = [next(following) for _ in steps]
+            answer_ids = next(following) + [tokenizer.eos_token_id]
+            highest_id = max(chain(question_ids, *step_ids, answer_ids))
+            row = (question_ids, step_ids, answer_ids, highest_id)
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
+        return columns
 
     text, ids = datasets.Value("string"), datasets.List(datasets.Value("int32"))
     texts = {"question": text, "answer": text, "steps": datasets.List(text)}
@@ -208,34 +265,64 @@ def tokenize_records(records: list[dict], tokenizer, path: str) -> TokenizedReco
     features = datasets.Features(**texts, **added, highest_id=datasets.Value("int32"))
     datasets.disable_progress_bars()
     table = datasets.Dataset.from_list(records, features=datasets.Features(texts))
+    # The tokenizer of a broken file raises even a bare Exception.
     try:
         prefix = leading_special_ids(tokenizer, records[0]["question"])
         table = table.map(tokenize, batched=True, with_indices=True, features=features)
-    except UserError:
-        raise
-    # The tokenizer of a broken file raises even a bare Exception.
     except Exception as error:
         raise UserError(
             f"{path}: the tokenizer fails on its texts ({error!r}); restore the tokenizer's files"
         ) from error
+    num_unknown = sum(count for _, count in faults)
+    fix = f"unknown tokens: {num_unknown}; use a tokenizer that knows all words of this file"
+    raise_faults(path, [fault for fault, _ in faults], fix if num_unknown else "")
     sha256 = records.sha256 if isinstance(records, FileRecords) else ""
-    return TokenizedRecords(path, sha256, table, *_lengths(table, path))
+    return TokenizedRecords(path, sha256, table, *_lengths(table))
 
 
-def _refuse_eos(
-    record: str, question: list[int], steps: list[list[int]], answer: list[int], tokenizer
-) -> None:
-    fields = [("question", question), ("answer", answer)]
-    fields += [(f"steps[{number}]", ids) for number, ids in enumerate(steps)]
-    for field, ids in fields:
-        if tokenizer.eos_token_id in ids:
-            raise UserError(
-                f"{record}: {field} holds the tokenizer's EOS {tokenizer.eos_token!r}, which ends"
-                " an answer; expected text without it"
-            )
+def _parts(
+    index: int, question: str, steps: list[str], answer: str
+) -> Iterator[tuple[int, str, str]]:
+    """(record index, field, text) of every text that is tokenised by itself."""
+    yield index, "question", question + "\n"
+    for number, step in enumerate(steps):
+        yield index, f"steps[{number}]", step + "\n"
+    yield index, "answer", f"### {answer}"
 
 
-def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, ...]:
+def _token_faults(
+    tokenizer, parts: list[tuple[int, str, str]], ids: list[list[int]]
+) -> Iterator[tuple[str, int]]:
+    """(what is wrong with the tokens of a text, number of unknown tokens), of those at fault."""
+    eos, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
+    for (index, field, text), tokens in zip(parts, ids, strict=True):
+        where = f"record {index}: {field}"
+        if not tokens and field == "question":
+            yield f"{where} becomes no tokens; expected at least 1", 0
+        if eos in tokens:
+            holds = f"holds the tokenizer's EOS {tokenizer.eos_token!r}, which ends an answer"
+            yield f"{where} {holds}; expected text without it", 0
+        # GPT-2's unknown token is its EOS; tokenizers of bytes have none.
+        elif unknown in tokens:
+            words = _unknown_words(tokenizer, text)
+            holds = f"{quote(text.strip())} holds {words}, unknown to the tokenizer"
+            yield f"{where} {holds}", tokens.count(unknown)
+
+
+def _unknown_words(tokenizer, text: str) -> str:
+    encoded = tokenizer(text, add_special_tokens=False)
+    if not encoded.is_fast:  # such tokenizers do not know which token came from where
+        return "words"
+    spans = [
+        encoded.token_to_chars(place)
+        for place, token in enumerate(encoded.input_ids)
+        if token == tokenizer.unk_token_id
+    ]
+    words = dict.fromkeys(repr(text[span.start : span.end]) for span in spans if span)
+    return ", ".join(words) or "words"
+
+
+def _lengths(table: datasets.Dataset) -> tuple[np.ndarray, ...]:
     """num_steps, question_lengths, answer_lengths and step_lengths of a tokenised table."""
 
     def lengths_of(lists) -> np.ndarray:
@@ -245,11 +332,8 @@ def _lengths(table: datasets.Dataset, path: str) -> tuple[np.ndarray, ...]:
         table.data.column(name).combine_chunks()
         for name in ("question_ids", "step_ids", "answer_ids")
     )
-    question_lengths = lengths_of(question_ids)
-    for index in np.flatnonzero(question_lengths == 0):
-        raise UserError(f"{path}: record {index}: question becomes no tokens; expected at least 1")
     step_lengths = lengths_of(step_ids.flatten())
-    return lengths_of(step_ids), question_lengths, lengths_of(answer_ids), step_lengths
+    return lengths_of(step_ids), lengths_of(question_ids), lengths_of(answer_ids), step_lengths
 
 
 @dataclass(frozen=True)
@@ -278,6 +362,10 @@ class Curriculum:
         if not self.enabled:
             return self.last_stage
         return min(epoch // self.epochs_per_stage, self.last_stage)
+
+    def first_stage_without_text(self, num_steps: np.ndarray) -> int:
+        """The first stage in which none of the records with `num_steps` (n,) steps has one left."""
+        return min(int(num_steps.max()), self.last_stage)
 
     def plan(self, stage: int, num_steps: int) -> tuple[int, int]:
         """(dropped steps, latent positions) of a record of `num_steps` steps at `stage`."""
@@ -353,11 +441,6 @@ class StagedRecords:
         first, behind = steps_until[:-1] + self.dropped, steps_until[1:]
         return tokens_until[behind] - tokens_until[first] + self.tokenized.answer_lengths
 
-    @cached_property
-    def sort_keys(self) -> tuple[np.ndarray, np.ndarray]:
-        """What makes records alike in shape: question first, because latents are aligned on it."""
-        return self.num_labels + self.num_latents, self.tokenized.question_lengths
-
 
 def draw_stages(
     curriculum: Curriculum, num_steps: np.ndarray, epoch: int, uniform_prob: float, seed: int
@@ -396,8 +479,9 @@ def micro_batches(
     max_tokens: where given, it rules instead of `batch_size`: a batch has no more rows x columns,
         padding included, unless it is a single record.
     """
-    keys = tuple(key[indices] for key in staged.sort_keys)
-    indices = indices[np.lexsort(keys)]
+    # By question first, because latents are aligned on it.
+    keys = (staged.num_labels + staged.num_latents, staged.tokenized.question_lengths)
+    indices = indices[np.lexsort([key[indices] for key in keys])]
     if max_tokens is None:
         micro_steps = -(-len(indices) // (batch_size * world_size))
         parts = np.array_split(indices, micro_steps * world_size)

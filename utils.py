@@ -9,10 +9,13 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+MAX_FAULTS = 10
+MAX_QUOTED = 80
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -49,6 +52,25 @@ class Stopped(ReportedError):
 
 # torchrun kills the other processes of a machine as soon as one has failed.
 FIRST_PROCESS_TIMEOUT_S = 10.0
+
+
+def quote(text: str) -> str:
+    """`text` as Python writes it, cut where it is long."""
+    return repr(text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "...")
+
+
+def raise_faults(path: str, faults: Sequence[str], fix: str = "") -> None:
+    """Raise one UserError that shows the first MAX_FAULTS of `faults`, their number and `fix`.
+
+    Nothing happens without faults. `path` names the file that has them.
+    """
+    end = f"; {fix}" if fix else ""
+    lines = [f"{path}: {fault}" for fault in faults[:MAX_FAULTS]]
+    if len(faults) > 1:
+        raise UserError("\n".join([*lines, f"{path}: {len(faults)} faults in all{end}"]))
+    if faults:
+        raise UserError(lines[0] + end)
+
 
 log = logging.getLogger("coconut")
 

@@ -125,7 +125,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         words[name] = vocab_size - number
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS)})
     return tokenizer
 

@@ -19,8 +19,6 @@ from dataset import (
     StagedRecords,
     TokenizedRecords,
     decode,
-    quote,
-    raise_faults,
     read_records,
     tokenize_records,
 )
@@ -38,7 +36,7 @@ from engine.metadata import (
 )
 from engine.model import ModelOutline, model_outline
 from engine.weights import ModelSource
-from utils import UserError, log
+from utils import UserError, log, quote, raise_faults
 
 DEBUG_TRAIN_RECORDS = 5000
 DEBUG_VAL_RECORDS = 32
@@ -204,15 +202,16 @@ def newest_state(config: Config) -> checkpoint.TrainingState | None:
 def load_data(config: Config, source: ModelSource) -> Data:
     """Read, check and tokenise the records of a run, the same on every rank; texts first, so that
     errors come early."""
-    limits = (config.max_train_records, None)
+    train_limit, val_limit = config.max_train_records, None
     if config.debug:
-        limits = (DEBUG_TRAIN_RECORDS, DEBUG_VAL_RECORDS)
+        train_limit = min(train_limit or DEBUG_TRAIN_RECORDS, DEBUG_TRAIN_RECORDS)
+        val_limit = DEBUG_VAL_RECORDS
 
     def load() -> Data:
         train_texts = None
         if not config.only_eval:
-            train_texts = read_records(config.train_path, limits[0], log.info)
-        val_texts = read_records(config.val_path, limits[1], log.info)
+            train_texts = read_records(config.train_path, train_limit)
+        val_texts = read_records(config.val_path, val_limit)
         tokenizer = source.tokenizer
         train = tokenize_records(train_texts, tokenizer, config.train_path) if train_texts else None
         val = tokenize_records(val_texts, tokenizer, config.val_path)

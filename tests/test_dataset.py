@@ -3,7 +3,7 @@
 Reading them is test_dataset_reading.py's.
 
 Most tokenizers here make one token of each text they are given, so that an expected example reads
-as the texts of SPEC section 2 and a text that was cut or glued differently becomes `<unk>`.
+as the texts of docs/specification.md, section 2, and a text cut or glued differently is unknown.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import EOS, UNK, build_word_tokenizer
 from scipy.stats import binomtest, chisquare
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-GOOD = {"question": "What ?", "answer": "4", "steps": ["1 + 1 = 2", "2 + 2 = 4"]}
+GOOD = {"question": "Is ?", "answer": "4", "steps": ["1 + 1 = 2", "2 + 2 = 4"]}
 
 
 # Tokenisation
@@ -71,11 +71,11 @@ def test_markers_are_the_published_strings():
 def test_parts_are_tokenised_by_themselves_with_newlines_marks_and_eos():
     records = [GOOD, {"question": "Why?", "answer": "no", "steps": []}]
     tokenizer = whole_text_tokenizer(
-        "What ?\n", "1 + 1 = 2\n", "2 + 2 = 4\n", "### 4", "Why?\n", "### no"
+        "Is ?\n", "1 + 1 = 2\n", "2 + 2 = 4\n", "### 4", "Why?\n", "### no"
     )
     table = tokenize_records(records, tokenizer, "a.json").table
     tokens = tokenizer.convert_ids_to_tokens
-    assert [tokens(ids) for ids in table["question_ids"]] == [["What ?\n"], ["Why?\n"]]
+    assert [tokens(ids) for ids in table["question_ids"]] == [["Is ?\n"], ["Why?\n"]]
     assert [[tokens(ids) for ids in steps] for steps in table["step_ids"]] == [
         [["1 + 1 = 2\n"], ["2 + 2 = 4\n"]],
         [],
@@ -84,11 +84,11 @@ def test_parts_are_tokenised_by_themselves_with_newlines_marks_and_eos():
 
 
 def test_texts_and_lengths_stay_beside_the_ids():
-    records = [GOOD, {"question": "a b or", "answer": "True", "steps": ["Is a"]}]
+    records = [GOOD, {"question": "a red or", "answer": "True", "steps": ["Is a"]}]
     tokenized = tokenize_records(records, build_word_tokenizer(), "a.json")
     assert tokenized.path == "a.json" and len(tokenized) == 2
     assert [tokenized.table[i]["steps"] for i in (0, 1)] == [GOOD["steps"], ["Is a"]]
-    assert tokenized.table["question"][1] == "a b or"
+    assert tokenized.table["question"][1] == "a red or"
     assert tokenized.table["answer"][1] == "True"
     assert tokenized.num_steps.tolist() == [2, 1]
     assert tokenized.question_lengths.tolist() == [2, 3]
@@ -98,21 +98,56 @@ def test_texts_and_lengths_stay_beside_the_ids():
 
 
 @pytest.mark.parametrize(
-    "field, value, told",
+    "field, value, where",
     [
         ("question", f"Is {EOS} a", "question"),
         ("steps", ["1 + 1", f"{EOS}"], "steps[1]"),
         ("answer", f"4 {EOS}", "answer"),
     ],
 )
-def test_a_text_that_holds_the_tokenizers_eos_is_refused(field, value, told):
+def test_a_text_that_holds_the_tokenizers_eos_is_refused(field, value, where):
     records = [GOOD, GOOD | {field: value}]
     with pytest.raises(UserError) as refusal:
         tokenize_records(records, build_word_tokenizer(), "a.json")
     assert str(refusal.value) == (
-        f"a.json: record 1: {told} holds the tokenizer's EOS '{EOS}', which ends an answer;"
+        f"a.json: record 1: {where} holds the tokenizer's EOS '{EOS}', which ends an answer;"
         " expected text without it"
     )
+
+
+def test_unknown_tokens_are_counted_and_their_texts_shown():
+    records = [GOOD, {"question": "Is ~ ~~ ?", "answer": "4 x", "steps": ["1", "~ is 2"]}]
+    with pytest.raises(UserError) as refusal:
+        tokenize_records(records, build_word_tokenizer(), "a.json")
+    assert str(refusal.value).splitlines() == [
+        "a.json: record 1: question 'Is ~ ~~ ?' holds '~', '~~', unknown to the tokenizer",
+        "a.json: record 1: steps[1] '~ is 2' holds '~', unknown to the tokenizer",
+        "a.json: record 1: answer '### 4 x' holds 'x', unknown to the tokenizer",
+        "a.json: 3 faults in all; unknown tokens: 4; use a tokenizer that knows all words of this"
+        " file",
+    ]
+
+
+def test_a_mark_unknown_to_the_tokenizer_is_refused():
+    tokenizer = whole_text_tokenizer("Q?\n", "A?\n", "### 1")
+    tokenize_records([{"question": "Q?", "answer": "1", "steps": []}], tokenizer, "a.json")
+    with pytest.raises(UserError, match="answer '### 2' holds '### 2', unknown to the"):
+        tokenize_records([{"question": "A?", "answer": "2", "steps": []}], tokenizer, "a.json")
+
+
+def byte_tokenizer(**options):
+    """Every byte is a token, as in GPT-2 and, behind SentencePiece, in Llama."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate([EOS, UNK, *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"unk_token": EOS}, {"unk_token": UNK}])
+def test_tokenizers_of_bytes_know_everything(options):
+    record = {"question": "größer → 🜁?", "answer": "ä", "steps": ["\u0301", "\x00"]}
+    tokenized = tokenize_records([record], byte_tokenizer(**options), "a.json")
+    assert tokenized.question_lengths.tolist() == [len((record["question"] + "\n").encode())]
 
 
 def test_a_tokenizer_that_puts_eos_before_a_text_by_itself_holds_none_in_it():
@@ -120,7 +155,7 @@ def test_a_tokenizer_that_puts_eos_before_a_text_by_itself_holds_none_in_it():
     assert table["question_ids"][0][0] == 0
 
 
-def test_a_tokenizer_that_fails_is_told():
+def test_a_tokenizer_that_fails_is_reported():
     tokenizer = build_word_tokenizer()
     tokenizer.model_max_length = "long"
     with pytest.raises(UserError, match=r"a\.json: the tokenizer fails on its texts \(TypeError"):
@@ -154,7 +189,7 @@ def test_only_the_question_gets_special_tokens_and_only_leading_ones(before, aft
     table = tokenize_records([GOOD], tokenizer, "a.json").table
     tokens = tokenizer.convert_ids_to_tokens
     assert tokens(leading_special_ids(tokenizer, "1 + 1")) == leading
-    assert tokens(table[0]["question_ids"]) == [*leading, UNK, "?"]
+    assert tokens(table[0]["question_ids"]) == [*leading, "Is", "?"]
     assert [tokens(ids) for ids in table[0]["step_ids"]] == [step.split() for step in GOOD["steps"]]
     assert tokens(table[0]["answer_ids"]) == ["###", "4", EOS]
 
@@ -200,7 +235,7 @@ def example(method, stage, record=GOOD, **options):
     return tokens, labels
 
 
-Q, STEP_1, STEP_2, ANSWER = "What ?\n", "1 + 1 = 2\n", "2 + 2 = 4\n", "### 4"
+Q, STEP_1, STEP_2, ANSWER = "Is ?\n", "1 + 1 = 2\n", "2 + 2 = 4\n", "### 4"
 
 
 def test_coconut_stage_0_has_both_markers_with_nothing_between():

@@ -1,5 +1,8 @@
-"""Reading data files, against SPEC section 1: valid records, or one error that names the fault."""
+"""Reading data files: valid records (docs/specification.md, section 1), or an error that names what
+is wrong with them.
+"""
 
+import gzip
 import json
 
 import pytest
@@ -44,18 +47,60 @@ def test_utf8_with_and_without_byte_order_mark(tmp_path):
     )
 
 
-def test_blank_steps_are_dropped_and_counted_aloud(tmp_path):
+def test_blank_steps_are_dropped_and_their_number_logged(tmp_path, caplog):
+    caplog.set_level("INFO")
     steps = [["", "a", " \n"], [""], ["b"]]
     path = write(tmp_path, [{**GOOD, "steps": texts} for texts in steps])
-    told = []
-    records = read_records(path, notify=told.append)
-    assert [record["steps"] for record in records] == [["a"], [], ["b"]]
-    assert told == [f"{path}: dropped 3 blank steps"]
+    assert [record["steps"] for record in read_records(path)] == [["a"], [], ["b"]]
+    assert caplog.messages == [f"{path}: dropped 3 blank steps"]
 
 
-def test_without_blank_steps_nothing_is_said(tmp_path, capsys):
+def test_without_blank_steps_nothing_is_logged(tmp_path, caplog):
+    caplog.set_level("INFO")
     read_records(write(tmp_path, [GOOD]))
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
+
+
+LINE = json.dumps(GOOD)
+OTHER = {"question": "a\u2028b?", "answer": "5", "steps": []}
+LINES = f"{LINE}\n{json.dumps(OTHER, ensure_ascii=False)}\n"
+
+
+@pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        LINES,
+        LINES.rstrip("\n"),
+        LINES.replace("\n", "\r\n"),
+        LINES.replace("\n", "\n\n"),
+        "\ufeff" + LINES,
+        LINES.replace("\n", "\n\ufeff", 1),  # two files with marks, one after the other
+        f"[{LINES.strip().replace(chr(10), ',')}]",
+    ],
+)
+def test_one_object_a_line_reads_as_a_list_does(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    assert read_records(str(path)) == [GOOD, OTHER]
+
+
+@pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
+def test_a_single_line_is_json_lines_too(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(LINE)
+    assert read_records(str(path)) == [GOOD]
+
+
+def test_lines_that_are_not_json_are_named_and_counted(tmp_path):
+    path = write(tmp_path, f"{LINE}\n{{oops\n\n{LINE},\n{LINE[:30]}\n".encode())
+    assert refusal(path).splitlines() == [
+        f"{path}: line 2, column 2: Expecting property name enclosed in double quotes",
+        f"{path}: line 4, column {len(LINE) + 1}: a comma follows the object; remove it",
+        f"{path}: line 5, column 24: it ends too early, as a copy that was cut off; copy or make it"
+        " again",
+        f"{path}: 3 faults in all; expected one JSON object a line",
+    ]
 
 
 @pytest.mark.parametrize("limit, kept", [(1, 1), (2, 2), (5, 3), (None, 3)])
@@ -68,7 +113,7 @@ def test_missing_file(tmp_path):
     path = str(tmp_path / "none.json")
     assert refusal(path) == (
         f"{path}: cannot be read (No such file or directory);"
-        " README's Data section tells how to make it"
+        " README's Data section says how to make it"
     )
 
 
@@ -80,16 +125,20 @@ def test_directory_instead_of_a_file(tmp_path):
 def test_not_utf8_names_the_byte_in_the_file(tmp_path, start):
     raw = start + "[é]".encode("latin-1")
     path = write(tmp_path, raw)
-    assert refusal(path) == f"{path}: is not UTF-8 at byte {raw.index(0xE9)}"
+    assert refusal(path) == f"{path}: is not UTF-8 at byte {raw.index(0xE9)}; save it as UTF-8"
 
 
 @pytest.mark.parametrize(
     "raw, reason",
     [
-        (b"", "Expecting value: line 1 column 1"),
-        (b'[{"question": "a",\n "answer" "b"}]', "Expecting ':' delimiter: line 2 column 11"),
-        (b"[1] [2]", "Extra data: line 1 column 5"),
-        (b'[{"question": "a', "Unterminated string"),
+        (b'[{"question": "a",\n "answer" "b"}]', "line 2, column 11: Expecting ':' delimiter"),
+        (b"[1] [2]", "line 1, column 5: Extra data"),
+        (b'[{"question": "a', "line 1, column 15: it ends too early, as a copy that was cut off"),
+        (b'[{"question": "a"},\n', "line 2, column 1: it ends too early"),
+        (b"[1,\n2,\n]", "line 2: a comma stands before a closing bracket; remove it"),
+        (b'[{"question": "a",\n}\n]', "line 1: a comma stands before a closing bracket"),
+        (b"[[1],\n[2]\n, ]", "line 3: a comma stands before a closing bracket"),
+        (b"1 + 2||<<1+2=3>> #### 3\n", "it is GSM8K's text; convert it with preprocessing/gsm_ic"),
         (b"[" + b"1" * 5000 + b"]", "Exceeds the limit"),
         (b"[" * 100_000, "maximum recursion depth exceeded"),
         (b'{"a":' * 100_000, "maximum recursion depth exceeded"),
@@ -100,6 +149,24 @@ def test_broken_json(tmp_path, raw, reason):
     message = refusal(path)
     assert message.startswith(f"{path}: is not JSON (")
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    "raw, kind",
+    [
+        (b"", "is empty; README's Data section says how to make it"),
+        (b" \n", "is empty; "),
+        (b"\xef\xbb\xbf", "is empty; "),
+        ('[{"question": "a"}]'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (gzip.compress(b"[]"), "is a gzip archive; unpack it"),
+        (b"<!DOCTYPE html>", "is HTML or XML, as failed downloads leave it; download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS; fetch"),
+        (b'{"example1": {"test_example": {}}}', "is ProntoQA as its generator writes it; convert"),
+    ],
+)
+def test_other_files_are_called_what_they_are(tmp_path, raw, kind):
+    path = write(tmp_path, raw)
+    assert refusal(path).startswith(f"{path}: {kind}")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +201,6 @@ BAD_RECORDS = [
     (without("question"), f"question is missing; expected {FIELDS}"),
     (without("answer"), f"answer is missing; expected {FIELDS}"),
     (without("steps"), f"steps is missing; expected {FIELDS}"),
-    ({}, f"question is missing; expected {FIELDS}"),
     ({**GOOD, "question": 3}, "question is a number; expected text"),
     ({**GOOD, "question": None}, "question is null; expected text"),
     ({**GOOD, "question": " \n"}, "question is blank; expected text"),
@@ -151,20 +217,39 @@ BAD_RECORDS = [
 ]
 HALF_PAIR = "a\ud800"
 for marker in MARKERS:
-    told = f" holds the marker {marker}; expected text without it"
-    BAD_RECORDS.append(({**GOOD, "question": f"a{marker}b"}, f"question{told}"))
-    BAD_RECORDS.append(({**GOOD, "answer": marker}, f"answer{told}"))
-    BAD_RECORDS.append(({**GOOD, "steps": ["a", f"b {marker}"]}, f"steps[1]{told}"))
-told = " holds half a surrogate pair; expected valid Unicode text"
-BAD_RECORDS.append(({**GOOD, "question": HALF_PAIR}, f"question{told}"))
-BAD_RECORDS.append(({**GOOD, "answer": HALF_PAIR}, f"answer{told}"))
-BAD_RECORDS.append(({**GOOD, "steps": ["a", "b", HALF_PAIR]}, f"steps[2]{told}"))
+    fault = f" holds the marker {marker}; expected text without it"
+    BAD_RECORDS.append(({**GOOD, "question": f"a{marker}b"}, f"question{fault}"))
+    BAD_RECORDS.append(({**GOOD, "answer": marker}, f"answer{fault}"))
+    BAD_RECORDS.append(({**GOOD, "steps": ["a", f"b {marker}"]}, f"steps[1]{fault}"))
+fault = " holds half a surrogate pair; expected valid Unicode text"
+BAD_RECORDS.append(({**GOOD, "question": HALF_PAIR}, f"question{fault}"))
+BAD_RECORDS.append(({**GOOD, "answer": HALF_PAIR}, f"answer{fault}"))
+BAD_RECORDS.append(({**GOOD, "steps": ["a", "b", HALF_PAIR]}, f"steps[2]{fault}"))
 
 
 @pytest.mark.parametrize("record, message", BAD_RECORDS)
 def test_bad_record_is_named_with_its_field_and_what_was_expected(tmp_path, record, message):
-    path = write(tmp_path, [GOOD, record, "a later fault"])
+    path = write(tmp_path, [GOOD, record, GOOD])
     assert refusal(path) == f"{path}: record 1: {message}"
+
+
+def test_all_faults_of_a_record_are_named(tmp_path):
+    path = write(tmp_path, [GOOD, {"question": 3}])
+    assert refusal(path).splitlines() == [
+        f"{path}: record 1: answer is missing; expected {FIELDS}",
+        f"{path}: record 1: steps is missing; expected {FIELDS}",
+        f"{path}: record 1: question is a number; expected text",
+        f"{path}: 3 faults in all",
+    ]
+
+
+def test_the_first_ten_faults_are_shown_and_all_are_counted(tmp_path):
+    path = write(tmp_path, [GOOD, *["text"] * 25])
+    lines = refusal(path).splitlines()
+    assert lines[:10] == [
+        f"{path}: record {i}: the record is text; expected {OBJECT}" for i in range(1, 11)
+    ]
+    assert lines[10:] == [f"{path}: 25 faults in all"]
 
 
 @pytest.mark.parametrize("extra", [LATENT, HALF_PAIR, None, [[[]]]])
@@ -175,7 +260,7 @@ def test_extra_fields_may_hold_anything(tmp_path, extra):
 def check_total(path):
     """Reading ends in valid records or in one UserError about this file, never otherwise."""
     try:
-        records = read_records(path, notify=lambda text: text.encode())
+        records = read_records(path)
     except UserError as error:
         assert str(error).startswith(f"{path}: ")
         str(error).encode()

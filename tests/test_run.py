@@ -82,7 +82,7 @@ RECORD = make_records(1)[0]
         (None, "cannot be read (No such file or directory)"),
         ('[{"question": ', "is not JSON"),
         ([], "holds an empty list; expected a list of at least one record"),
-        ({"question": "1"}, "holds an object"),
+        ({"data": [RECORD]}, "holds an object"),
         ([RECORD, RECORD | {"steps": "1 + 1"}], "record 1: steps is text; expected a list"),
         ([RECORD | {"answer": 3}], "record 0: answer is a number; expected text"),
         ([RECORD | {"question": f"1 {MARKERS[2]}"}], f"question holds the marker {MARKERS[2]}"),

@@ -81,7 +81,7 @@ def byte_tokenizer(normalizer=None):
 
 
 def check_golds(tokenizer, *golds, steps=()):
-    records = [{"question": "Q?", "answer": gold, "steps": list(steps)} for gold in golds]
+    records = [{"question": "?", "answer": gold, "steps": list(steps)} for gold in golds]
     check_answers(tokenize_records(records, tokenizer, "a.json"), tokenizer)
 
 
