@@ -141,7 +141,7 @@ def with_num_epochs(config: Config, train: TokenizedRecords) -> Config:
 
     Raises: UserError when resume leaves none of them.
     """
-    first_without_text = min(int(train.num_steps.max()), make_curriculum(config).last_stage)
+    first_without_text = make_curriculum(config).first_stage_without_text(train.num_steps)
     num_epochs = config.epochs_per_stage * (first_without_text + 1)
     if config.resume >= num_epochs:
         raise UserError(

@@ -1,7 +1,8 @@
-"""The curriculum against SPEC section 3, stage by stage, written out by hand."""
+"""The curriculum of docs/specification.md, section 3, stage by stage, written out by hand."""
 
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 
 from dataset import Curriculum
@@ -84,6 +85,18 @@ def test_maximum_of_zero_goes_from_all_text_to_none_without_a_latent():
     curriculum = make(last=0, per_stage=1)
     assert [curriculum.stage(epoch) for epoch in range(3)] == [0, 1, 1]
     assert [curriculum.plan(stage, 4) for stage in (0, 1)] == [(0, 0), (4, 0)]
+
+
+@pytest.mark.parametrize("method", ["coconut", "no_thoughts"])
+@pytest.mark.parametrize(
+    "num_steps, stage", [([0, 0], 0), ([1, 0], 1), ([2, 3, 1], 3), ([4], 4), ([9, 2], 4)]
+)
+def test_first_stage_in_which_no_record_has_text_left(method, num_steps, stage):
+    curriculum = make(method, last=3)
+    assert curriculum.first_stage_without_text(np.array(num_steps)) == stage
+    for s in range(5):
+        has_text = any(curriculum.plan(s, steps)[0] < steps for steps in num_steps)
+        assert has_text == (s < stage)
 
 
 def test_schedule_cannot_change_during_a_run():
