@@ -272,7 +272,10 @@ def writing(run_dir: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # Libraries written in Rust raise plain exceptions, which name the number of the error.
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
         reason = getattr(error, "strerror", None) or error
         left = "nothing was saved before, so the same command starts anew"
         if saved := states(run_dir):

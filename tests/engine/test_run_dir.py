@@ -239,6 +239,14 @@ def test_a_failed_write_names_the_state_to_resume_from(tmp_path):
             (tmp_path / "run" / "resume" / step).mkdir(parents=True, exist_ok=True)
 
 
+def test_other_errors_than_those_of_a_disk_stay_what_they_are(tmp_path):
+    words = r"x could not be written \(No space left on device \(os error 28\)\)"
+    with pytest.raises(RunFailed, match=words), run_dir.writing(tmp_path, "x"):
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
+    with pytest.raises(ZeroDivisionError), run_dir.writing(tmp_path, "x"):
+        raise ZeroDivisionError("a bug")
+
+
 def test_every_file_of_a_directory_is_as_readable_as_the_umask_says(tmp_path):
     with atomic_directory(tmp_path / "checkpoint_1") as folder:
         (folder / "public").touch()
