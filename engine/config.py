@@ -31,7 +31,7 @@ from utils import ConfigError
 
 METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
 METHODS_WITH_STAGES = ("coconut", "no_thoughts")
-# Keys that act under coconut alone, with the value that means nothing.
+# Keys that only coconut uses, with the value that has no effect.
 _COCONUT_ONLY = {"thought": "continuous", "thought_norm": None, "curriculum": True}
 _COCONUT_ONLY |= {"coconut_class": None}
 
@@ -46,9 +46,9 @@ NEEDED_TO_TRAIN = {
     "max_latent_stage": METHODS_WITH_STAGES,
 }
 
-# NUL ends a name for the system, so what follows it would go unseen.
+# To the system a NUL ends a name, whatever follows.
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-# A larger count is a slip, and would take hours or all memory before anything is said.
+# A larger count is a mistake that would take hours or all memory before it shows.
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 PositiveCount = Annotated[int, Field(gt=0, le=1_000_000)]
 Stages = Annotated[int, Field(ge=0, le=1000)]
@@ -58,7 +58,7 @@ Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 MIN_FIRST_WEIGHT = 1e-9
 
 
-def expand_path(path: str) -> str:
+def _expand_path(path: str) -> str:
     """`path` with `~` and `$VARIABLE` replaced.
 
     Raises: ValueError for an unknown user or variable; the text continues after `key=value`.
@@ -94,7 +94,9 @@ def _text_or_number(value: Any) -> str:
 
 
 # The format is what docs/configuration.md calls the type.
-FilePath = Annotated[Text, AfterValidator(expand_path), Field(json_schema_extra={"format": "path"})]
+FilePath = Annotated[
+    Text, AfterValidator(_expand_path), Field(json_schema_extra={"format": "path"})
+]
 WeightsName = Annotated[
     str, Field(json_schema_extra={"format": "`uniform`, `exponential:R` or `learned`"})
 ]
@@ -139,7 +141,7 @@ class Config(BaseModel):
     cot: bool = False
     """Train on all reasoning steps as text."""
     no_thoughts: bool = False
-    """Drop steps by the same curriculum as coconut, with nothing in place."""
+    """Drop steps by the same curriculum as coconut, with nothing in their place."""
     no_cot: bool = False
     """Train on question and answer alone, without steps."""
 
@@ -149,14 +151,14 @@ class Config(BaseModel):
     epochs_per_stage: PositiveCount = 1
     """Epochs for each stage; one more step becomes latent at each stage."""
     max_latent_stage: Stages = Field(0, examples=["3"])
-    """Most steps that are replaced by thoughts; one stage more drops all steps that are still text
-    and adds no further thoughts."""
+    """Maximum number of steps replaced by thoughts; the stage after it drops all steps that are
+    still text and adds no further thoughts."""
     pad_latent_to_max: bool = True
-    """Whether a record with fewer steps than the stage still gets thoughts for the whole stage, in
-    training and evaluation alike."""
+    """Whether a record with fewer steps than the stage still gets the thoughts of the whole stage,
+    in training and evaluation alike."""
     uniform_prob: float = Field(0.0, ge=0, le=1)
-    """Probability that a training example takes a stage drawn from 0 to its number of steps instead
-    of the epoch's."""
+    """Probability that a training example takes a random stage, from 0 to its number of steps,
+    instead of the epoch's."""
     curriculum: bool = True
     """false: every epoch is the last stage (w/o curriculum); coconut only."""
 
@@ -191,8 +193,8 @@ class Config(BaseModel):
     from_scratch: bool = False
     """Give model_id's architecture random weights; none are loaded."""
     new_token_init: Text = "<<"
-    """The marker tokens' embeddings start as copies of this token's, where the tokenizer has it as
-    one token; else as the mean of all."""
+    """The marker tokens' embeddings start as copies of this token's if the tokenizer has it as one
+    token, else as the mean of all."""
     attn_implementation: Text | None = None
     """Attention kernel as transformers names it (eager, sdpa, flash_attention_2). None: the model's
     default."""
@@ -203,54 +205,54 @@ class Config(BaseModel):
     val_path: FilePath = Field(examples=["data/gsm_valid.json"])
     """Records evaluated after each epoch, or by only_eval."""
     max_train_records: PositiveCount | None = None
-    """Train on the first so many records of train_path. None: all."""
+    """Train on only the first N records of train_path. None: all."""
     allow_changed_data: bool = False
-    """Go on with a run although train_path or val_path holds other records than when it began."""
+    """Resume a run even if train_path or val_path holds other records than when it began."""
     num_workers: Count = 2
-    """Processes that make batches ahead of time, for each rank."""
+    """Processes that prepare batches ahead of time, per rank."""
 
     # Training
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of weights, record order, stage mixing and dropout."""
     resume: Count = 0
-    """First epoch of a new run that starts from load_model_path; with only_eval the epoch whose
-    stage is taken where the checkpoint records none."""
+    """First epoch of a new run that starts from load_model_path; with only_eval, the epoch whose
+    stage is evaluated where the checkpoint records none."""
     first_stage: Stages | None = None
-    """Begin with this stage: another way to write resume: first_stage x epochs_per_stage."""
+    """First stage of a new run: another way to write resume: first_stage x epochs_per_stage."""
     num_epochs: PositiveCount | None = Field(None, examples=["25"])
-    """Epoch count in total, those skipped by resume included. None, for coconut and no_thoughts:
-    epochs_per_stage for each stage up to the first that leaves no training record any text."""
+    """Total number of epochs, including those skipped by resume. None, for coconut and no_thoughts:
+    epochs_per_stage for each stage up to the first in which no training record has steps left."""
     batch_size_training: PositiveCount = 32
-    """Records in a forward and backward pass, for each process."""
+    """Records per forward and backward pass, per process."""
     tokens_per_micro_batch: PositiveCount | None = None
-    """Cut an effective batch by rows x columns of a pass instead, so that long and short records
-    use the memory alike; batch_size_training then only counts towards the effective batch."""
+    """Split an effective batch by rows x columns of a pass instead, so that long and short records
+    use memory evenly; batch_size_training then only counts towards the effective batch."""
     batch_size_eval: PositiveCount | None = None
-    """Records generated at once, for each process. None: batch_size_training."""
+    """Records generated at once, per process. None: batch_size_training."""
     gradient_accumulation_steps: PositiveCount = 1
-    """Passes for an optimizer step; overruled by effective_batch_size."""
+    """Passes per optimizer step; overridden by effective_batch_size."""
     effective_batch_size: PositiveCount | None = None
-    """Records for an optimizer step over all processes; sets the accumulation. None:
+    """Records per optimizer step over all processes; sets the accumulation. None:
     batch_size_training x gradient_accumulation_steps x processes."""
     lr: PositiveFloat = Field(1e-4, examples=["1.0e-4"])
     """Learning rate of AdamW."""
     lr_scheduler: Literal["constant", "cosine"] = "constant"
-    """Course of the learning rate after the warmup."""
+    """Learning rate schedule after the warmup."""
     warmup_steps: Count = 0
     """Optimizer steps over which the learning rate rises linearly."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decay of AdamW, on every weight."""
+    """Weight decay of AdamW, on every weight but learned window weights."""
     max_grad_norm: PositiveFloat | None = None
     """Gradients are clipped to this norm. None: never."""
     reset_optimizer: Literal["stage", "epoch", "never"] = "stage"
-    """When AdamW forgets its moments: stage (or true) at each change of the acting stage, epoch at
-    each epoch as the published code does, never (or false)."""
+    """When AdamW's moments are reset: stage (or true), whenever the acting stage changes; epoch, at
+    every epoch as the published code does; never (or false)."""
     bf16: bool = False
-    """Compute in bf16 over fp32 master weights and optimizer state. false: in fp32, for whose
-    products GPUs that have TF32 take that, unless deterministic is true."""
+    """Compute in bf16 over fp32 master weights and optimizer state. false: compute in fp32, with
+    TF32 products on GPUs that have it, unless deterministic is true."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory; not with continuous thoughts,
-    which read a cache that recomputation drops."""
+    """Recompute activations in the backward pass to save memory; not with thoughts that take
+    several passes, which read a cache that recomputation drops."""
     compile: bool = False
     """Compile the base model with torch.compile."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -259,24 +261,24 @@ class Config(BaseModel):
     """Deterministic kernels only, and on GPUs no TF32 for fp32; slower, or an error where no such
     kernel exists."""
     debug: bool = False
-    """Trial: at most 5,000 training and 32 validation records, no wandb, nothing saved."""
+    """Trial run: at most 5,000 training and 32 validation records, no wandb, nothing saved."""
 
     # Evaluation, checkpoints, logging
     eval_every_steps: PositiveCount | None = None
-    """Evaluate also each time so many optimizer steps are done; writes to metrics.jsonl alone.
-    None: after each epoch only."""
+    """Also evaluate every N optimizer steps, which writes to metrics.jsonl only. None: after each
+    epoch only."""
     max_new_tokens: PositiveCount = 128
-    """Most tokens generated for an answer, reasoning text included."""
+    """Maximum number of tokens generated for an answer, including reasoning text."""
     save_only_improve: bool = False
     """Keep a checkpoint only when validation accuracy improves. For coconut leave it false: early
     stages still write text and win."""
     keep_checkpoints: PositiveCount | None = None
-    """Newest checkpoints that are kept. None: all."""
+    """Number of newest checkpoints to keep. None: all."""
     save_every_minutes: PositiveFloat | None = None
-    """Save the state to resume from also at this interval. None: each epoch only."""
+    """Also save the training state this often. None: after each epoch only."""
     wandb: Literal["online", "offline", "disabled"] = "online"
-    """Weights & Biases; online goes offline where no key is stored. metrics.jsonl is written in any
-    case."""
+    """Weights & Biases; online falls back to offline where no key is stored. metrics.jsonl is
+    written in any case."""
 
     @field_validator("latent_weights", mode="before")
     @classmethod
@@ -296,12 +298,12 @@ class Config(BaseModel):
         return {True: "stage", False: "never"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
-    def _possible(self) -> "Config":
+    def _check_combinations(self) -> "Config":
         problems = [problem for _, problem in combination_problems(self)]
         if problems:
             raise ValueError("\n".join(problems))
         if self.first_stage is not None:
-            # One word for it from here on: everything else reads `resume`.
+            # Everything else reads `resume` only.
             self.__dict__.update(resume=_first_epoch(self), first_stage=None)
             self.__pydantic_fields_set__.add("resume")
         return self
@@ -310,7 +312,7 @@ class Config(BaseModel):
     def method(self) -> str | None:
         """The one method that is true: "coconut", "cot", "no_thoughts" or "no_cot".
 
-        None in an evaluation that leaves it to the checkpoint, until that was read.
+        None in an evaluation that leaves it to the checkpoint, until the checkpoint is read.
         """
         return next((method for method in METHODS if getattr(self, method)), None)
 
@@ -320,21 +322,21 @@ class Config(BaseModel):
         return Path(self.save_path) / self.name
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches for an optimizer step on each of `world_size` processes.
+        """Micro-batches per optimizer step on each of `world_size` processes.
 
-        Raises: ConfigError when effective_batch_size is not a multiple of the records that all
-        processes take at once.
+        Raises: ConfigError when effective_batch_size is not a multiple of the records in one pass
+        of all processes.
         """
         if self.effective_batch_size is None:
             return self.gradient_accumulation_steps
-        at_once = self.batch_size_training * world_size
-        steps, rest = divmod(self.effective_batch_size, at_once)
+        per_pass = self.batch_size_training * world_size
+        steps, rest = divmod(self.effective_batch_size, per_pass)
         if rest:
             processes = f" x {world_size} processes" if world_size > 1 else ""
             raise ConfigError(
                 f"effective_batch_size={self.effective_batch_size} is not a multiple of "
                 f"batch_size_training={self.batch_size_training}{processes}; write "
-                f"effective_batch_size: {(steps + 1) * at_once} or change batch_size_training"
+                f"effective_batch_size: {(steps + 1) * per_pass} or change batch_size_training"
             )
         return steps
 
@@ -347,7 +349,7 @@ Problem = tuple[tuple[str, ...], str]
 
 
 def combination_problems(config: Config) -> Iterator[Problem]:
-    """Yields (keys involved, problem with its fix) for settings that cannot stand together."""
+    """Yields (keys involved, problem with its fix) for settings that exclude each other."""
     yield from _method_problems(config)
     yield from _missing_for_training(config)
     yield from _latent_problems(config)
@@ -382,24 +384,17 @@ def _method_problems(config: Config) -> Iterator[Problem]:
                 f"{key}={value!r} is for coconut alone, not {method}; write {key}: "
                 f"{as_yaml(neutral)}",
             )
-    if method not in METHODS_WITH_STAGES and config.first_stage is not None:
-        yield (
-            (*METHODS, "first_stage"),
-            f"first_stage={config.first_stage} needs stages, and {method} has only one; write "
-            "first_stage: null (resume: N begins at epoch N)",
-        )
 
 
 def _missing_for_training(config: Config) -> Iterator[Problem]:
     if config.only_eval:
         return
     chosen = {method for method in METHODS if getattr(config, method)}
-    derived = {"num_epochs"} if chosen & set(METHODS_WITH_STAGES) else set()
     for key, methods in NEEDED_TO_TRAIN.items():
-        written = key in config.model_fields_set
-        if not (written and (getattr(config, key) is not None or key in derived)) and (
-            chosen & set(methods)
-        ):
+        is_counted = key == "num_epochs" and chosen <= set(METHODS_WITH_STAGES)
+        is_given = key in config.model_fields_set and getattr(config, key) is not None
+        is_null = key in config.model_fields_set and is_counted
+        if chosen & set(methods) and not (is_given or is_null):
             yield (key,), f"{key} is missing; training needs it: add {key}: {example(key)}"
 
 
@@ -417,10 +412,10 @@ def _latent_problems(config: Config) -> Iterator[Problem]:
             "max_latent_stage: 1 or more",
         )
     checkpointed = config.activation_checkpointing and not config.only_eval
-    if checkpointed and config.coconut and config.thought == "continuous":
+    if checkpointed and config.coconut and config.thought != "pause":
         yield (
             ("activation_checkpointing", "thought", "only_eval", *METHODS),
-            "activation_checkpointing=True drops the cache that continuous thoughts are read from; "
+            f"activation_checkpointing=True drops the cache that thought={config.thought!r} reads; "
             "write activation_checkpointing: false (a smaller batch_size_training saves memory)",
         )
     is_pause = config.thought != "continuous"
@@ -494,32 +489,37 @@ def _first_epoch(config: Config) -> int:
 
 
 def _first_epoch_problems(config: Config) -> Iterator[Problem]:
-    key = "resume" if config.first_stage is None else "first_stage"
-    shown = f"{key}={getattr(config, key)}"
-    if key == "first_stage" and config.resume > 0:
-        yield (
-            ("first_stage", "resume"),
-            f"{shown} and resume={config.resume} both say where to begin; write resume: 0 or "
-            "first_stage: null",
-        )
-    if key == "first_stage" and not config.curriculum:
-        yield (
-            ("first_stage", "curriculum"),
-            f"{shown} needs stages, and curriculum=False has only one; write first_stage: null "
-            "(resume: N begins at epoch N)",
-        )
-    elif key == "first_stage" and config.first_stage > config.max_latent_stage + 1:
-        yield (
-            ("first_stage", "max_latent_stage"),
-            f"{shown} is past the last stage, max_latent_stage + 1 = "
-            f"{config.max_latent_stage + 1}; write a smaller first_stage",
-        )
-    first = _first_epoch(config)
-    if config.num_epochs is not None and first >= config.num_epochs and not config.only_eval:
+    if config.first_stage is not None:
+        yield from _first_stage_problems(config)
+    first, last = _first_epoch(config), config.num_epochs
+    if last is not None and first >= last and not config.only_eval:
+        key = "resume" if config.first_stage is None else "first_stage"
         yield (
             ("only_eval", "num_epochs", key, "epochs_per_stage"),
-            f"{shown} leaves none of num_epochs={config.num_epochs} to train; "
-            f"write num_epochs: {first + 1} or more, or a smaller {key}",
+            f"{key}={getattr(config, key)} leaves none of num_epochs={last} to train; write "
+            f"num_epochs: {first + 1} or more, or a smaller {key}",
+        )
+
+
+def _first_stage_problems(config: Config) -> Iterator[Problem]:
+    shown = f"first_stage={config.first_stage}"
+    stages = config.max_latent_stage + 1
+    if config.resume > 0:
+        yield (
+            ("first_stage", "resume"),
+            f"{shown} and resume={config.resume} both name the first epoch; write resume: 0 or "
+            "first_stage: null",
+        )
+    if config.cot or config.no_cot or not config.curriculum:
+        what = "curriculum=False" if not config.curriculum else "cot" if config.cot else "no_cot"
+        yield (
+            ("first_stage", "curriculum", *METHODS),
+            f"{shown} needs stages, and {what} has only one; write first_stage: null",
+        )
+    elif config.first_stage > stages:
+        yield (
+            ("first_stage", "max_latent_stage"),
+            f"{shown} is past the last stage, max_latent_stage + 1 = {stages}; write a smaller one",
         )
 
 

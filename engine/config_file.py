@@ -1,8 +1,9 @@
-"""Configuration files: strict YAML, files based on others, overrides, and the words of errors.
+"""Configuration files: strict YAML, base files, overrides, help, and the wording of errors.
 
-Reading is strict: YAML 1.2's scalars (PyYAML reads YAML 1.1 and keeps the last of two equal keys in
-silence), no unknown keys, no silent conversion. All problems are gathered before they are raised,
-so that a user fixes a file once. What keys there are and what they may hold is config.py's.
+Reading is strict: YAML 1.2's scalars (PyYAML reads YAML 1.1 and silently keeps the last of two
+equal keys), no unknown keys, no silent conversion. All problems are gathered before they are
+raised, so that a user fixes a file once. Which keys there are and what they may hold is left to
+config.py.
 """
 
 import os
@@ -28,7 +29,7 @@ from engine.config import (
 )
 from utils import ConfigError, log
 
-UNREADABLE = object()  # stands for a value that YAML itself refused, reported already
+UNREADABLE = object()  # stands for a value that YAML itself refused and that is reported already
 # A data file or weights named by mistake would keep the parser busy for hours.
 MAX_BYTES = 100_000
 
@@ -56,7 +57,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         problems += override_problems
     values |= overridden
     sources |= dict.fromkeys(overridden, outside)
-    # The nearest to the user first: overrides, then the file itself, then the files below it.
+    # What the user wrote last comes first: overrides, then the file itself, then its bases.
     nearest_first = [outside, *sources.values(), str(path)]
 
     def source(keys: Sequence[str]) -> str:
@@ -65,13 +66,13 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     try:
         config = Config(**values)
     except ValidationError as error:
-        quotes = overridden if outside == "command line" else ()
-        problems += [f"{source(k)}: {words}" for k, words in _problems(error, values, quotes)]
+        typed = overridden if outside == "command line" else ()
+        problems += [f"{source(k)}: {text}" for k, text in _problems(error, values, typed)]
     if "gradient_accumulation_steps" in overridden and "effective_batch_size" not in overridden:
         effective = values.get("effective_batch_size")
         if effective is not None:
             problems.append(
-                f"{outside}: gradient_accumulation_steps is overruled by effective_batch_size="
+                f"{outside}: gradient_accumulation_steps is overridden by effective_batch_size="
                 f"{effective} in {sources['effective_batch_size']}; write "
                 "effective_batch_size=None beside it"
             )
@@ -129,10 +130,12 @@ SECTIONS = {
 PAGE_OPENING = """\
 # Configuration
 
-One YAML file is one experiment; `python run.py FILE key=value ...` replaces keys, and the last of
-repeated ones counts. `base: other.yaml`, relative to the file that says it, takes the keys that the
-file does not write itself from another file. `null` and `None` mean none. Paths may begin with `~`
-and hold `$VARIABLES`. `--dry-run` shows what a file resolves to.
+One YAML file is one experiment. `python run.py FILE key=value ...` replaces keys; the last of
+repeated ones counts, and values are read as in a file. `base: other.yaml`, relative to the file
+that holds it, takes all keys that the file leaves out from another file. `null` and `None` mean
+none. Paths may begin with `~` and hold `$VARIABLES`. Unknown or duplicate keys, wrong types and
+impossible combinations are reported together before anything loads. `python run.py FILE --dry-run`
+shows what a file resolves to.
 
 This page is made from the schema: `python -m engine.config_file > docs/configuration.md`.
 """
@@ -200,12 +203,10 @@ def read_file_and_bases(path: str) -> tuple[dict[str, Any], dict[str, str], list
         if not isinstance(base, str):
             return values, sources, [*problems, f"{named} is not text; write base: other.yaml"]
         below = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        if not os.path.isfile(below):
+            raise ConfigError(f"{named} is not a file; write its path relative to {path}")
         if os.path.realpath(below) in seen:
             raise ConfigError(f"{named} leads back to {below}; remove one of the bases")
-        if not os.path.isfile(below):
-            raise ConfigError(
-                f"{named}: there is no file {below}; write its path relative to {path}"
-            )
         path = below
 
 
@@ -215,22 +216,25 @@ def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
+        named = f"command line: {_shown.repr(override)}"
         if not equals:
-            problems.append(f"command line: {override!r} is not key=value; write {key}=VALUE")
+            problems.append(f"{named} is not key=value; write {key}=VALUE")
             continue
         if not key.isprintable():
-            problems.append(f"command line: {key!r} is not a plain word; write key=value")
+            problems.append(
+                f"command line: {_shown.repr(key)} is not a plain word; write key=value"
+            )
             continue
         if key in values:
-            log.info(f"command line: {key} is given more than once; the last, {override}, counts")
+            log.info(f"{named}: {key} is given more than once; this value counts")
         loader, node, problem = _parse(text)
         values[key] = UNREADABLE if problem else None
         if problem:
-            problems.append(f"command line: {override!r}: {problem}; quote the value")
+            problems.append(f"{named}: {problem}; quote the value")
         elif node is not None:
             values[key], problem = _construct(loader, node)
             if problem:
-                problems.append(f"command line: {override!r}: {problem}")
+                problems.append(f"{named}: {problem}")
     return values, problems
 
 
@@ -251,7 +255,7 @@ def read_file(path: str) -> tuple[dict[str, Any], list[str]]:
     for key_node, value_node in node.value:
         key, line = key_node.value, key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or not key.isprintable():
-            shown = repr(key) if isinstance(key, str) else f"a {key_node.id}"
+            shown = _shown.repr(key) if isinstance(key, str) else f"a {key_node.id}"
             problems.append(f"{path}: line {line}: key {shown} is not a plain word; fix the YAML")
         elif key in first_lines:
             problems.append(
@@ -340,7 +344,7 @@ def _unknown_key(key: str) -> str:
         return "fp16 is refused, its range is too small to train in; write bf16: true or drop it"
     nearest = get_close_matches(key, Config.model_fields, n=1)
     fix = f"did you mean {nearest[0]}?" if nearest else "python run.py --help lists the keys"
-    return f"unknown key {key!r}; {fix}"
+    return f"unknown key {_shown.repr(key)}; {fix}"
 
 
 # Strict YAML

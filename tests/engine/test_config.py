@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.config import Config
-from engine.config_file import dump_config, fields_help, load_config
+from engine.config_file import dump_config, fields_help, load_config, read_file
 from utils import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,7 @@ def test_overrides_win_and_are_explicit(cot_file):
     assert {"lr", "latent_weights"} <= config.model_fields_set
 
 
-def test_byte_order_mark_is_no_part_of_the_first_key(write):
+def test_byte_order_mark_is_not_part_of_the_first_key(write):
     assert load_config(write(b"\xef\xbb\xbf" + PUBLISHED_COT.encode())).project == "coconut"
 
 
@@ -225,8 +225,7 @@ def test_a_wrong_base_is_named(tmp_path):
     ]
     write_chain(tmp_path, a="base: none.yaml")
     assert problems(path) == [
-        f"{path}: base='none.yaml': there is no file {tmp_path}/none.yaml; write its path "
-        f"relative to {path}"
+        f"{path}: base='none.yaml' is not a file; write its path relative to {path}"
     ]
     write_chain(tmp_path, a="base: [b.yaml]\n" + PUBLISHED_COT)
     assert problems(path) == [f"{path}: base=['b.yaml'] is not text; write base: other.yaml"]
@@ -257,7 +256,7 @@ def test_missing_file_is_named(tmp_path):
         ("text", "holds a scalar; write one `key: value` a line"),
     ],
 )
-def test_what_is_no_yaml_mapping_is_refused_with_its_line(write, text, problem):
+def test_a_file_that_is_not_a_mapping_is_refused_with_its_line(write, text, problem):
     with pytest.raises(ConfigError, match=f"run.yaml: {problem}$"):
         load_config(write(text))
 
@@ -275,6 +274,12 @@ def test_what_is_no_yaml_mapping_is_refused_with_its_line(write, text, problem):
 def test_a_bad_line_is_named_by_its_number(write, line, problem):
     with pytest.raises(ConfigError, match=rf"^\S+run.yaml: {problem}[^\n]*$"):
         load_config(write(PUBLISHED_COT + line + "\n"))
+
+
+def test_duplicate_keys_are_refused_below_the_first_level_too(write):
+    values, refusals = read_file(str(path := write("arms:\n  m1: {a: 1}\n  m1: {b: 1}\nb: 2\n")))
+    assert values["b"] == 2
+    assert refusals == [f"{path}: arms: line 3: duplicate key: m1; write a plain value"]
 
 
 # Refusals: single keys
@@ -420,7 +425,7 @@ def test_a_bad_line_is_named_by_its_number(write, line, problem):
         ("seed=!!int x", "'seed=!!int x': line 1: cannot be read: invalid literal for int()"),
     ],
 )
-def test_a_bad_value_is_answered_with_got_wanted_fix(cot_file, override, problem):
+def test_a_bad_value_is_refused_with_got_wanted_and_fix(cot_file, override, problem):
     (line,) = problems(cot_file, [override])
     assert line.startswith(f"command line: {problem}")
 
@@ -428,7 +433,9 @@ def test_a_bad_value_is_answered_with_got_wanted_fix(cot_file, override, problem
 def test_the_last_of_two_overrides_wins_and_is_logged(cot_file, caplog):
     caplog.set_level("INFO", "coconut")
     assert load_config(cot_file, ["lr=1", "seed=1", "lr=2"]).lr == 2.0
-    assert caplog.messages == ["command line: lr is given more than once; the last, lr=2, counts"]
+    assert caplog.messages == [
+        "command line: 'lr=2': lr is given more than once; this value counts"
+    ]
 
 
 @pytest.mark.parametrize("key", ["name", "save_path", "val_path"])
@@ -531,18 +538,16 @@ def test_all_problems_come_at_once_each_with_its_source(cot_file):
         ),
         (
             ["first_stage=1"],
-            "first_stage=1 needs stages, and cot has only one; write first_stage: null (resume: N "
-            "begins at epoch N)",
+            "first_stage=1 needs stages, and cot has only one; write first_stage: null",
         ),
         (
             [*COCONUT, "first_stage=1", "curriculum=false"],
             "first_stage=1 needs stages, and curriculum=False has only one; write first_stage: "
-            "null (resume: N begins at epoch N)",
+            "null",
         ),
         (
             [*COCONUT, "first_stage=5"],
-            "first_stage=5 is past the last stage, max_latent_stage + 1 = 4; write a smaller "
-            "first_stage",
+            "first_stage=5 is past the last stage, max_latent_stage + 1 = 4; write a smaller one",
         ),
         (
             [*COCONUT, "first_stage=2", "num_epochs=6"],
@@ -561,7 +566,7 @@ def test_all_problems_come_at_once_each_with_its_source(cot_file):
         ),
         (
             ["coconut=true", "cot=false", "c_thought=1", "activation_checkpointing=true"],
-            "activation_checkpointing=True drops the cache that continuous thoughts are read from; "
+            "activation_checkpointing=True drops the cache that thought='continuous' reads; "
             "write activation_checkpointing: false (a smaller batch_size_training saves memory)",
         ),
         (
@@ -600,7 +605,7 @@ def test_all_problems_come_at_once_each_with_its_source(cot_file):
         ),
     ],
 )
-def test_an_impossible_pair_is_refused_with_the_fix(cot_file, overrides, problem):
+def test_settings_that_exclude_each_other_are_refused_with_the_fix(cot_file, overrides, problem):
     assert problems(cot_file, overrides) == [f"command line: {problem}"]
 
 
@@ -614,7 +619,7 @@ def test_a_name_that_leaves_save_path_is_refused(cot_file, name):
 def test_first_stage_and_resume_exclude_each_other(cot_file):
     (problem,) = problems(cot_file, [*COCONUT, "first_stage=1", "resume=3"])
     assert problem == (
-        "command line: first_stage=1 and resume=3 both say where to begin; write resume: 0 or "
+        "command line: first_stage=1 and resume=3 both name the first epoch; write resume: 0 or "
         "first_stage: null"
     )
 
@@ -683,10 +688,10 @@ def test_without_an_effective_batch_size_the_accumulation_is_as_written(cot_file
     assert config.accumulation_steps(1) == config.accumulation_steps(3) == 5
 
 
-def test_an_accumulation_that_would_be_overruled_is_refused():
+def test_an_accumulation_that_would_be_overridden_is_refused():
     path = ROOT / "cpu_args/gsm_cot.yaml"
     (problem,) = problems(path, ["gradient_accumulation_steps=8"])
-    assert f"is overruled by effective_batch_size=64 in {path};" in problem
+    assert f"is overridden by effective_batch_size=64 in {path};" in problem
     alone = load_config(path, ["gradient_accumulation_steps=8", "effective_batch_size=None"])
     assert alone.accumulation_steps(2) == 8
 
