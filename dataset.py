@@ -1,12 +1,12 @@
-"""Records on disk -> token ids -> the examples of a stage -> padded batches (SPEC sections 1 to 4).
+"""Records on disk -> token ids -> curriculum -> the examples of a stage -> padded batches.
 
-A record is tokenised once, part by part (question, each step, answer), and every stage of the
-curriculum is cut from those ids while batching, so changing the stage costs nothing. The order of
-records, their random stages and their split into effective batches depend on (seed, epoch) alone:
-every rank computes the same plan and takes its share. This room knows no model and downloads
-nothing.
+Carries out docs/specification.md, sections 1 to 4. A record is tokenised once, part by part
+(question, each step, answer), and the examples of every stage are put together from those ids while
+batching, so a new stage costs nothing. The order of records, their random stages and their split
+into effective batches depend on (seed, epoch) alone: every rank computes the same and takes its
+share. Models are left to the engine; nothing is downloaded.
 
-Shapes: B batch, T tokens, n records, S the largest number of steps of a record.
+Shapes: B batch, T tokens, n records.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ MARKERS = (START_LATENT, END_LATENT, LATENT)
 IGNORE_INDEX = -100
 METHODS_WITHOUT_STAGES = ("cot", "no_cot")
 HOW_TO_MAKE = "README's Data section says how to make it"
-# First bytes of files that are given for data files -> what they are.
+# First bytes of files that are taken for data files -> what they are.
 OTHER_FILES = {
     b"\xff\xfe": "UTF-16; save it as UTF-8",
     b"\xfe\xff": "UTF-16; save it as UTF-8",
@@ -50,7 +50,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class FileRecords(list):
-    """The records of a file, and `sha256`: the sum of the file's bytes as they were then read."""
+    """The records of a file, and `sha256`, the sum of the file's bytes as they were read."""
 
     sha256: str
 
@@ -193,10 +193,10 @@ def _kind(value: object) -> str:
 def leading_special_ids(tokenizer, text: str) -> list[int]:
     """The ids `tokenizer` puts before a text by itself (Llama's BOS), not those it puts after."""
     plain = tokenizer(text, add_special_tokens=False).input_ids
-    dressed = tokenizer(text).input_ids
-    for begin in range(len(dressed) - len(plain) + 1):
-        if dressed[begin : begin + len(plain)] == plain:
-            return dressed[:begin]
+    with_special = tokenizer(text).input_ids
+    for begin in range(len(with_special) - len(plain) + 1):
+        if with_special[begin : begin + len(plain)] == plain:
+            return with_special[:begin]
     return []
 
 
@@ -209,9 +209,10 @@ def decode(tokenizer, rows: list[list[int]]) -> list[str]:
 
 @dataclass(frozen=True)
 class TokenizedRecords:
-    """Records as token ids, with the lengths that planning needs.
+    """Records as token ids, with the lengths by which they are batched.
 
-    path: the file they came from, for messages; sha256: its sum when it was read, "" without one.
+    path: the file they came from, for messages.
+    sha256: the file's sum when it was read, "" without a file.
     table: Hugging Face data set with columns question, answer, steps (texts) and question_ids,
         step_ids (one list a step), answer_ids ("### " + answer, then EOS), highest_id (of these).
     num_steps: (n,) steps a record has.
@@ -416,11 +417,11 @@ class StagedRecords:
         cls, tokenized: TokenizedRecords, curriculum: Curriculum, stages: np.ndarray
     ) -> "StagedRecords":
         """Every record at its own stage; `stages`: (n,) integers."""
-        most_steps = int(tokenized.num_steps.max())
+        max_steps = int(tokenized.num_steps.max())
         distinct, rows = np.unique(stages, return_inverse=True)
         plans = np.array(  # (row of a stage, number of steps) -> dropped steps, latents
             [
-                [curriculum.plan(stage, steps) for steps in range(most_steps + 1)]
+                [curriculum.plan(stage, steps) for steps in range(max_steps + 1)]
                 for stage in distinct.tolist()
             ]
         )
@@ -436,10 +437,10 @@ class StagedRecords:
     @cached_property
     def num_labels(self) -> np.ndarray:
         """(n,) labelled tokens: the remaining steps, the answer and EOS."""
-        steps_until = np.concatenate([[0], self.tokenized.num_steps.cumsum()])
-        tokens_until = np.concatenate([[0], self.tokenized.step_lengths.cumsum()])
-        first, behind = steps_until[:-1] + self.dropped, steps_until[1:]
-        return tokens_until[behind] - tokens_until[first] + self.tokenized.answer_lengths
+        steps_before = np.concatenate([[0], self.tokenized.num_steps.cumsum()])
+        tokens_before = np.concatenate([[0], self.tokenized.step_lengths.cumsum()])
+        first, end = steps_before[:-1] + self.dropped, steps_before[1:]
+        return tokens_before[end] - tokens_before[first] + self.tokenized.answer_lengths
 
 
 def draw_stages(
@@ -471,13 +472,13 @@ def micro_batches(
     world_size: int,
     max_tokens: int | None = None,
 ) -> list[list[np.ndarray]]:
-    """Deal one effective batch: result[micro_step][rank] holds at most `batch_size` indices.
+    """Split one effective batch: result[micro_step][rank] holds at most `batch_size` indices.
 
-    Records of like shape stand together, which saves padding; the gradient does not notice. All
-    ranks get the same number of micro-steps, so some arrays are empty when records are few.
+    Records of similar lengths share a batch, which saves padding and leaves the gradient as it is.
+    All ranks get the same number of micro-steps, so some arrays are empty when records are few.
 
-    max_tokens: where given, it rules instead of `batch_size`: a batch has no more rows x columns,
-        padding included, unless it is a single record.
+    max_tokens: replaces `batch_size`: a batch has no more rows x columns, padding included, unless
+        it is a single record.
     """
     # By question first, because latents are aligned on it.
     keys = (staged.num_labels + staged.num_latents, staged.tokenized.question_lengths)
@@ -494,7 +495,7 @@ def micro_batches(
 
 
 def _cut_by_tokens(indices: np.ndarray, staged: StagedRecords, max_tokens: int) -> list[np.ndarray]:
-    """`indices` in a row, cut wherever one record more would make a batch too large."""
+    """`indices` in their order, cut wherever one more record would make a batch too large."""
     # Columns up to the first latent and from there on; a row without latents begins at column 0.
     has_latents = staged.num_latents[indices] > 0
     lengths = staged.prompt_lengths[indices] + staged.num_labels[indices]
@@ -513,11 +514,11 @@ def _cut_by_tokens(indices: np.ndarray, staged: StagedRecords, max_tokens: int) 
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns record indices into the padded batch of SPEC section 4.
+    """Turns record indices into the padded batch of docs/specification.md, section 4.
 
-    aligned: "latents" for the fewest passes; "prompts" to have them all end in the same column,
-        from which answers can be written.
-    min_width: batches have at least as many columns, by padding on the right.
+    aligned: "latents": first latents share a column, for the fewest passes; "prompts": prompts end
+        in the same column, from which answers can be generated.
+    min_width: batches have at least that many columns, by padding on the right.
     """
 
     staged: StagedRecords
@@ -532,8 +533,8 @@ class Collator:
         takes part in the step, and contributes zero.
         """
         if len(indices) == 0:
-            nothing = [([self.ids.eos], [IGNORE_INDEX])]
-            return _pad(nothing, [0], self.ids.eos, indices, self.min_width)
+            unlabelled = [([self.ids.eos], [IGNORE_INDEX])]
+            return _pad(unlabelled, [0], self.ids.eos, indices, self.min_width)
         rows = self.staged.tokenized.table[indices.tolist()]
         parts = zip(
             rows["question_ids"], rows["step_ids"], rows["answer_ids"], indices, strict=True
@@ -561,7 +562,7 @@ class Collator:
             latents = [self.ids.latent] * num_latents
             prompt += [self.ids.start_latent, *latents, self.ids.end_latent]
         kept = steps[int(self.staged.dropped[index]) :]
-        target = [token for step in kept for token in step] + list(answer)
+        target = [*chain(*kept), *answer]
         return prompt + target, [IGNORE_INDEX] * len(prompt) + target
 
 
@@ -572,7 +573,7 @@ def _pad(
     indices: np.ndarray,
     min_width: int,
 ) -> dict[str, Tensor]:
-    """Rows of (token ids, labels), each moved right by its padding, as a rectangular batch."""
+    """Rows of (token ids, labels) as a rectangular batch, each behind its padding on the left."""
     ends = [left + len(tokens) for left, (tokens, _) in zip(left_pads, rows, strict=True)]
     width = max(min_width, *ends)
     input_ids = torch.full((len(rows), width), pad_id)

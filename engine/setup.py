@@ -376,8 +376,16 @@ def check_answers(tokenized: TokenizedRecords, tokenizer) -> None:
             rows["answer"], rows["step_ids"], rows["answer_ids"], strict=True
         )
     ]
+    try:
+        texts = decode(tokenizer, written)
+    # The tokenizer of a broken file raises even a bare Exception.
+    except Exception as error:
+        raise UserError(
+            f"{tokenized.path}: the tokenizer fails to decode its answers ({error!r}); restore the"
+            " tokenizer's files"
+        ) from error
     faults = {}
-    for key, gold, text in zip(first, rows["answer"], decode(tokenizer, written), strict=True):
+    for key, gold, text in zip(first, rows["answer"], texts, strict=True):
         if not metrics.normalize_answer(gold):
             faults[key] = (
                 f"of the answer {quote(gold)} nothing is left without commas and outer white space,"

@@ -42,7 +42,7 @@ def test_without_curriculum_every_epoch_is_the_last_stage(method):
 
 
 @pytest.mark.parametrize("c_thought", [1, 2])
-def test_without_curriculum_all_steps_go_and_all_latents_come(c_thought):
+def test_without_curriculum_all_steps_are_dropped_and_all_latents_are_there(c_thought):
     curriculum = make(c_thought=c_thought, last=3, enabled=False)
     plans = [curriculum.plan(curriculum.stage(0), num_steps) for num_steps in (0, 2, 3, 7)]
     assert plans == [(n, 3 * c_thought) for n in (0, 2, 3, 7)]
@@ -81,7 +81,7 @@ def test_far_past_the_maximum_the_latents_stay_at_it(pad):
     assert make(c_thought=2, last=3, pad=pad).plan(9, 12) == (12, 6)
 
 
-def test_maximum_of_zero_goes_from_all_text_to_none_without_a_latent():
+def test_a_maximum_of_zero_drops_all_steps_at_once_without_latents():
     curriculum = make(last=0, per_stage=1)
     assert [curriculum.stage(epoch) for epoch in range(3)] == [0, 1, 1]
     assert [curriculum.plan(stage, 4) for stage in (0, 1)] == [(0, 0), (4, 0)]

@@ -1,4 +1,4 @@
-"""Tokenising, staging, collating and dealing records, against SPEC sections 2 to 4.
+"""Tokenising, staging, collating and splitting records (docs/specification.md, sections 2 to 4).
 
 Reading them is test_dataset_reading.py's.
 
@@ -59,7 +59,7 @@ def whole_text_tokenizer(*texts):
 
 
 def texts_of(record):
-    """A record's parts as SPEC section 2 spells them."""
+    """The texts of a record that are tokenised by themselves."""
     steps = [step + "\n" for step in record["steps"]]
     return [record["question"] + "\n", *steps, "### " + record["answer"]]
 
@@ -151,7 +151,7 @@ def test_tokenizers_of_bytes_know_everything(options):
 
 
 def test_a_tokenizer_that_puts_eos_before_a_text_by_itself_holds_none_in_it():
-    table = tokenize_records([GOOD], dressed(before=EOS), "a.json").table
+    table = tokenize_records([GOOD], special_around(before=EOS), "a.json").table
     assert table["question_ids"][0][0] == 0
 
 
@@ -162,7 +162,7 @@ def test_a_tokenizer_that_fails_is_reported():
         tokenize_records([GOOD], tokenizer, "a.json")
 
 
-def dressed(before="", after=""):
+def special_around(before="", after=""):
     """The word tokenizer with special tokens put around a text by itself."""
     tokenizer = build_word_tokenizer()
     names = [name for name in (before + " " + after).split() if name]
@@ -185,7 +185,7 @@ def dressed(before="", after=""):
     ],
 )
 def test_only_the_question_gets_special_tokens_and_only_leading_ones(before, after, leading):
-    tokenizer = dressed(before, after)
+    tokenizer = special_around(before, after)
     table = tokenize_records([GOOD], tokenizer, "a.json").table
     tokens = tokenizer.convert_ids_to_tokens
     assert tokens(leading_special_ids(tokenizer, "1 + 1")) == leading
@@ -195,7 +195,7 @@ def test_only_the_question_gets_special_tokens_and_only_leading_ones(before, aft
 
 
 def test_leading_special_tokens_count_as_question():
-    tokenized = tokenize_records([GOOD], dressed("w0", EOS), "a.json")
+    tokenized = tokenize_records([GOOD], special_around("w0", EOS), "a.json")
     assert tokenized.question_lengths.tolist() == [3]
 
 
@@ -289,7 +289,7 @@ def test_cot_is_plain_text(stage):
     )
 
 
-def test_no_cot_goes_straight_to_the_answer():
+def test_no_cot_has_the_answer_right_after_the_question():
     assert example("no_cot", 0) == ([Q, ANSWER, EOS], [None, ANSWER, EOS])
 
 
@@ -343,7 +343,7 @@ def ragged(shapes, tokenizer):
     return tokenise(records, tokenizer)
 
 
-def spell(rows, names):
+def letters_of(rows, names):
     return ["".join(names.get(value, "?") for value in row) for row in rows.tolist()]
 
 
@@ -359,12 +359,12 @@ def ragged_batch(tokenizer, aligned="latents", **options):
     return Collator(staged, SpecialIds.of(tokenizer), aligned)[np.arange(4)]
 
 
-def spell_tokens(batch, tokenizer):
+def letters_of_tokens(batch, tokenizer):
     """A letter a token: q digit, s start, L latent, e end, # answer mark, . EOS; _ padding."""
     names = {tokenizer.convert_tokens_to_ids(str(digit)): "q" for digit in range(10)}
     special = {START_LATENT: "s", LATENT: "L", END_LATENT: "e", "###": "#", EOS: "."}
     names |= {tokenizer.convert_tokens_to_ids(token): letter for token, letter in special.items()}
-    rows = spell(batch["input_ids"], names)
+    rows = letters_of(batch["input_ids"], names)
     masks = batch["attention_mask"].tolist()
     return [
         "".join(letter if kept else "_" for letter, kept in zip(row, mask, strict=True))
@@ -373,7 +373,7 @@ def spell_tokens(batch, tokenizer):
 
 
 def test_first_latents_share_a_column_and_rows_without_latents_start_at_once(marked):
-    assert spell_tokens(ragged_batch(marked), marked) == [
+    assert letters_of_tokens(ragged_batch(marked), marked) == [
         "___qqsLLe#q.",
         "qqqqse#q.___",
         "qqqqqsLe#q._",
@@ -385,7 +385,7 @@ def test_latents_align_even_when_rows_without_them_have_longer_questions(marked)
     tokenized = ragged([(1, [1]), (9, [])], marked)
     staged = stage_of(tokenized, "coconut", 1, pad=False)
     batch = Collator(staged, SpecialIds.of(marked))[np.arange(2)]
-    assert spell_tokens(batch, marked) == ["qsLe#q._______", "qqqqqqqqqse#q."]
+    assert letters_of_tokens(batch, marked) == ["qsLe#q._______", "qqqqqqqqqse#q."]
 
 
 def test_padding_is_eos_without_attention_or_labels(marked):
@@ -406,7 +406,7 @@ def test_positions_count_from_0_at_the_first_real_token(marked):
 def test_labels_are_the_tokens_after_the_end_marker(marked):
     batch = ragged_batch(marked)
     labelled = batch["labels"] != IGNORE_INDEX
-    assert spell(labelled.long(), {0: "_", 1: "x"}) == [
+    assert letters_of(labelled.long(), {0: "_", 1: "x"}) == [
         "_________xxx",
         "______xxx___",
         "________xxx_",
@@ -418,12 +418,12 @@ def test_labels_are_the_tokens_after_the_end_marker(marked):
 def test_cot_rows_are_padded_on_the_right_alone(marked):
     tokenized = ragged([(2, [1]), (4, [])], marked)
     batch = Collator(stage_of(tokenized, "cot", 0), SpecialIds.of(marked))[np.arange(2)]
-    assert spell_tokens(batch, marked) == ["qqq#q._", "qqqq#q."]
+    assert letters_of_tokens(batch, marked) == ["qqq#q._", "qqqq#q."]
 
 
 def test_aligned_prompts_end_in_the_same_column(marked):
     batch = ragged_batch(marked, "prompts")
-    assert spell_tokens(batch, marked) == [
+    assert letters_of_tokens(batch, marked) == [
         "___qqsLLe#q.",
         "___qqqqse#q.",
         "_qqqqqsLe#q.",
@@ -438,7 +438,7 @@ def test_batch_follows_the_order_of_its_indices(marked):
     collator = Collator(stage_of(tokenized, "coconut", 2, pad=False), SpecialIds.of(marked))
     batch = collator[np.array([2, 0, 2])]
     assert batch["indices"].tolist() == [2, 0, 2]
-    assert spell_tokens(batch, marked) == ["qqqqqsLe#q._", "___qqsLLe#q.", "qqqqqsLe#q._"]
+    assert letters_of_tokens(batch, marked) == ["qqqqqsLe#q._", "___qqsLLe#q.", "qqqqqsLe#q._"]
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
 
 
@@ -577,7 +577,7 @@ def many():
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 60])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_micro_batches_deal_every_record_once_and_evenly(many, n, batch_size, world_size):
+def test_micro_batches_hold_every_record_once_and_are_even(many, n, batch_size, world_size):
     staged, _ = many
     indices = np.random.default_rng(1).permutation(60)[:n]
     shares = micro_batches(indices, staged, batch_size, world_size)
@@ -618,7 +618,7 @@ def test_micro_batches_cut_by_tokens_are_as_large_as_they_may_be(many, max_token
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs ../shared/data")
-def test_published_prosqa_reads_and_spells_its_texts_back():
+def test_published_prosqa_is_read_and_decodes_to_its_texts():
     records = read_records(str(SHARED / "data/prosqa_valid.json"))
     assert len(records) == 300
     assert all(set(record) == {"question", "answer", "steps"} for record in records)

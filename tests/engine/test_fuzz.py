@@ -32,7 +32,7 @@ from engine.config import Config
 from engine.config_file import dump_config, load_config
 from engine.metadata import Metadata, check_stored_trainer, config_with_metadata
 from engine.model import build_coconut, load_backbone, model_outline
-from engine.setup import Data, check_fit
+from engine.setup import Data, check_answers, check_fit
 from engine.weights import ModelSource
 from utils import EXIT_USER_ERROR, ConfigError, UserError
 
@@ -267,6 +267,7 @@ def check_weights(experiment, *names):
         settled = config_with_metadata(config, source.metadata, source.name)
         texts = read_records(settled.val_path)
         records = tokenize_records(texts, source.tokenizer, settled.val_path)
+        check_answers(records, source.tokenizer)
         outline = model_outline(settled, source)
         check_fit(settled, Data(source.tokenizer, None, records), {0}, outline)
         build_coconut(settled, load_backbone(settled, source))

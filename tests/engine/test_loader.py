@@ -48,7 +48,7 @@ def test_workers_change_nothing(collator):
 
 @pytest.fixture
 def loading(collator):
-    """(the batches as made here, the same from two workers of which one came, those workers)."""
+    """(expected batches, the same from two workers, one of which was taken, those workers)."""
     batches = [np.roll(np.arange(60), i) for i in range(40)]
     before = set(multiprocessing.active_children())
     made = batch_loader(collator, batches, 2, False)
