@@ -80,8 +80,8 @@ def examine(checkpoint: Path, val_path: str | None = None) -> ThoughtReport:
         raise UserError(
             f"{checkpoint}: is no Coconut checkpoint with thoughts; name a run's checkpoint_N"
         )
-    overrides = ["only_eval=true", "from_scratch=false", f"load_model_path={checkpoint}"]
-    overrides += [f"val_path={val_path}"] if val_path else []
+    overrides = {"only_eval": True, "from_scratch": False, "load_model_path": str(checkpoint)}
+    overrides |= {"val_path": val_path} if val_path else {}
     config = load_config(Path(checkpoint).parent / "config.yaml", overrides)
     source = ModelSource.of(config)
     backbone, records = load_backbone(config, source), load_data(config, source).val

@@ -98,6 +98,11 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     )
 
 
+def as_override(key: str, value: Any) -> str:
+    """The `key=value` argument that is read back as `value`, whatever characters it holds."""
+    return f"{key}={dump_yaml({key: value}).partition(': ')[2].rstrip()}"
+
+
 def fields_help() -> str:
     """Every key with its default and meaning, one paragraph a key, for `--help`."""
     lines = []

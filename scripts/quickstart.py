@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.learning_curve import Curve, read_curve, save_learning_curve
 from analysis.thoughts import ThoughtReport, examine
 from dataset import read_records
-from engine.config_file import load_config
+from engine.config_file import as_override, load_config
 from utils import ConfigError, UserError, atomic_write_text
 
 DEFAULT_OUT = Path("exps/quickstart")
@@ -42,10 +42,10 @@ def overrides(run: str, out: Path, seed: int) -> list[str]:
     stored = load_config(config_path(run))
     values = []
     if out != DEFAULT_OUT:
-        values += [f"save_path={out}", f"model_id={out / 'model'}"]
+        values += [as_override("save_path", str(out)), as_override("model_id", str(out / "model"))]
         if stored.load_model_path is not None:
             moved = out / Path(stored.load_model_path).relative_to(DEFAULT_OUT)
-            values.append(f"load_model_path={moved}")
+            values.append(as_override("load_model_path", str(moved)))
     if seed != stored.seed:
         values.append(f"seed={seed}")
     return values

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.config import Config
-from engine.config_file import dump_config, fields_help, load_config, read_file
+from engine.config_file import (
+    as_override,
+    dump_config,
+    fields_help,
+    load_config,
+    read_file,
+    read_overrides,
+)
 from utils import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +165,11 @@ def test_values_from_python_need_no_text(cot_file):
         "overrides: lr='1e-5' is not a number; write lr: 1.0e-4",
         "overrides: unknown key 'sede'; did you mean seed?",
     ]
+
+
+@pytest.mark.parametrize("value", ["a #b", "it's", '"', "", "1e-4", " a: b", "a\nb", "~", 7])
+def test_a_value_written_as_an_override_is_read_back(value):
+    assert read_overrides([as_override("name", value)]) == ({"name": value}, [])
 
 
 def test_home_and_variables_are_expanded_in_every_path(write, monkeypatch):
