@@ -146,9 +146,7 @@ class Decoder:
         (text,) = decode(self.tokenizer, [tokens])
         source = self.staged.tokenized.table[index]
         steps_left = source["steps"][int(self.staged.dropped[index]) :]
-        thoughts = int(self.staged.num_latents[index])
-        if self.model.thought_kind != "continuous":
-            thoughts = 0
+        num_latents = int(self.staged.num_latents[index])
         return {
             "index": index,
             "question": source["question"],
@@ -158,11 +156,11 @@ class Decoder:
             "correct": metrics.is_correct(text, source["answer"]),
             "cot_match": metrics.cot_matches(text, steps_left) if steps_left else None,
             "num_tokens": len(tokens),
-            "num_thoughts": thoughts,
+            "num_thoughts": num_latents * (self.model.thought_kind == "continuous"),
             "ended": ended,
-            # Alone, the record takes a pass up to each thought, one up to the prompt's last
-            # token, and one for each token written but the last, EOS included.
-            "forward_passes": thoughts + len(tokens) + ended,
+            # Alone, the record takes a pass up to each latent, one up to the prompt's last token,
+            # and one for each token written but the last, EOS included.
+            "forward_passes": num_latents * self.model.reads_in_passes + len(tokens) + ended,
         }
 
 

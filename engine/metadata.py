@@ -210,7 +210,7 @@ class StoredTrainer(BaseModel):
     metadata: Metadata
     trajectory: dict[str, str | int | float | None]
     first_epoch: Count
-    origin: dict[Literal[ORIGIN_FIELDS], str | bool | None] = {}
+    origin: dict[Literal[ORIGIN_FIELDS], str | bool | None]
     # wandb names a folder by it, and allows in it what may stand in an address.
     wandb_id: Annotated[str, Field(pattern=r"^[^/\\#?%:\x00-\x1f]+$")] | None
 

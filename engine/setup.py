@@ -157,7 +157,7 @@ def restore_origin(config: Config, state: checkpoint.TrainingState) -> Config:
     Says so for each value written out that thus has no effect, but for resume and load_model_path,
     of which `prepare` always says it.
     """
-    origin = state.trainer.get("origin", {}) | {"resume": state.trainer["first_epoch"]}
+    origin = state.trainer["origin"] | {"resume": state.trainer["first_epoch"]}
     for name, before in origin.items():
         value = getattr(config, name)
         is_said = name in ("resume", "load_model_path")

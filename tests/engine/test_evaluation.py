@@ -121,8 +121,9 @@ def test_forward_passes_are_those_the_base_model_makes_for_the_record_alone(
         assert row["forward_passes"] == len(calls)
 
 
-def test_pause_tokens_are_no_thoughts_and_cost_no_passes(tiny_model, tokenizer, records):
-    model = wrap(tiny_model("gpt2"), thought="pause")
+@pytest.mark.parametrize("thought", ["pause", "pause_multipass"])
+def test_pause_embeddings_are_not_thoughts_and_cost_the_passes_made(tiny_model, tokenizer, thought):
+    model = wrap(tiny_model("gpt2"), thought=thought)
     calls = count_columns(model.base_causallm.base_model)
     alone = tokenize_records([make_records(9, seed=3)[0] | {"steps": ["1", "2"]}], tokenizer, "v")
     outcome = evaluate(
@@ -170,7 +171,7 @@ def decode(tokenizer, steps, stage, new_tokens, method="coconut"):
     def answer(input_ids, attention_mask, labels, max_new_tokens):
         return torch.tensor(0.5), torch.tensor([new_tokens])
 
-    model = SimpleNamespace(answer=answer, thought_kind="continuous")
+    model = SimpleNamespace(answer=answer, thought_kind="continuous", reads_in_passes=True)
     batch = Collator(staged, SpecialIds.of(tokenizer), aligned="prompts")[np.array([0])]
     loss, (row,) = Decoder(model, tokenizer, staged, len(new_tokens)).predict(batch)
     assert loss == 0.5

@@ -4,7 +4,6 @@ Bit for bit, in float32 with dropout on. Ranks are in test_distributed.py.
 """
 
 import functools
-import json
 import re
 import shutil
 import signal
@@ -317,16 +316,6 @@ def test_what_a_run_began_with_stays_with_it(finished, straight, capsys):
     written, before = (load_config(r.run_dir / "config.yaml") for r in (finished, straight))
     for name in (*others, "from_scratch"):
         assert getattr(written, name) == getattr(before, name), name
-
-
-def test_a_state_that_does_not_record_what_the_run_began_with_resumes(finished, straight):
-    """Those of earlier versions."""
-    (_, newest) = finished.states()
-    trainer = json.loads((newest / "state.json").read_text())["content"]["trainer"]
-    assert trainer.pop("origin")["model_id"] == str(straight.model)
-    checkpoint.update_trainer(finished.run_dir, 15, trainer)
-    assert finished.change(num_epochs=4).main() == 0
-    assert len(finished.losses()) == 20
 
 
 def truncate(path):
