@@ -102,4 +102,4 @@ if __name__ == "__main__":
     use_float64()
     watch(folder, save_path)
     globals()[hook](folder)
-    sys.exit(run.main(command))
+    run.exit_process(run.main(command))
