@@ -154,8 +154,10 @@ def test_a_killed_and_a_stopped_run_go_on_with_other_numbers_of_nodes(one, tmp_p
     statuses, output = run_agents(experiment, "killed_then_stopped", "--max-restarts", "1")
     assert 0 not in statuses
     assert "resume/5; resume and load_model_path are overridden by it" in output
-    assert "stopped after optimizer step 9, state saved" in output, output
-    assert [path.name for path in experiment.states()] == ["5", "9"]
+    # The agents pass the signal on while the ranks compute: it may come before step 8 has ended.
+    stopped = re.search("stopped after optimizer step ([89]), state saved", output)
+    assert stopped, output
+    assert [path.name for path in experiment.states()] == ["5", stopped[1]]
     monkeypatch.setattr(backbone, "_build_options", backbone._build_options)
     use_float64()
     assert experiment.main() == 0
