@@ -4,6 +4,7 @@ The faults of a data worker are tested one by one in test_loader.py, those of a 
 test_tracking.py; here whole runs meet them.
 """
 
+import ctypes
 import functools
 import gc
 import mmap
@@ -96,6 +97,7 @@ LEAK_BYTES = 2 * LIMIT_BYTES // LEAKING
 def watch_memory(path):
     """Record resident set and open files at every step; leak memory after WARM_UP + STEPS."""
     log, leak, page = Tracker.log, [], os.sysconf("SC_PAGE_SIZE")
+    libc = ctypes.CDLL(None)
 
     def log_and_record(tracker, metrics, step):
         log(tracker, metrics, step)
@@ -105,6 +107,8 @@ def watch_memory(path):
             # Pages of its own: the heap may have room for it already.
             leak.append(mmap.mmap(-1, LEAK_BYTES))
             leak[-1].write(bytes(LEAK_BYTES))
+        # Else a leak would fill what loading the model freed, and not show.
+        libc.malloc_trim(0)
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
         num_files = len(os.listdir("/proc/self/fd"))
         with open(path, "a") as file:
