@@ -1,11 +1,11 @@
-"""Whether Coconut reads a kind of model rightly: a small random copy against full recomputation.
+"""Whether Coconut reads a kind of model correctly: a small random copy against recomputation.
 
 Thoughts need more of a model than text does: input embeddings that mean what token ids mean, left
 padding that changes nothing, a cache that continues a sequence column by column and gives up rows,
-and logits that are lm_head(last hidden state). Few models say in their configuration whether they
-keep to that, so it is tried: the model's own classes with its kinds of layers, shrunk, random, in
-float64, read by Coconut and by a textbook without cache, padding or batches. The weights of the run
-have no part in it, so their size and rounding do not matter either.
+and logits that are lm_head(last hidden state). Few configurations say whether a model
+does that, so it is tried: the model's own classes with its kinds of layers, shrunk, random, in
+float64, are read by Coconut and by a textbook without cache, padding or batches. The weights of the
+run are not involved, so neither their size nor their rounding matters.
 """
 
 import copy
@@ -25,14 +25,14 @@ from transformers.utils import logging as transformers_logging
 from coconut import Coconut
 from utils import UserError
 
-# Layers whose cache is a state that every token rewrites.
+# Kinds of layers whose cache is a state that every token rewrites.
 RECURRENT_KINDS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 # A model with one of these set does not score a hidden state h as lm_head(h).
 LOGIT_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 LOGIT_FIELDS += ("lm_head_multiplier", "output_multiplier")
 # The longest sequence, by the names that configurations of transformers have for it.
 POSITION_FIELDS = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
-# Sizes of the copy. Its window is shorter than the rows, so that it acts.
+# Sizes of the copy. Its attention window is shorter than the rows, so that it acts.
 VOCAB_SIZE = 48
 NUM_HEADS, HEAD_DIM = 4, 16
 MAX_INTERMEDIATE_SIZE = 32
@@ -47,7 +47,7 @@ START, END, LATENT, UNUSED = 43, 44, 45, VOCAB_SIZE - 1
 WEIGHTS = (0.7, 0.3)
 NUM_NEW_TOKENS = 6
 MAX_REASON_LENGTH = 200
-# Of the largest value. Many models compute norms, positions or softmax in float32 all the same.
+# Relative to the largest value. Many models compute norms or softmax in float32 regardless.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 
@@ -70,7 +70,7 @@ _found: dict[tuple, Finding] = {}
 
 
 class _Unfit(Exception):
-    """The model does something else than Coconut needs; the text completes "gpt2 ..."."""
+    """The model does not do what Coconut needs; the text completes "gpt2 ..."."""
 
 
 def require_readable(
@@ -82,7 +82,7 @@ def require_readable(
     """The modules and parameters that no text reaches, by name, of a model that Coconut can read.
 
     name: what the message calls the weights.
-    attn_implementation: as configured; kernels that need a GPU are tried as the model's default.
+    attn_implementation: as configured; for kernels that need a GPU the default is tried.
 
     Raises: UserError with the reason why Coconut cannot read such a model.
     """
@@ -102,7 +102,7 @@ def require_readable(
 def examine(
     model_class: type[PreTrainedModel], architecture: PretrainedConfig, attention: str | None = None
 ) -> Finding:
-    """Try small random copies of a model until one is read rightly; once each in a process.
+    """Try small random copies of a model until one is read correctly; once each in a process.
 
     attention: the kernel by its name in transformers; None: the model's default.
     """
@@ -120,7 +120,7 @@ def examine(
             return Finding(
                 f"with {field} {value} does not score a hidden state by its output layer alone"
             )
-    # Some positions are made for heads of one size, some kernels for float32 alone.
+    # Some rotary embeddings need the model's own head size, some kernels need float32.
     for head_dim, dtype in itertools.product((HEAD_DIM, None), (torch.float64, torch.float32)):
         config = shrink(architecture, head_dim)
         key = model_class, attention, dtype, config.to_json_string(use_diff=False)
@@ -174,7 +174,7 @@ def _shrink_heads(
     num_key_heads, own_dim = _get(config, "num_key_value_heads"), _get(config, "head_dim")
     new_width = num_kept * (head_dim or own_dim or width // num_heads)
     for name, value in list(vars(config).items()):
-        # Embeddings and projections between parts are often as wide as the model.
+        # Embeddings and projections often have the width of the model.
         if isinstance(value, int) and value == width and name not in WINDOW_FIELDS:
             setattr(config, name, new_width)
     _set(config, "hidden_size", new_width)
@@ -182,7 +182,7 @@ def _shrink_heads(
     if isinstance(num_key_heads, int):
         groups = num_heads // max(num_key_heads, 1)
         _set(config, "num_key_value_heads", max(num_kept // groups, 1))
-    # Of latent attention head_dim is the width of its rotary part alone.
+    # In latent attention head_dim is the width of the rotary part only.
     if head_dim and own_dim and _get(config, "qk_rope_head_dim") is None:
         _set(config, "head_dim", head_dim)
     if head_dim and (_get(config, "rotary_dim") or 0) > head_dim:
@@ -190,7 +190,7 @@ def _shrink_heads(
 
 
 def _keep_first_layers(config: PretrainedConfig) -> None:
-    """Keep as many of the first layers as show each kind of layer."""
+    """Keep the first layers, as many as it takes to have each kind."""
     num_layers = _get(config, "num_hidden_layers")
     if not isinstance(num_layers, int):
         return
@@ -210,14 +210,14 @@ def _keep_first_layers(config: PretrainedConfig) -> None:
 
 
 def _move_special_tokens(config: PretrainedConfig) -> None:
-    """Let no id of a special token be one of the rows'."""
+    """Move the ids of special tokens out of the words that the rows are made of."""
     for name, value in list(vars(config).items()):
         if name.endswith(("_token_id", "_token_index")) and value is not None:
             setattr(config, name, UNUSED)
 
 
 def _get(config: PretrainedConfig, name: str) -> object:
-    # Not as an attribute: of what differs between layers transformers then gives none.
+    # Not by getattr, which raises for values that differ between layers.
     return vars(config).get(config.attribute_map.get(name, name))
 
 
@@ -244,7 +244,7 @@ def _build(
         model = model_class._from_config(copy.deepcopy(config), dtype=torch.float32, **options)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Norms at one and biases at zero would hide much.
+                # Norms of ones and biases of zeros would hide differences.
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
@@ -277,7 +277,7 @@ def _attempt(what: str, work: Callable[[], _Result]) -> _Result:
         return work()
     except _Unfit:
         raise
-    # Whatever a model's code raises where it was not written for what Coconut does.
+    # A model's code may raise anything where Coconut uses it in an unforeseen way.
     except Exception as error:
         reason = " ".join(str(error).split())[:MAX_REASON_LENGTH]
         raise _Unfit(f"fails in {what} ({type(error).__name__}: {reason})") from error
@@ -319,7 +319,7 @@ def _compare(got: Tensor, want: Tensor, fault: str) -> None:
 
 @torch.no_grad()
 def _read_embeddings(model: PreTrainedModel) -> None:
-    """Embeddings mean what ids mean, states are scored by lm_head alone, and later tokens wait."""
+    """Embeddings mean what ids mean, lm_head alone scores states, later tokens do not matter."""
     parameters = inspect.signature(model.base_model.forward).parameters
     for needed, fault in (
         ("inputs_embeds", "takes no input embeddings"),
@@ -338,10 +338,10 @@ def _read_embeddings(model: PreTrainedModel) -> None:
     if head is None:
         raise _Unfit("has no output layer of its own to score states with")
     by_embeds = model(inputs_embeds=embeds.clone(), use_cache=False).logits
-    _compare(by_embeds, whole, "reads token ids in another way than their embeddings")
+    _compare(by_embeds, whole, "reads token ids differently from their embeddings")
     _compare(head(states), whole, "does not score a hidden state by its output layer alone")
     early = model.base_model(inputs_embeds=embeds[:, :6], use_cache=False).last_hidden_state
-    _compare(states[:, :6], early, "lets a token see those after it, so it writes no text")
+    _compare(states[:, :6], early, "lets a token see the ones after it")
 
 
 @torch.no_grad()
@@ -350,7 +350,7 @@ def _read_padding(model: PreTrainedModel) -> None:
     rows = [[token for token in row if token in WORDS] for row in _rows()]
     got = _wrap(model)(*_lay_out(rows, [len(row) for row in rows])).logits[:, 0]
     want = [model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows]
-    _compare(got, torch.stack(want), "reads otherwise what is padded on the left")
+    _compare(got, torch.stack(want), "reads a row differently when it is padded on the left")
 
 
 def _read_thoughts(model: PreTrainedModel) -> tuple[str, ...]:
@@ -368,7 +368,9 @@ def _read_thoughts(model: PreTrainedModel) -> tuple[str, ...]:
         logits.append(model(inputs_embeds=embeds, use_cache=False).logits[0, after_end:-1])
         targets += row[after_end + 1 :]
     want = F.cross_entropy(torch.cat(logits), torch.tensor(targets))
-    _compare(output.loss, want, "makes other thoughts in passes over its cache than all at once")
+    _compare(
+        output.loss, want, "computes other thoughts in passes over its cache than without a cache"
+    )
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     names, parameters = zip(*trained, strict=True)
     got_grads = torch.autograd.grad(output.loss, parameters, allow_unused=True)
@@ -378,16 +380,20 @@ def _read_thoughts(model: PreTrainedModel) -> tuple[str, ...]:
         if (got is None) != (wanted is None):
             raise _Unfit(f"gives {name} no gradient through thoughts")
         if got is not None:
-            _compare(got / scale, wanted / scale, f"gives {name} another gradient in passes")
+            _compare(
+                got / scale,
+                wanted / scale,
+                f"gives {name} another gradient in passes than without a cache",
+            )
     return tuple(
         _unreached(model, {n for n, g in zip(names, want_grads, strict=True) if g is None})
     )
 
 
 def _unreached(model: PreTrainedModel, names: set[str]) -> Iterator[str]:
-    """The outermost modules with nothing but such parameters, and such parameters elsewhere.
+    """The outermost modules whose parameters are all among `names`, then the names not in them.
 
-    What belongs to one of many layers or experts is left out: other tokens may reach it.
+    One of many layers or experts is left out: other tokens may reach it.
     """
     covered: set[str] = set()
     for prefix, module in [*model.named_modules(), *((name, None) for name in sorted(names))]:
@@ -401,7 +407,7 @@ def _unreached(model: PreTrainedModel, names: set[str]) -> Iterator[str]:
 
 
 def _embed(model: PreTrainedModel, row: list[int]) -> Tensor:
-    """(1, T, D): the row's embeddings with thoughts in place, by one run over all before each."""
+    """(1, T, D): the row's embeddings, each thought computed from the whole row before it."""
     embeds = model.get_input_embeddings()(torch.tensor([row]))
     for column, token in enumerate(row):
         if token == LATENT:
@@ -414,7 +420,7 @@ def _embed(model: PreTrainedModel, row: list[int]) -> Tensor:
 
 @torch.no_grad()
 def _write_answers(model: PreTrainedModel) -> None:
-    """Greedy answers after thoughts equal those of full recomputation, though some end early."""
+    """Greedy answers after thoughts equal those of recomputation, also when some end early."""
     prompts = [row[: row.index(END) + 1] for row in _rows()]
     answers = []
     for prompt in prompts:
@@ -435,7 +441,7 @@ def _write_answers(model: PreTrainedModel) -> None:
         got = _wrap(model, eos_token_id).generate(*batch, max_new_tokens=NUM_NEW_TOKENS)
         got = F.pad(got[:, batch[0].size(1) :], (0, NUM_NEW_TOKENS), value=eos_token_id)
         if not torch.equal(got[:, :NUM_NEW_TOKENS], want):
-            raise _Unfit("writes other answers from its cache than all at once")
+            raise _Unfit("writes other answers with its cache than without one")
 
 
 _TRIALS: dict[str, Callable[[PreTrainedModel], tuple[str, ...] | None]] = {

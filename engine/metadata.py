@@ -146,7 +146,7 @@ class Metadata(BaseModel):
 
 @dataclass
 class Position:
-    """Where a training run stands; the trainer moves it, every training state stores it.
+    """How far a training run is; the trainer moves it, every training state stores it.
 
     epoch: the current epoch, from 0; steps_done: optimizer steps done in it.
     optimizer_step: optimizer steps done in all.
@@ -211,12 +211,12 @@ class StoredTrainer(BaseModel):
     trajectory: dict[str, str | int | float | None]
     first_epoch: Count
     origin: dict[Literal[ORIGIN_FIELDS], str | bool | None]
-    # wandb names a folder by it, and allows in it what may stand in an address.
+    # wandb names a folder after it, and allows the characters of a URL path.
     wandb_id: Annotated[str, Field(pattern=r"^[^/\\#?%:\x00-\x1f]+$")] | None
 
 
 def check_stored_trainer(folder: Path, content: dict) -> None:
-    """Raise UserError where the intact training state `folder` holds no position of this program's.
+    """Raise UserError where the intact training state `folder` has a position of another version.
 
     content: what its state.json holds of the trainer.
     """
@@ -290,11 +290,11 @@ def require_class(metadata: Metadata | None, coconut_class: type | None, name: s
 def config_with_metadata(
     config: Config, metadata: Metadata | None, name: str, resumes: bool = False
 ) -> Config:
-    """The configuration with what a checkpoint records in place of its defaults.
+    """The configuration with a checkpoint's recorded values in place of its defaults.
 
-    That holds in evaluation and where training of the same method continues (`resume` above 0, or
-    `resumes`: this very run continues); else the configuration comes back as it is. Only what acts
-    under the method counts, of latent_weights the first m up to a common factor.
+    Applies in evaluation, and where training of the same method continues (`resume` above 0, or
+    `resumes`: this very run continues); otherwise the configuration is returned unchanged. Only
+    keys that act under the method count, and of latent_weights the first m up to a factor.
 
     name: what messages call the weights.
 
@@ -334,7 +334,7 @@ def _with_method(config: Config, metadata: Metadata | None, name: str) -> Config
 
 
 def with_defaults(config: Config, update: dict) -> Config:
-    """`config` with `update` as if it were the defaults: not as if the user had written it."""
+    """`config` with `update` as its defaults: these keys do not count as written by the user."""
     updated = config.model_copy(update=update)
     updated.__pydantic_fields_set__.intersection_update(config.model_fields_set)
     return updated
@@ -348,7 +348,7 @@ def check_method(config: Config, metadata: Metadata | None, name: str) -> None:
 
 
 def other_method(config: Config, what: str, name: str) -> str:
-    """The message for weights of another method than the run's; `what` completes "it ...\""""
+    """The message for weights of another method than the run's; `what` completes "it ...\"."""
     return (
         f"{name}: {what}, but this run is {config.method}; name weights of that method, change the"
         " method, or give a new run another name"

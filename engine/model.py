@@ -1,8 +1,8 @@
-"""Building a run's model: weights and markers on a Hugging Face model, Coconut over it.
+"""Building the model of a run: a Hugging Face model with weights and markers, wrapped in Coconut.
 
-Carries out docs/specification.md, section 2 (tokens) and what of section 9 concerns loading. Where
-weights come from and how their files are read is weights.py's, what a checkpoint records about
-itself metadata.py's, devices and precision distributed.py's.
+Implements docs/specification.md, section 2 (tokens) and the loading part of section 9. Reading
+files of weights is left to weights.py, coconut.json to metadata.py, devices and precision to
+distributed.py.
 """
 
 from dataclasses import dataclass
@@ -38,10 +38,10 @@ from utils import UserError, log
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """What can be known of a model before its weights are read.
+    """What is known of a model before its weights are read.
 
     num_parameters, vocab_size: with the rows of the markers where the method adds them.
-    max_positions: longest sequence the model can read, None where it states none.
+    max_positions: longest sequence that the model can read, None without a limit.
     """
 
     num_parameters: int
@@ -68,7 +68,7 @@ class Backbone:
 def model_outline(config: Config, source: ModelSource) -> ModelOutline:
     """The size of the configured model, from its config.json alone.
 
-    Raises: UserError when the source is missing, broken or a model that Coconut cannot read.
+    Raises: UserError when the source is missing or broken, or a model that Coconut cannot read.
     """
     architecture = source.architecture
     _unreached(source, config.attn_implementation)
@@ -84,7 +84,7 @@ def _max_positions(text_config: PretrainedConfig) -> int | None:
     # One dictionary, or one for each kind of layer.
     rotary = getattr(text_config, "rope_parameters", None) or {}
     for parameters in (rotary, *(part for part in rotary.values() if isinstance(part, dict))):
-        # Past this length the longest row of a batch changes how all of them are read.
+        # Beyond it the longest row of a batch changes how every row is read.
         if parameters.get("rope_type") == "longrope":
             limits.append(parameters.get("original_max_position_embeddings"))
     return min((limit for limit in limits if limit is not None), default=None)
@@ -122,7 +122,7 @@ def load_backbone(config: Config, source: ModelSource) -> Backbone:
     Random weights are drawn from torch's global generator.
 
     Raises: UserError for a source that is missing, broken, of another shape or another method, or
-    lacks its window, and for activation checkpointing that the model does not support.
+    that records no window, and for activation checkpointing that the model does not support.
     """
     check_method(config, source.metadata, source.name)
     unreached = _unreached(source, config.attn_implementation)
@@ -168,9 +168,9 @@ def build_coconut(
 
 
 def _wrap(
-    settled: Config | Metadata, backbone: Backbone, coconut_class: type[Coconut] | None
+    window_of: Config | Metadata, backbone: Backbone, coconut_class: type[Coconut] | None
 ) -> Coconut:
-    """Coconut over the backbone with the window that `settled` has."""
+    """Coconut over the backbone, with the window of a configuration or a checkpoint."""
     name, model = backbone.source.name, backbone.model
     ids = token_ids(backbone.tokenizer)
     for field, value in ids.items():
@@ -180,15 +180,15 @@ def _wrap(
                 f"{name}: {METADATA_FILE} has {field} {stored}, the tokenizer {value}; use the"
                 " tokenizer that the checkpoint was trained with"
             )
-    window = {field: getattr(settled, field) for field in THOUGHT_FIELDS}
+    window = {field: getattr(window_of, field) for field in THOUGHT_FIELDS}
     return (coconut_class or Coconut)(model, **ids, **window)
 
 
 def _load_extra_tensors(coconut: Coconut, source: ModelSource, is_required: bool) -> None:
-    """Read what of Coconut lies outside the base model back from a checkpoint, in place.
+    """Copy the checkpoint's parameters outside the base model into `coconut`.
 
-    is_required: whether the checkpoint must have them even where its metadata does not name any;
-        else such tensors stay as they were made.
+    is_required: whether a checkpoint of plain Coconut is refused where `coconut` has such
+        parameters; otherwise they keep their initial values.
 
     Raises: UserError naming tensors that are missing, surplus or of a wrong shape.
     """
@@ -225,7 +225,7 @@ def _unreached(source: ModelSource, attn_implementation: str | None = None) -> t
 
 
 def _freeze(model: PreTrainedModel, names: tuple[str, ...]) -> None:
-    """Freeze modules and parameters of these names, whose gradients DDP would wait for in vain."""
+    """Freeze modules and parameters of these names: DDP would wait for their gradients forever."""
     frozen = [
         parameter
         for name, parameter in model.named_parameters()
@@ -239,7 +239,7 @@ def _freeze(model: PreTrainedModel, names: tuple[str, ...]) -> None:
 
 
 def _build_options(attn_implementation: str | None) -> dict:
-    # Always float32: bf16 is computed by autocast over float32 master weights.
+    # Always float32: under bf16, autocast computes over float32 master weights.
     options = {"dtype": torch.float32}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation

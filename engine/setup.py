@@ -1,7 +1,7 @@
-"""All that is read and checked of a run before its weights load: metadata, data, folder and fit.
+"""Everything that is read and checked before the weights load: metadata, data, folders, sizes.
 
-Every mistake that can be known without the weights ends here, as a UserError on all ranks. What a
-run then does is jobs.py's.
+A mistake that can be found without the weights ends here, as a UserError on all ranks. Building the
+model and running the job is left to jobs.py.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class Data:
 
 @dataclass
 class Prepared:
-    """What is known of a run before its model is built; everything in it was checked.
+    """What is known of a run before its model is built, all of it checked.
 
     config: with what a checkpoint or a training state records in place of defaults.
     source: where the model comes from; its config.json, coconut.json and tokenizer were read.
@@ -74,13 +74,13 @@ def prepare(
     coconut_class: type[Coconut] | None = None,
     source: ModelSource | None = None,
 ) -> Prepared:
-    """Read and check all but the weights; every rank must call.
+    """Read and check everything but the weights; every rank must call.
 
     state: what the run continues from, None where it begins.
     coconut_class: a subclass of Coconut to train or evaluate.
     source: where the model of a new run comes from; by default what the configuration names.
 
-    Raises: UserError for what can be known to be wrong before a model loads.
+    Raises: UserError for every mistake that can be found before a model loads.
     """
     evaluated = None
     if state is None:
@@ -154,14 +154,14 @@ def with_num_epochs(config: Config, train: TokenizedRecords) -> Config:
 def restore_origin(config: Config, state: checkpoint.TrainingState) -> Config:
     """`config` with the first epoch and the source of weights that the run of `state` began with.
 
-    Says so for each value written out that thus has no effect, but for resume and load_model_path,
-    of which `prepare` always says it.
+    Logs each value written out that therefore has no effect, except resume and load_model_path,
+    which `prepare` always names.
     """
     origin = state.trainer["origin"] | {"resume": state.trainer["first_epoch"]}
     for name, before in origin.items():
         value = getattr(config, name)
-        is_said = name in ("resume", "load_model_path")
-        if name in config.model_fields_set and value != before and not is_said:
+        is_logged = name in ("resume", "load_model_path")
+        if name in config.model_fields_set and value != before and not is_logged:
             log.info(f"{name}: {value} has no effect, since this run began with {before}")
     return config.model_copy(update=origin)
 
@@ -200,8 +200,10 @@ def newest_state(config: Config) -> checkpoint.TrainingState | None:
 
 
 def load_data(config: Config, source: ModelSource) -> Data:
-    """Read, check and tokenise the records of a run, the same on every rank; texts first, so that
-    errors come early."""
+    """Read, check and tokenise the records of a run, the same on every rank.
+
+    Texts come first, because reading them is faster than loading a tokenizer.
+    """
     train_limit, val_limit = config.max_train_records, None
     if config.debug:
         train_limit = min(train_limit or DEBUG_TRAIN_RECORDS, DEBUG_TRAIN_RECORDS)
@@ -227,7 +229,7 @@ def load_data(config: Config, source: ModelSource) -> Data:
 
 
 def make_curriculum(config: Config) -> Curriculum:
-    """The schedule that the configuration describes."""
+    """The curriculum that the configuration describes."""
     return Curriculum(
         method=config.method,
         c_thought=config.c_thought,
@@ -239,9 +241,9 @@ def make_curriculum(config: Config) -> Curriculum:
 
 
 def check_fit(config: Config, data: Data, stages: set[int], outline: ModelOutline) -> None:
-    """Refuse data with tokens that the model lacks, or too long for it.
+    """Refuse records with token ids that the model lacks, or too long for its positions.
 
-    stages: those that all records come to; what a training record can draw is looked at as well.
+    stages: those that every record passes through; under uniform_prob also those it may draw.
     """
     for records in filter(None, (data.train, data.val)):
         check_vocabulary(records, outline.vocab_size)
@@ -254,7 +256,7 @@ def check_fit(config: Config, data: Data, stages: set[int], outline: ModelOutlin
             if records is data.val:
                 check_lengths(staged, max_positions, config.max_new_tokens)
     if data.train and config.uniform_prob > 0:
-        # What a record draws lies between 0 and its number of steps.
+        # A record draws a stage from 0 to its number of steps.
         num_steps = data.train.num_steps
         for stage in range(min(int(num_steps.max()), curriculum.last_stage) + 1):
             drawn = StagedRecords.of(data.train, curriculum, np.minimum(stage, num_steps))
@@ -269,7 +271,7 @@ def acting_stages(config: Config) -> set[int]:
 
 
 def evaluated_stage(config: Config, metadata: Metadata | None, name: str) -> tuple[int, int]:
-    """(stage, epoch) of the weights: what their checkpoint records, else what `resume` says.
+    """(stage, epoch) of the weights: as their checkpoint records them, else by `resume`.
 
     name: what messages call the weights.
     """
@@ -289,8 +291,8 @@ def evaluated_stage(config: Config, metadata: Metadata | None, name: str) -> tup
 def evaluation_folder(config: Config) -> Path:
     """Where only_eval writes: one folder for each pair of a data file and weights.
 
-    eval_DATA_RUN_CHECKPOINT_HASH, with a hash of where the two are, since files and checkpoints of
-    different folders often have the same names.
+    Its name is eval_DATA_RUN_CHECKPOINT_HASH, with a hash of both absolute paths, since data files
+    and checkpoints in different folders often share their names.
     """
     data, weights = (Path(os.path.realpath(p)) for p in (config.val_path, config.load_model_path))
     where = hashlib.sha256(f"{data}\0{weights}".encode(errors="surrogateescape")).hexdigest()[:8]
@@ -299,7 +301,7 @@ def evaluation_folder(config: Config) -> Path:
 
 
 def check_place(config: Config) -> None:
-    """Refuse what lies in the way of the files of a run; every rank must call. Writes nothing."""
+    """Refuse anything in the way of a run's files, writing nothing; every rank must call."""
 
     def check() -> None:
         if config.debug or not distributed.is_main():
@@ -315,7 +317,7 @@ def check_place(config: Config) -> None:
 
 
 def check_vocabulary(tokenized: TokenizedRecords, vocab_size: int) -> None:
-    """Refuse records that the tokenizer gives ids of which the model knows no embedding.
+    """Refuse records with token ids that the model has no embedding for.
 
     Raises: UserError naming the first such record and id.
     """
@@ -359,8 +361,10 @@ def check_lengths(
 
 
 def check_answers(tokenized: TokenizedRecords, tokenizer) -> None:
-    """Refuse gold answers that no generated text could equal: those of which nothing is left when
-    answers are compared, and those that the tokenizer does not give back.
+    """Refuse gold answers that no generated text could equal.
+
+    Those are answers of which nothing is left when answers are compared, and answers that do not
+    survive the tokenizer.
 
     Raises: UserError naming records, gold answers and what comes back.
     """

@@ -1,10 +1,10 @@
 """Where a model comes from, and reading it strictly: folders, hub names, single files of tensors.
 
-What others wrote is data and nothing else (docs/specification.md, section 9). Pickles are read with
-`weights_only=True`, and code that a model folder brings along is never run: thoughts need an
-architecture whose cache and embeddings are known, so there is no setting that would allow it.
-Whatever a loader raises becomes one UserError, and tensors that do not fit are named. What may be
-loaded into which run is metadata.py's and model.py's.
+Files are data and nothing else (docs/specification.md, section 9). Pickles are read with
+`weights_only=True`, and code that comes with a model folder is never run: no key allows it, because
+thoughts need an architecture whose cache and embeddings are known. Whatever a loader raises becomes
+one UserError, and tensors that do not fit are named. Which weights may be loaded into which run is
+left to metadata.py and model.py.
 """
 
 import copy
@@ -71,14 +71,14 @@ class ModelSource:
 
     @classmethod
     def of(cls, config: Config) -> "ModelSource":
-        """What the configuration names."""
+        """The source that the configuration names."""
         if config.load_model_path:
             return cls("load_model_path", config.load_model_path, config.model_id)
         return cls("model_id", config.model_id, config.model_id, not config.from_scratch)
 
     @classmethod
     def of_state(cls, folder: Path) -> "ModelSource":
-        """A training state, which brings its architecture and tokenizer along."""
+        """A training state, which has its own architecture and tokenizer."""
         return cls("resume", str(folder), has_weights=False)
 
     @property
@@ -121,7 +121,7 @@ class ModelSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """That beside the weights, else model_id's, with pad = EOS and the markers added.
 
-        Raises: UserError when it cannot be had or read, or has no EOS.
+        Raises: UserError when it is missing or unreadable, or has no EOS.
         """
         return self._tokenizer[0]
 
@@ -152,7 +152,7 @@ class ModelSource:
         paths = (os.path.join(self.location, name) for name in TOKENIZER_FILES)
         is_own = self.location == self.model_id or any(map(os.path.isfile, paths))
         key, name = (self.key, self.location) if is_own else ("model_id", self._model_id)
-        # Given the architecture of its folder, transformers need not read it again.
+        # Given the architecture of its folder, transformers does not read it again.
         has_architecture = name == (self._model_id if self.is_file else self.location)
         tokenizer = read_tokenizer(key, name, self._architecture if has_architecture else None)
         had_markers = is_own and tokenizer.get_vocab().keys() >= set(MARKERS)
@@ -189,7 +189,7 @@ def empty_model(source: ModelSource, architecture: PretrainedConfig) -> PreTrain
     with reading(source.key, source.location), torch.device("meta"):
         model = source.model_class(copy.deepcopy(architecture))
     num_bytes = weight_bytes(source.location) if source.has_weights else None
-    # Even at four bits a parameter; what such a model takes might not fit any memory.
+    # Even at four bits a parameter. Such a model might need more memory than there is.
     if num_bytes is not None and model.num_parameters() > 2 * num_bytes:
         raise UserError(
             first_fault(source.location)
@@ -241,7 +241,7 @@ def load_single_file(source: ModelSource, options: dict) -> tuple[PreTrainedMode
 def _unwrap(
     source: ModelSource, embedding_name: str
 ) -> tuple[dict[str, Tensor], Tensor | None, bool]:
-    """The file's tensors by the bare model's names, the input embedding, whether it was wrapped.
+    """The file's tensors by the base model's names, the input embedding, whether it was wrapped.
 
     embedding_name: how the name of the input embedding ends, in files with and without the prefix
         of the base model.
@@ -318,8 +318,8 @@ def _load_weights(
         faults.append("1 surplus (lm_head.weight, unlike the input embedding it is tied to)")
     if faults:
         raise _does_not_fit(source, faults)
-    # Tensors of a safetensors file are mapped from it at odd addresses, where CPU kernels may round
-    # otherwise than in memory of their own; and the file may be replaced while the run goes on.
+    # Tensors of a safetensors file are mapped from it at unaligned addresses, where CPU kernels may
+    # round differently, and the file may be replaced during the run.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
@@ -341,15 +341,15 @@ def _does_not_fit(source: ModelSource, faults: list[str]) -> UserError:
 
 @contextmanager
 def reading(key: str, location: str, part: str = "the model") -> Iterator[None]:
-    """Turn whatever a Hugging Face loader raises about `location` into one UserError, and hush it.
+    """Turn whatever a Hugging Face loader raises about `location` into one UserError; silence it.
 
     key, part: the configuration key that names the location, and what of it is read.
-    The loaders raise many classes (tokenizers even a bare Exception), hence the wide net.
+    The loaders raise many classes (tokenizers even a bare Exception), so all are caught.
     """
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    # A download may take minutes, so only what lies here already is loaded without a bar.
+    # A download may take minutes, so only local files are loaded without a progress bar.
     if os.path.exists(location):
         transformers_logging.disable_progress_bar()
     try:
@@ -366,7 +366,7 @@ def reading(key: str, location: str, part: str = "the model") -> Iterator[None]:
 
 
 def _hub_options(location: str) -> dict:
-    """What keeps loaders from asking a hub that is out of reach, which takes them 24 s a file."""
+    """Options that keep loaders from retrying an unreachable hub, which takes 24 s a file."""
     if os.path.exists(location) or constants.HF_HUB_OFFLINE or _hub_answers():
         return {}
     return {"local_files_only": True}
@@ -381,7 +381,7 @@ def _hub_answers() -> bool:
             get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
             answered.set()
 
-    # The time-out of a connection does not cover the look-up of the name.
+    # The time-out of a request does not cover resolving the host name.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HUB_TIMEOUT_S)
@@ -391,7 +391,7 @@ def _hub_answers() -> bool:
 def read_config(key: str, location: str) -> PretrainedConfig:
     """The architecture that a folder or hub name describes.
 
-    Raises: UserError when it cannot be had or read, or brings code of its own.
+    Raises: UserError when it is missing or unreadable, or comes with code of its own.
     """
     # False, not unset: unset, transformers asks on a terminal whether to run a folder's code.
     with reading(key, location, "config.json"):
@@ -408,9 +408,9 @@ def read_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name.
 
-    architecture: that of the same place, where it is known already.
+    architecture: of the same location, where it was read before.
 
-    Raises: UserError when it cannot be had or read, brings code of its own, or has no EOS.
+    Raises: UserError when it is missing or unreadable, comes with code of its own, or has no EOS.
     """
     with reading(key, location, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -427,10 +427,10 @@ def read_tokenizer(
 
 
 def check_folder(key: str, folder: Path, needs_weights: bool) -> None:
-    """Raise UserError where a folder is no model folder of Hugging Face's layout."""
+    """Raise UserError where a folder is not a model folder in Hugging Face's layout."""
     if needs_weights and (folder / STATE_FILE).is_file():
         raise UserError(
-            f"{key}: {folder} is a training state, from which its own run goes on by itself; name"
+            f"{key}: {folder} is a training state, from which its own run resumes by itself; name"
             f" a checkpoint_N in {folder.parent.parent} instead"
         )
     if not (folder / "config.json").is_file():
@@ -438,7 +438,7 @@ def check_folder(key: str, folder: Path, needs_weights: bool) -> None:
     if needs_weights and not any((folder / name).is_file() for name in WEIGHT_FILES):
         hint = "set from_scratch: true to start from random ones, or " * (key == "model_id")
         raise UserError(
-            f"{key}: folder {folder} holds no weights; {hint}name a folder with model.safetensors"
+            f"{key}: folder {folder} has no weights; {hint}name a folder with model.safetensors"
         )
 
 
@@ -457,28 +457,28 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file}: corrupt, or holds more than tensors, and code in such a file is never run;"
             " save model.state_dict() alone with torch.save"
         ) from error
-    # A mangled file makes the readers raise nearly every class there is.
+    # A damaged file makes the readers raise almost any class.
     except Exception as error:
-        raise UserError(f"{file}: truncated or corrupt, no weights can be read from it") from error
+        raise UserError(f"{file}: truncated or corrupt, weights cannot be read from it") from error
     if not isinstance(tensors, dict) or not tensors:
-        raise UserError(f"{file}: holds no state dict; save model.state_dict() with torch.save")
-    strange = [
+        raise UserError(f"{file}: is not a state dict; save model.state_dict() with torch.save")
+    others = [
         str(name)
         for name, value in tensors.items()
         if not isinstance(name, str)
         or not isinstance(value, Tensor)
         or value.layout != torch.strided
     ]
-    if strange:
+    if others:
         raise UserError(
-            f"{file}: entries that are no plain tensors ({shorten(strange)}); save"
+            f"{file}: has entries that are not plain tensors ({shorten(others)}); save"
             " model.state_dict() alone with torch.save"
         )
     return tensors
 
 
 def weight_bytes(location: str) -> int | None:
-    """Size of the files that weights are read from, None where they do not lie here yet."""
+    """Size of the files that weights are read from, None where they are not local."""
     if os.path.isfile(location):
         return os.path.getsize(location)
     if not os.path.isdir(location):
@@ -488,7 +488,7 @@ def weight_bytes(location: str) -> int | None:
 
 
 def first_fault(location: str) -> str | None:
-    """What is wrong with the first file of a source that does not parse, None if all do."""
+    """What is wrong with the first file that does not parse, None if all do."""
     path, is_file = Path(location), os.path.isfile(location)
     files = sorted(path.iterdir()) if os.path.isdir(path) else [path] * is_file
     for file in files:
@@ -506,7 +506,7 @@ def first_fault(location: str) -> str | None:
 
 def _code_is_refused(key: str, location: str) -> str:
     return (
-        f"{key}: {location} brings code of its own (auto_map in config.json or"
+        f"{key}: {location} comes with code of its own (auto_map in config.json or"
         " tokenizer_config.json), which is never run and cannot be allowed: thoughts need an"
         " architecture whose cache and embeddings are known; choose a GPT-2 or Llama kind of model"
         " that transformers itself knows"
@@ -514,7 +514,7 @@ def _code_is_refused(key: str, location: str) -> str:
 
 
 def _why_unreadable(key: str, location: str, part: str, error: Exception) -> str:
-    # transformers advises to pass it, which nobody can here.
+    # transformers advises to pass trust_remote_code, which no key can do.
     if "trust_remote_code" in str(error):
         return _code_is_refused(key, location)
     reason = " ".join(str(error).split())[:MAX_REASON_LENGTH] or type(error).__name__
@@ -530,7 +530,7 @@ def _why_unreadable(key: str, location: str, part: str, error: Exception) -> str
         )
     if fault := first_fault(location):
         return fault
-    # What Python itself raises about a wrong value hardly says what it is about.
+    # Python's own errors about a wrong value hardly say what is wrong without their class.
     if isinstance(error, AttributeError | LookupError | TypeError):
         reason = f"{type(error).__name__}: {reason}"
     return f"{key}: {part} of {location} cannot be loaded: {reason}"

@@ -144,7 +144,7 @@ def test_thoughts_count_towards_the_positions_at_their_stage(tmp_path, capsys):
 def test_a_model_folder_without_weights_needs_from_scratch(tmp_path, capsys):
     experiment = Experiment(tmp_path, num_epochs=1, num_train=4)
     (experiment.model / "model.safetensors").unlink()
-    assert_refused(capsys, experiment, words=["holds no weights; set from_scratch: true"])
+    assert_refused(capsys, experiment, words=["has no weights; set from_scratch: true"])
     assert experiment.main("from_scratch=true") == 0
 
 

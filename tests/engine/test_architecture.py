@@ -40,7 +40,7 @@ def find(config, attention=None):
         "Gemma 3, text", "Phi-3", "Phi-3, long positions", "OLMo 2", "SmolLM 3",
     ],
 )  # fmt: skip
-def test_families_of_attention_layers_are_read_rightly(name):
+def test_families_of_attention_layers_are_read_correctly(name):
     assert find(configuration(name)) == architecture.Finding(None)
 
 
@@ -129,9 +129,11 @@ def trial(model_class, number):
 
 
 def test_a_trial_notices_wrong_states_thoughts_and_gradients():
-    assert trial(Swapped, 0) == "reads token ids in another way than their embeddings"
-    assert trial(Swapped, 2) == "writes other answers from its cache than all at once"
-    assert trial(Swapped, 3) == "makes other thoughts in passes over its cache than all at once"
+    assert trial(Swapped, 0) == "reads token ids differently from their embeddings"
+    assert trial(Swapped, 2) == "writes other answers with its cache than without one"
+    assert (
+        trial(Swapped, 3) == "computes other thoughts in passes over its cache than without a cache"
+    )
     assert trial(Detached, 3).startswith("gives transformer.")
 
 
@@ -141,11 +143,11 @@ def test_a_trial_notices_a_cache_that_keeps_finished_rows(monkeypatch):
 
     select = PassCache.batch_select_indices
     monkeypatch.setattr(PassCache, "batch_select_indices", keep_first)
-    assert trial(GPT2LMHeadModel, 2) == "writes other answers from its cache than all at once"
+    assert trial(GPT2LMHeadModel, 2) == "writes other answers with its cache than without one"
 
 
-def test_later_tokens_and_foreign_heads_are_noticed():
-    assert "lets a token see those after it" in find(BertGenerationConfig()).fault
+def test_a_model_that_is_not_causal_or_has_no_cache_is_refused():
+    assert "lets a token see the ones after it" in find(BertGenerationConfig()).fault
     assert find(XLMConfig()).fault.startswith("keeps no key-value cache")
 
 
@@ -163,7 +165,7 @@ def test_the_copy_is_small_and_has_every_kind_of_layer():
     assert (window.hidden_size, window.sliding_window) == (64, 6)
 
 
-def test_the_model_that_is_examined_stays_as_it_was():
+def test_examining_a_configuration_leaves_it_unchanged():
     config = Gemma3TextConfig()
     before = config.to_json_string(use_diff=False)
     find(config)
@@ -177,7 +179,7 @@ def test_a_trial_leaves_the_generator_alone_and_is_made_once(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.setattr(architecture, "_try", lambda *_: pytest.fail("tried again"))
     assert find(config).fault is None
-    # Sizes that the copy does not keep do not matter.
+    # Another size gives the same copy.
     twice = LlamaConfig(num_attention_heads=12, hidden_size=384, num_key_value_heads=6)
     assert find(twice).fault is None
 

@@ -334,9 +334,9 @@ def test_folder_without_weights_is_refused(configure, trained):
     _, folder, checkpoint = trained()
     for place in (folder, checkpoint):
         (place / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model_id: .* holds no weights; set from_scratch: true"):
+    with pytest.raises(UserError, match="model_id: .* has no weights; set from_scratch: true"):
         load_quietly(configure(folder))
-    with pytest.raises(UserError, match="load_model_path: .* holds no weights; name a folder"):
+    with pytest.raises(UserError, match="load_model_path: .* has no weights; name a folder"):
         load_quietly(configure(folder, load_model_path=checkpoint))
 
 
@@ -353,7 +353,7 @@ def test_path_that_does_not_exist_is_refused(configure, tiny_folder, tmp_path):
         load_quietly(config)
 
 
-def test_model_that_is_no_causal_lm_is_refused(configure, tiny_folder):
+def test_a_model_that_is_not_a_causal_lm_is_refused(configure, tiny_folder):
     folder = tiny_folder()
     CLIPVisionConfig().save_pretrained(folder)
     with pytest.raises(UserError, match="is not a causal language model"):
@@ -414,7 +414,7 @@ def test_published_file_of_a_model_that_never_grew_gets_markers(configure, tiny_
 
 
 @pytest.mark.parametrize("vocab_size", [40, 64])
-def test_wrapping_tells_apart_files_of_a_vocabulary_that_need_not_grow(
+def test_the_wrapper_tells_whether_a_vocabulary_that_need_not_grow_has_markers(
     configure, tiny_folder, tmp_path, vocab_size
 ):
     folder = tiny_folder("llama", vocab_size=vocab_size)
@@ -528,7 +528,9 @@ def test_tensors_that_do_not_fit_are_named(configure, tiny_folder, tmp_path, fau
         load_quietly(config)
 
 
-def test_wrapper_copy_that_differs_and_strangers_are_surplus(configure, tiny_folder, tmp_path):
+def test_a_copy_of_the_embedding_that_differs_and_unknown_tensors_are_surplus(
+    configure, tiny_folder, tmp_path
+):
     folder = tiny_folder()
     state = published_state(AutoModelForCausalLM.from_pretrained(folder))
     path = tmp_path / "weights"
@@ -617,7 +619,7 @@ def test_token_ids_unlike_the_tokenizers_are_refused(configure, trained):
         build_coconut(config, loaded)
 
 
-# Checkpoints by themselves, and what of Coconut lies outside the base model
+# Checkpoints without their run, and parameters outside the base model
 
 
 class Gated(Coconut):
@@ -764,7 +766,7 @@ def change_config(folder, **changes):
         ({"n_head": 3}, r"cannot be loaded: .*`embed_dim`: 32 and `num_heads`: 3"),
     ],
 )
-def test_an_architecture_that_cannot_be_is_refused_before_it_is_built(
+def test_an_impossible_architecture_is_refused_before_it_is_built(
     configure, tiny_folder, changes, words
 ):
     folder = tiny_folder()
@@ -798,7 +800,7 @@ def test_outline_is_the_size_of_the_loaded_model(configure, tiny_folder, tmp_pat
         assert outline.num_parameters == backbone.model.num_parameters()
         assert outline.max_positions == 64
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         model_outline(configure(folder), ModelSource.of(configure(folder)))
 
 

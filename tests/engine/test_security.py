@@ -1,7 +1,7 @@
-"""Security: nothing that others wrote is run, nothing is written elsewhere, no key is told.
+"""Security: files are never executed, nothing is written elsewhere, no key is disclosed.
 
-Every attack leaves a folder behind when it runs, so that its absence shows that it did not; the
-first tests show that the traps do spring for a reader that trusts.
+Every attack creates a folder when it runs, so that its absence shows that it did not; the first
+tests show that the traps work on a reader that trusts its input.
 """
 
 import ast
@@ -86,8 +86,8 @@ def again(finished, tmp_path):
 
 
 @pytest.mark.parametrize("save", WRITERS)
-def test_the_traps_spring_for_readers_that_trust(tmp_path, save):
-    path, trace = tmp_path / "weights", tmp_path / "sprung"
+def test_the_traps_work_on_a_reader_that_trusts(tmp_path, save):
+    path, trace = tmp_path / "weights", tmp_path / "trace"
     save(path, trace)
     if save is save_pickle:
         pickle.loads(path.read_bytes())
@@ -151,9 +151,9 @@ def test_a_single_file_with_code_is_refused_and_not_run(tmp_path, capsys, trace,
     error = assert_refused(capsys, experiment, words=[f"{tmp_path / name}: "])
     assert error.count("\n") == 1
     # A safetensors file is read by a parser that knows no code.
-    told = "truncated or corrupt" if name.endswith("safetensors") else "such a file is never run"
-    assert told in error
-    assert_refused(capsys, experiment, "only_eval=true", words=[told])
+    reason = "truncated or corrupt" if name.endswith("safetensors") else "such a file is never run"
+    assert reason in error
+    assert_refused(capsys, experiment, "only_eval=true", words=[reason])
 
 
 @pytest.mark.parametrize("save", WRITERS)
@@ -237,7 +237,7 @@ def test_a_folder_that_brings_code_is_refused_and_the_code_not_run(
     shutil.copytree(experiment.model, folder)
     (folder / "modeling_own.py").write_text(trap_code(trace))
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
-    words = [f"{key}: {folder} brings code of its own", "never run and cannot be allowed"]
+    words = [f"{key}: {folder} comes with code of its own", "never run and cannot be allowed"]
     for option in ("--dry-run", "debug=false"):
         error = assert_refused(capsys, experiment.change(**{key: folder}), option, words=words)
         assert error.count("\n") == 1
@@ -310,7 +310,7 @@ def test_no_file_of_a_training_state_is_unpickled(tmp_path, finished, capsys, tr
 def test_a_training_state_is_not_a_checkpoint_and_the_message_names_one(again, capsys):
     state = state_folder(again)
     words = [
-        f"load_model_path: {state} is a training state, from which its own run goes on by itself;",
+        f"load_model_path: {state} is a training state, from which its own run resumes by itself;",
         f"name a checkpoint_N in {again.run_dir} instead",
     ]
     again.change(load_model_path=state, name="other")
@@ -434,7 +434,7 @@ def test_a_message_that_quotes_a_file_gives_the_terminal_no_orders(tmp_path, cap
 # Keys
 
 KEY = "5ec2e7" + "0123456789abcdef" * 2 + "77"
-SERVER = "http://127.0.0.1:9"  # nobody listens there
+SERVER = "http://127.0.0.1:9"  # no server listens there
 
 
 def hold_a_key(key, home):
@@ -455,14 +455,14 @@ def appearances(folder):
 
 
 @pytest.mark.parametrize(
-    "key, told", [(KEY, "wandb did not start online"), (KEY[:20], "wandb cannot log in")]
+    "key, line", [(KEY, "wandb did not start online"), (KEY[:20], "wandb cannot log in")]
 )
-def test_the_key_of_wandb_is_neither_printed_nor_saved(tmp_path, key, told):
+def test_the_key_of_wandb_is_neither_printed_nor_saved(tmp_path, key, line):
     pytest.importorskip("wandb")
     experiment = Experiment(tmp_path / "e", num_epochs=1, num_train=4, num_val=2, wandb="online")
     process = experiment.start(hook=partial(hold_a_key, key, tmp_path / "home"))
     assert process.wait() == [0], process.output()
-    assert told in process.output()
+    assert line in process.output()
     assert list(experiment.run_dir.glob("wandb/offline-run-*/*.wandb"))
     assert appearances(tmp_path) == []
 

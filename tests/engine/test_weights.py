@@ -1,4 +1,4 @@
-"""Reading what others wrote: what a broken source is told to be, and which file is to blame.
+"""Reading sources of weights: what is said of a broken one, and which file is at fault.
 
 That nothing in a source is run is test_security.py's; mangled files are test_fuzz.py's.
 """
@@ -51,7 +51,7 @@ def test_tensors_come_back_as_they_were_saved(tiny_folder, tmp_path, suffix):
 @pytest.mark.parametrize("content", [[torch.ones(1)], torch.ones(1), {}, "text", None])
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights")
-    with pytest.raises(UserError, match="weights: holds no state dict; save model.state_dict"):
+    with pytest.raises(UserError, match="weights: is not a state dict; save model.state_dict"):
         read_tensors(tmp_path / "weights")
 
 
@@ -64,9 +64,11 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
         ("sparse", torch.ones(2, 2).to_sparse()),
     ],
 )
-def test_entries_that_are_no_plain_tensors_are_named(tmp_path, name, value):
+def test_entries_that_are_not_plain_tensors_are_named(tmp_path, name, value):
     torch.save({"good": torch.ones(1), name: value}, tmp_path / "weights")
-    with pytest.raises(UserError, match=rf"entries that are no plain tensors \({name}\); save"):
+    with pytest.raises(
+        UserError, match=rf"has entries that are not plain tensors \({name}\); save"
+    ):
         read_tensors(tmp_path / "weights")
 
 
@@ -85,7 +87,7 @@ def test_a_truncated_file_is_named_and_torch_keeps_its_warnings(tiny_folder, tmp
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="nothing: truncated or corrupt, no weights can be read"):
+    with pytest.raises(UserError, match="nothing: truncated or corrupt, weights cannot be read"):
         read_tensors(tmp_path / "nothing")
 
 
@@ -97,7 +99,7 @@ def test_the_first_file_that_does_not_parse_is_the_fault(tiny_folder):
     assert first_fault(str(folder)) is None
     (folder / "model.safetensors").write_bytes(b"")
     assert first_fault(str(folder)) == (
-        f"{folder / 'model.safetensors'}: truncated or corrupt, no weights can be read from it"
+        f"{folder / 'model.safetensors'}: truncated or corrupt, weights cannot be read from it"
     )
     (folder / "config.json").write_text("[" * 100_000)
     assert first_fault(str(folder)) == f"{folder / 'config.json'}: truncated or corrupt; restore it"
@@ -122,7 +124,7 @@ def test_a_folder_is_a_model_folder_or_says_what_it_lacks(tiny_folder):
         check_folder("model_id", folder, needs_weights=True)
     (folder / "state.json").write_text("{}")
     check_folder("model_id", folder, needs_weights=False)
-    with pytest.raises(UserError, match="is a training state, from which its own run goes on"):
+    with pytest.raises(UserError, match="is a training state, from which its own run resumes"):
         check_folder("load_model_path", folder, needs_weights=True)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"model_id: folder .* has no config\.json"):
@@ -202,6 +204,6 @@ def test_a_reason_is_one_line_of_bounded_length(tmp_path):
     assert len(text) < 600 and "\n" not in text
 
 
-def test_a_refusal_passes_as_it_is():
+def test_a_user_error_passes_unchanged():
     with pytest.raises(UserError, match="^mine$"), reading("model_id", "nothing"):
         raise UserError("mine")
