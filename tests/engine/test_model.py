@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BloomConfig,
     CLIPVisionConfig,
     Gemma3Config,
     GPT2Config,
     GraniteConfig,
+    MptConfig,
+    Phi3Config,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -802,6 +805,30 @@ def test_outline_is_the_size_of_the_loaded_model(configure, tiny_folder, tmp_pat
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights"):
         model_outline(configure(folder), ModelSource.of(configure(folder)))
+
+
+@pytest.mark.parametrize(
+    "other, limit",
+    [
+        (MptConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=8, vocab_size=40), 8),
+        (MptConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=90, vocab_size=40), 90),
+        (BloomConfig(hidden_size=32, n_head=2, n_layer=1, vocab_size=40), None),
+        (
+            # A factor for each of the pairs of a head of 16.
+            {"long_factor": [4.0] * 8, "short_factor": [1.0] * 8, "rope_type": "longrope"},
+            48,
+        ),
+    ],
+)
+def test_a_limit_of_positions_is_known_by_any_of_its_names(configure, tiny_folder, other, limit):
+    folder = tiny_folder()
+    if isinstance(other, dict):
+        rotary = other | {"rope_theta": 10000.0}
+        positions = {"max_position_embeddings": 192, "original_max_position_embeddings": 48}
+        other = Phi3Config(**SMALL, **positions, rope_parameters=rotary)
+    other.save_pretrained(folder)
+    config = configure(folder, from_scratch=True)
+    assert model_outline(config, ModelSource.of(config)).max_positions == limit
 
 
 def test_coconut_takes_window_and_ids_from_configuration_and_tokenizer(configure, tiny_folder):
