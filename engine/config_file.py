@@ -187,7 +187,7 @@ def _range_words(schema: dict[str, Any]) -> str:
 def read_file_and_bases(path: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Values by key, the file that each comes from, and the problems of `path` and its bases.
 
-    `base: other.yaml`, relative to the file that says it, gives what the file itself leaves out.
+    `base: other.yaml`, relative to the file that holds it, gives what that file leaves out.
 
     Raises: ConfigError where a file cannot be read, or is its own base.
     """
