@@ -158,7 +158,7 @@ def test_broken_json(tmp_path, raw, reason):
         (b" \n", "is empty; "),
         (b"\xef\xbb\xbf", "is empty; "),
         ('[{"question": "a"}]'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
-        (gzip.compress(b"[]"), "is a gzip archive; unpack it"),
+        (gzip.compress(b"[]", mtime=0), "is a gzip archive; unpack it"),
         (b"<!DOCTYPE html>", "is HTML or XML, as failed downloads leave it; download it again"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS; fetch"),
         (b'{"example1": {"test_example": {}}}', "is ProntoQA as its generator writes it; convert"),
