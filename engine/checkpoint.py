@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from engine import distributed
+from engine import distributed, parallel
 from engine.metadata import EXTRA_WEIGHTS, METADATA_FILE
 from engine.run_dir import RESUME_FOLDER, atomic_directory, holder, prune, states, writing
 from utils import UserError, atomic_write_text, log, sha256_file
@@ -100,7 +100,7 @@ def save_checkpoint(target: Path, model: nn.Module, tokenizer, metadata: dict) -
     state = _without_duplicates(model, get_model_state_dict(model, options=GATHERED))
     if not distributed.is_main():
         return
-    coconut = distributed.unwrap(model)
+    coconut = parallel.unwrap(model)
     extra = {name: state[name] for name in coconut.extra_parameters()}
     base = {n.removeprefix(BASE_PREFIX): t for n, t in state.items() if n.startswith(BASE_PREFIX)}
     with writing(target.parent, target.name), atomic_directory(target) as folder:
@@ -114,7 +114,7 @@ def save_checkpoint(target: Path, model: nn.Module, tokenizer, metadata: dict) -
 
 def _without_duplicates(model: nn.Module, state: dict) -> dict:
     """`state` with each tied weight under the first of its names alone."""
-    coconut = distributed.unwrap(model)
+    coconut = parallel.unwrap(model)
     names = {name for name, _ in coconut.named_parameters(remove_duplicate=False)}
     names -= {name for name, _ in coconut.named_parameters()}
     return {name: tensor for name, tensor in state.items() if name not in names}
@@ -148,10 +148,10 @@ def save_state(
     target = run_dir / RESUME_FOLDER / str(step)
     what = f"the training state of optimizer step {step}"
     with writing(run_dir, what), _shared_atomic_directory(target) as unfinished:
-        if distributed.is_sharded(model) or distributed.is_main():
+        if parallel.is_sharded(model) or distributed.is_main():
             _save_tensors(unfinished, model, optimizer)
         if distributed.is_main():
-            distributed.unwrap(model).base_causallm.config.save_pretrained(unfinished)
+            parallel.unwrap(model).base_causallm.config.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             generators_file = unfinished / "generators.json"
             generators_file.write_text(json.dumps(generators), encoding="utf-8")
@@ -174,7 +174,7 @@ def _save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 _state_tensors(model, optimizer),
                 storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
                 planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-                no_dist=not distributed.is_sharded(model),
+                no_dist=not parallel.is_sharded(model),
             )
     except CheckpointException as error:
         raise _first_cause(error) from error
@@ -274,7 +274,7 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
             dcp.load(
                 tensors,
                 storage_reader=HuggingFaceStorageReader(str(state.folder)),
-                no_dist=not distributed.is_sharded(model),
+                no_dist=not parallel.is_sharded(model),
             )
     except CheckpointException as error:
         cause = _first_cause(error)

@@ -5,6 +5,7 @@ logger, so rank 0 alone prints them.
 """
 
 import logging
+import os
 import sys
 import time
 
@@ -83,7 +84,7 @@ def opening_lines(
     weights = config.load_model_path or "its own"
     facts = {
         "run": f"{config.run_dir}{', a trial that saves nothing' if config.debug else ''}",
-        "device": describe_device(),
+        "device": describe_device() + _idle_cores(),
         "model": f"{model}, {num_parameters:,} parameters; weights:"
         f" {'random' if config.from_scratch else weights}",
         "method": config.method,
@@ -121,6 +122,17 @@ def describe_device() -> str:
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     threads = f"{_count(torch.get_num_threads(), 'thread')}{' each' if world_size > 1 else ''}"
     return f"{_count(world_size, 'process')} on {on}, {threads}"
+
+
+def _idle_cores() -> str:
+    """How to have more threads on the CPU where torchrun allows a process fewer than would pay."""
+    # macOS does not say which cores a process may use.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if distributed.device().type == "cuda" or here == 1 or cores // here <= torch.get_num_threads():
+        return ""
+    return f" of {cores} cores; OMP_NUM_THREADS={cores // here} would use more"
 
 
 def _count(number: int, noun: str) -> str:

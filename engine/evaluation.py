@@ -25,7 +25,7 @@ from dataset import (
     decode,
     micro_batches,
 )
-from engine import distributed, metrics
+from engine import distributed, metrics, parallel
 from engine.loader import batch_loader
 from utils import atomic_write_text
 
@@ -86,7 +86,7 @@ def evaluate(
     with (
         # A subclass of Coconut, or a loader of batches, may draw random numbers.
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        distributed.gathered_parameters(model),
+        parallel.gathered_parameters(model),
         autocast(bf16, device),
     ):
         began = time.perf_counter()

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -34,6 +35,7 @@ LOST_TIMEOUT_S = 10.0
 LOWER_RANK_TIMEOUT_S = 3.0
 # Rank 0 may hold the store, and stays this long for those that still ask it.
 LEAVING_TIMEOUT_S = 2.0
+STORE_TIMEOUT_S = 5.0
 POLL_S = 0.05
 NO_STORE = "rank 0 or torchrun, whichever held the ranks' store, is gone or does not answer"
 
@@ -116,7 +118,7 @@ def _print_once(text: str, fault: str) -> None:
         printer, silent = _await_turn(store, fault)
         is_settled.set()
         if printer == rank:
-            lost = "; ".join(distributed.describe_rank(store, other) for other in silent)
+            lost = "; ".join(_describe_silent(store, other) for other in silent)
             _print(text if fault or not lost else f"{text}: {lost}")
         elif printer is not None:
             _wait_until(lambda: store.check([f"left/{printer}"]), LOST_TIMEOUT_S)
@@ -125,7 +127,7 @@ def _print_once(text: str, fault: str) -> None:
             others = [f"left/{other}" for other in range(distributed.world_size())]
             _wait_until(lambda: store.check(others), LEAVING_TIMEOUT_S)
 
-    distributed.ask_store(report, timeout_s=2 * LOST_TIMEOUT_S)
+    ask_store(report, timeout_s=2 * LOST_TIMEOUT_S)
     if not is_settled.is_set():
         _print(text if fault else f"{text}: {NO_STORE}")
 
@@ -158,6 +160,29 @@ def _await_turn(store: distributed.Store, fault: str) -> tuple[int | None, list[
     if (printer := first()) is None and store.add(f"printing/{fault}", 1) == 1:
         printer = rank
     return printer, [other for other in others if other not in faults]
+
+
+def _describe_silent(store: distributed.Store, rank: int) -> str:
+    process = store.get(f"process/{rank}").decode()
+    return (
+        f"rank {rank} ({process}) does not answer: it has died or hangs, or its machine is cut off"
+    )
+
+
+def ask_store(question: Callable[[distributed.Store], None], timeout_s: float) -> None:
+    """Run `question` on the store by which the ranks found each other, for at most `timeout_s`."""
+
+    def ask() -> None:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        with contextlib.suppress(OSError, RuntimeError):
+            # Asked in vain, the store itself would fill the screen with a stack trace.
+            socket.create_connection(address, STORE_TIMEOUT_S).close()
+            question(distributed.ranks_store())
+
+    # A store whose machine froze would hold this rank as well.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
 
 
 def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:

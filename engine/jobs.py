@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from coconut import Coconut
 from dataset import StagedRecords, TokenizedRecords
-from engine import checkpoint, distributed, evaluation, run_dir
+from engine import checkpoint, distributed, evaluation, parallel, run_dir
 from engine.config import Config
 from engine.config_file import dump_config
 from engine.console import closing_lines, describe_device, opening_lines, progress_bar
@@ -218,7 +218,7 @@ def _train_from(
     config, data, tokenizer = prepared.config, prepared.data, prepared.source.tokenizer
     model = _build_model(config, prepared.source, coconut_class)
     saves = not config.debug
-    if saves and distributed.is_sharded(model):
+    if saves and parallel.is_sharded(model):
         checkpoint.require_shared(config.run_dir)
     with run_dir.writing(config.run_dir, "metrics.jsonl"):
         tracker = Tracker(
@@ -285,7 +285,7 @@ def _evaluate(
     _log_opening(prepared, _num_parameters(model))
     with contextlib.closing(tracker):
         outcome = evaluation.evaluate(
-            distributed.unwrap(model),
+            parallel.unwrap(model),
             prepared.source.tokenizer,
             prepared.data.val,
             make_curriculum(config),
@@ -333,14 +333,14 @@ def _build_model(
     # From here on only dropout draws, and it must differ between ranks.
     distributed.seed_rank(config.seed)
     if config.only_eval:
-        parallel = distributed.Parallel("none", False, "an evaluation needs whole parameters")
+        plan = parallel.Parallel("none", False, "an evaluation needs whole parameters")
     else:
         num_parameters = _num_parameters(model)
-        parallel = distributed.choose_parallel(config.parallel, num_parameters, config.bf16)
-    log.info(f"parallel: {parallel.kind} ({parallel.reason})")
+        plan = parallel.choose_parallel(config.parallel, num_parameters, config.bf16)
+    log.info(f"parallel: {plan.kind} ({plan.reason})")
     if config.compile:
         model.base_causallm.base_model.compile(dynamic=True)
-    return distributed.parallelize(model, parallel, model.blocks, config.bf16)
+    return parallel.parallelize(model, plan, model.blocks, config.bf16)
 
 
 def _num_parameters(model: nn.Module) -> int:

@@ -25,7 +25,7 @@ from dataset import (
     effective_batches,
     micro_batches,
 )
-from engine import checkpoint, distributed, run_dir
+from engine import checkpoint, distributed, parallel, run_dir
 from engine.config import Config
 from engine.console import epoch_line, progress_bar
 from engine.evaluation import Evaluation, autocast, evaluate, write_predictions
@@ -62,7 +62,7 @@ def parameter_groups(model: Coconut, weight_decay: float) -> list[dict]:
 class Trainer:
     """One training run on this rank.
 
-    model: the Coconut module on its device, wrapped by distributed.parallelize.
+    model: the Coconut module on its device, wrapped by parallel.parallelize.
     metadata: what coconut.json of a checkpoint holds, but for stage and epoch.
     state: the training state to resume from, or None.
     """
@@ -93,7 +93,7 @@ class Trainer:
         self.total_steps = (config.num_epochs - config.resume) * self.steps_per_epoch
         self.model = model
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(distributed.unwrap(model), config.weight_decay),
+            parameter_groups(parallel.unwrap(model), config.weight_decay),
             lr=config.lr,
             betas=ADAM_BETAS,
             eps=ADAM_EPS,
@@ -103,7 +103,7 @@ class Trainer:
         self.figures = {}  # of the last evaluation
         self.last_saved_s = time.monotonic()
         token = torch.tensor([[self.ids.eos]], device=self.device)
-        distributed.arrange_buckets(model, token, torch.ones_like(token))
+        parallel.arrange_buckets(model, token, torch.ones_like(token))
         if state is not None:
             self._resume_from(state)
 
@@ -214,9 +214,9 @@ class Trainer:
 
         shares: the records of each rank.
         """
-        if not distributed.is_sharded(self.model):
+        if not parallel.is_sharded(self.model):
             return None
-        reads_in_passes = distributed.unwrap(self.model).reads_in_passes
+        reads_in_passes = parallel.unwrap(self.model).reads_in_passes
         return 1 + reads_in_passes * int(staged.num_latents[np.concatenate(shares)].max())
 
     def train_step(
@@ -234,12 +234,12 @@ class Trainer:
             group["lr"] = learning_rate(self.config, self.position.optimizer_step, self.total_steps)
         loss = torch.zeros((), device=self.device)  # this rank's share of it
         for number, (batch, passes) in enumerate(zip(batches, num_passes, strict=True), start=1):
-            with distributed.gradient_sync(self.model, enabled=number == len(batches)):
+            with parallel.gradient_sync(self.model, enabled=number == len(batches)):
                 share = self._loss_share(batch, num_labels, passes)
                 # Both DDP and FSDP average over ranks; the sum is wanted.
                 (share * distributed.world_size()).backward()
             loss += share.detach()
-        norm = distributed.gradient_norm(self.model)
+        norm = parallel.gradient_norm(self.model)
         (total_loss,) = distributed.sum_over_ranks([loss.item()])
         if not (math.isfinite(total_loss) and math.isfinite(norm.item())):
             self._fail_non_finite(batches, total_loss, norm.item())
@@ -254,7 +254,7 @@ class Trainer:
     def _loss_share(self, batch: dict, num_labels: int, num_passes: int | None) -> torch.Tensor:
         """() what a micro-batch adds to the mean loss over the effective batch's `num_labels`."""
         # On the CPU, so that within a step the host never waits for the device.
-        layout = distributed.unwrap(self.model).layout(
+        layout = parallel.unwrap(self.model).layout(
             batch["input_ids"], batch["attention_mask"], batch["labels"], num_passes
         )
         batch = {key: t.to(self.device, non_blocking=True) for key, t in batch.items()}
@@ -335,7 +335,7 @@ class Trainer:
 
     def _evaluate(self, stage: int, before_batch: Callable[[], None]) -> Evaluation:
         return evaluate(
-            distributed.unwrap(self.model),
+            parallel.unwrap(self.model),
             self.tokenizer,
             self.val_records,
             self.curriculum,
@@ -401,8 +401,8 @@ class Trainer:
         """The learned weights of the window as they are now; None where they are fixed."""
         if self.config.latent_weights != "learned":
             return None
-        coconut = distributed.unwrap(self.model)
-        with distributed.gathered_parameters(coconut):
+        coconut = parallel.unwrap(self.model)
+        with parallel.gathered_parameters(coconut):
             return coconut.window_weights
 
     def _log_examples(self, collator: Collator, indices: np.ndarray) -> None:

@@ -17,12 +17,15 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import MODEL_TOKENS, build_tiny_model, build_word_tokenizer
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers.utils import logging as transformers_logging
 
 import run
@@ -152,6 +155,17 @@ def assert_same_weights(got, expected, **tolerance):
             torch.testing.assert_close(got[name], expected[name], **tolerance, msg=name)
         else:
             assert torch.equal(got[name], expected[name]), name
+
+
+def whole_state(experiment):
+    """The tensors of an experiment's newest training state, put together from all shards."""
+    reader = HuggingFaceStorageReader(str(experiment.states()[-1]))
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in stored.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def tree(folder):

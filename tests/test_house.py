@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "engine.loader": {"dataset", "utils"},
     "engine.provenance": set(),
     "engine.distributed": {"utils"},
+    "engine.parallel": {"engine.distributed"},
     "engine.tracking": {"utils"},
     "engine.metadata": {"coconut", "dataset", "engine.config", "utils"},
     "engine.weights": {"dataset", "engine.config", "engine.metadata", "utils"},
@@ -56,9 +57,12 @@ MAY_IMPORT = {
         "engine.weights", "utils",
     },
     "engine.run_dir": {"utils"},
-    "engine.checkpoint": {"engine.distributed", "engine.metadata", "engine.run_dir", "utils"},
+    "engine.checkpoint": {
+        "engine.distributed", "engine.metadata", "engine.parallel", "engine.run_dir", "utils",
+    },
     "engine.evaluation": {
-        "coconut", "dataset", "engine.loader", "engine.metrics", "engine.distributed", "utils",
+        "coconut", "dataset", "engine.distributed", "engine.loader", "engine.metrics",
+        "engine.parallel", "utils",
     },
     "engine.failures": {"engine.config", "engine.distributed", "engine.run_dir", "utils"},
     "engine.signals": {"utils"},
@@ -87,8 +91,8 @@ OWNERS = {
     "datasets": {"dataset"},
     "filelock": {"engine.run_dir"},
     "matplotlib": {"analysis", "assets", "benchmarks", "preprocessing"},
-    "torch.distributed": {"engine.distributed", "engine.checkpoint"},
-    "torch.nn.parallel": {"engine.distributed", "engine.checkpoint"},
+    "torch.distributed": {"engine.distributed", "engine.parallel", "engine.checkpoint"},
+    "torch.nn.parallel": {"engine.parallel"},
 }
 
 MAX_MODULE_LINES = 600

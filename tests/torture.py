@@ -43,6 +43,7 @@ from runs import (  # noqa: E402
 )
 
 from engine import checkpoint, distributed, failures, run_dir  # noqa: E402
+from engine import parallel as sharing  # noqa: E402
 from engine import trainer as training  # noqa: E402
 from utils import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailed, log  # noqa: E402
 
@@ -630,7 +631,7 @@ def in_turn(actions):
 def put_nan_in_a_gradient(step):
     """One element of one gradient is NaN at step `step`; print whether weights changed."""
     norm, one_step, calls = (
-        distributed.gradient_norm,
+        sharing.gradient_norm,
         training.Trainer.train_step,
         itertools.count(1),
     )
@@ -650,7 +651,7 @@ def put_nan_in_a_gradient(step):
             print("weights unchanged:", all(torch.equal(old, new) for old, new in pairs))
             raise
 
-    distributed.gradient_norm, training.Trainer.train_step = with_nan, watched
+    sharing.gradient_norm, training.Trainer.train_step = with_nan, watched
 
 
 def nan_gradient(bench):

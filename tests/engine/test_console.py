@@ -1,6 +1,7 @@
 """What a run says: how far it has come, at a terminal and without one, and its two blocks."""
 
 import logging
+import os
 import re
 import sys
 import time
@@ -78,6 +79,23 @@ def test_a_run_says_what_a_thought_is(tmp_path, keys, words):
     config = load_config(str(Experiment(tmp_path, **keys).yaml))
     assert words in describe_thought(config)
     assert describe_thought(load_config(str(Experiment(tmp_path, cot=True).yaml))) is None
+
+
+def test_the_opening_block_names_cores_that_torchrun_leaves_idle(tmp_path, monkeypatch):
+    config = load_config(str(Experiment(tmp_path).yaml))
+
+    def device():
+        lines = opening_lines(config, make_curriculum(config), num_parameters=1, num_val=1)
+        return next(line for line in lines if line.startswith("device"))
+
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    assert device().endswith("the CPU, 1 thread"), "as the user chose"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert device().endswith("1 thread of 4 cores; OMP_NUM_THREADS=2 would use more")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert device().endswith("the CPU, 1 thread")
 
 
 def test_the_opening_block_names_everything_that_decides_the_run(tmp_path, monkeypatch):

@@ -73,15 +73,15 @@ def test_ranks_that_do_not_find_each_other_say_so(tmp_path, capsys):
 
 def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
     answers = []
-    monkeypatch.setattr(distributed, "_store", lambda: None)
+    monkeypatch.setattr(distributed, "ranks_store", lambda: None)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
         began = time.monotonic()
-        distributed.ask_store(lambda store: time.sleep(30), timeout_s=0.2)
+        failures.ask_store(lambda store: time.sleep(30), timeout_s=0.2)
         assert time.monotonic() - began < 10
-        distributed.ask_store(lambda store: answers.append("here"), timeout_s=10)
-    distributed.ask_store(lambda store: answers.append("nobody listens"), timeout_s=10)
+        failures.ask_store(lambda store: answers.append("here"), timeout_s=10)
+    failures.ask_store(lambda store: answers.append("nobody listens"), timeout_s=10)
     assert answers == ["here"]
 
 

@@ -183,7 +183,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypat
     trainer = make_trainer(tmp_path, base, make_records(7), max_grad_norm=1.0)
     before = copy.deepcopy(base.state_dict())
     infinite = torch.tensor(float("inf"))
-    monkeypatch.setattr("engine.distributed.gradient_norm", lambda model: infinite)
+    monkeypatch.setattr("engine.parallel.gradient_norm", lambda model: infinite)
     words = r"gradient norm inf is not finite at optimizer step 0 \(epoch 0\); the weights were not"
     with pytest.raises(RunFailed, match=words):
         trainer.run()
@@ -273,7 +273,7 @@ def test_debug_saves_nothing_and_takes_few_records(tmp_path, monkeypatch, capsys
     assert rows == [32, 32, 32]
     assert not (tmp_path / "exps").exists()
     monkeypatch.setattr(
-        "engine.distributed.gradient_norm",
+        "engine.parallel.gradient_norm",
         lambda model: signal.raise_signal(signal.SIGTERM) or torch.ones(()),
     )
     assert experiment.main() == EXIT_INTERRUPTED
