@@ -46,35 +46,39 @@ def report_failure(error: BaseException, config: Config) -> int:
     What a user can understand gets its message, a bug its traceback. Every failing rank calls and
     ends soon after; ranks other than the one that prints return when it has.
     """
-    status, text = _describe(error, config)
+    status, text, ending = _describe(error, config)
     is_lost = distributed.is_lost_contact(error)
-    if distributed.has_group():
-        _print_once(text, "" if is_lost else type(error).__name__)
+    if distributed.has_group() and distributed.world_size() > 1:
+        _print_once(text, ending, "" if is_lost else type(error).__name__)
     elif distributed.local_rank() == 0 or is_lost:
-        _print(text)
+        _print(text + ending)
     else:
         wait_for_first_process()
     return status
 
 
-def _describe(error: BaseException, config: Config) -> tuple[int, str]:
-    """(exit status, message); the trainer's notes say after which optimizer step."""
+def _describe(error: BaseException, config: Config) -> tuple[int, str, str]:
+    """(exit status, what happened, how to continue).
+
+    The notes of the error, which the trainer adds, say after which optimizer step.
+    """
     notes = "".join(f" {note}" for note in getattr(error, "__notes__", []))
     if distributed.is_lost_contact(error):
         if not distributed.has_group():
-            return EXIT_FAILED, f"the ranks did not find each other ({_first_line(error)})"
-        return EXIT_FAILED, f"lost contact{notes}{_how_to_continue(config)}"
+            return EXIT_FAILED, f"the ranks did not find each other ({_first_line(error)})", ""
+        return EXIT_FAILED, f"lost contact{notes}", _how_to_continue(config)
     if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, f"interrupted{_how_to_continue(config)}"
+        return EXIT_INTERRUPTED, "interrupted", _how_to_continue(config)
     if isinstance(error, ReportedError):
-        return error.exit_status, str(error)
+        return error.exit_status, str(error), ""
     if isinstance(error, torch.OutOfMemoryError):
-        return EXIT_FAILED, (
+        text = (
             f"out of memory{notes} ({_first_line(error)}); training needs less with a smaller"
             " batch_size_training or parallel: fsdp, evaluation with a smaller batch_size_eval or"
-            f" max_new_tokens{_how_to_continue(config)}"
+            " max_new_tokens"
         )
-    return EXIT_FAILED, "".join(traceback.format_exception(error)).rstrip()
+        return EXIT_FAILED, text, _how_to_continue(config)
+    return EXIT_FAILED, "".join(traceback.format_exception(error)).rstrip(), ""
 
 
 def _how_to_continue(config: Config) -> str:
@@ -100,13 +104,12 @@ def _print(text: str) -> None:
         Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
-def _print_once(text: str, fault: str) -> None:
-    """Print `text` where it is this rank's turn, else wait until the rank that prints is done.
+def _print_once(text: str, ending: str, fault: str) -> None:
+    """Print `text` and `ending` where it is this rank's turn, else wait until another has printed.
 
-    fault: of which kind; "" where this rank merely lost contact with another.
+    fault: of which kind; "" where this rank merely lost contact, and the ranks that give no sign
+        are named between text and ending.
     """
-    if distributed.world_size() == 1:
-        return _print(text)
     # As soon as one process has ended torchrun ends the others, but one must live to print.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -118,8 +121,8 @@ def _print_once(text: str, fault: str) -> None:
         printer, silent = _await_turn(store, fault)
         is_settled.set()
         if printer == rank:
-            lost = "; ".join(_describe_silent(store, other) for other in silent)
-            _print(text if fault or not lost else f"{text}: {lost}")
+            names = "; ".join(_describe_silent(store, other) for other in silent)
+            _print(text + (f": {names}" if names and not fault else "") + ending)
         elif printer is not None:
             _wait_until(lambda: store.check([f"left/{printer}"]), LOST_TIMEOUT_S)
         store.set(f"left/{rank}", "")
@@ -129,7 +132,7 @@ def _print_once(text: str, fault: str) -> None:
 
     ask_store(report, timeout_s=2 * LOST_TIMEOUT_S)
     if not is_settled.is_set():
-        _print(text if fault else f"{text}: {NO_STORE}")
+        _print(text + ("" if fault else f": {NO_STORE}") + ending)
 
 
 def _await_turn(store: distributed.Store, fault: str) -> tuple[int | None, list[int]]:
