@@ -1,0 +1,44 @@
+"""Reading vectors as words: the model's output layer applied to thoughts and hidden states.
+
+    p(v) = softmax(U v)
+
+with U the output layer and v a state after the final norm, or a thought, which is an average of
+such states. `ask`, `probes` and the report read thoughts with this one function.
+Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+"""
+
+import torch
+from torch import Tensor
+
+from coconut import Coconut
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def token_text(tokenizer, token_id: int) -> str:
+    """What a token stands for in text, blanks included; the tokenizer's own name for it where it
+    is no text by itself, as a byte of a longer character."""
+    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    if text and REPLACEMENT not in text:
+        return text
+    return str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+@torch.no_grad()
+def lens(model: Coconut, vectors: Tensor) -> Tensor:
+    """(..., V) float32 or wider: the probability of each token at each of `vectors` (..., D)."""
+    logits = model.base_causallm.get_output_embeddings()(vectors)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
+def top_tokens(
+    model: Coconut, tokenizer, vectors: Tensor, num_tokens: int = 5
+) -> list[list[tuple[str, float]]]:
+    """The likeliest tokens at each of `vectors` (n, D): (text, probability), likeliest first."""
+    # Rows past the tokenizer's end pad the vocabulary and mean nothing.
+    best = lens(model, vectors)[:, : len(tokenizer)].topk(num_tokens, dim=-1)
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        [(token_text(tokenizer, i), p) for i, p in zip(ids, probabilities, strict=True)]
+        for ids, probabilities in rows
+    ]
