@@ -69,7 +69,7 @@ def read_records(path: str, limit: int | None = None) -> FileRecords:
             content = file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {HOW_TO_MAKE}") from None
-    raw = _parse(path, content)[:limit]
+    raw = parse_records(path, content)[:limit]
     raise_faults(
         path, [f"record {i}: {fault}" for i, record in enumerate(raw) for fault in _faults(record)]
     )
@@ -89,8 +89,11 @@ def read_records(path: str, limit: int | None = None) -> FileRecords:
     return records
 
 
-def _parse(path: str, content: bytes) -> list:
-    """What a file holds as records, unchecked. Raises: UserError saying what else it is."""
+def parse_records(path: str, content: bytes) -> list:
+    """What a file holds as records, with all their fields, unchecked.
+
+    Raises: UserError saying what else the file is.
+    """
     for start, kind in OTHER_FILES.items():
         if content.startswith(start):
             raise UserError(f"{path}: is {kind}")

@@ -146,17 +146,22 @@ def exit_status_of(job: Callable[[Config], object], config: Config) -> int:
 def find_coconut_class(config: Config) -> type[Coconut] | None:
     """The class that config.coconut_class names as "module:Class"; None where it names none.
 
-    The module is found as Python finds modules, in the working directory first. Every rank must
-    call.
+    Every rank must call.
 
-    Raises: UserError when there is no such module, or no subclass of Coconut of that name in it.
+    Raises: UserError where `import_coconut_class` does.
     """
     if config.coconut_class is None:
         return None
-    return distributed.run_on_all_ranks(lambda: _import_class(config.coconut_class))
+    return distributed.run_on_all_ranks(lambda: import_coconut_class(config.coconut_class))
 
 
-def _import_class(name: str) -> type[Coconut]:
+def import_coconut_class(name: str) -> type[Coconut]:
+    """The subclass of Coconut that `name` ("module:Class") names.
+
+    The module is found as Python finds modules, in the working directory first.
+
+    Raises: UserError when there is no such module, or no subclass of Coconut of that name in it.
+    """
     module_name, _, class_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -76,10 +76,11 @@ def model_outline(config: Config, source: ModelSource) -> ModelOutline:
     if config.method == "coconut":
         text_config.vocab_size = max(text_config.vocab_size, len(source.tokenizer))
     num_parameters = empty_model(source, architecture).num_parameters()
-    return ModelOutline(num_parameters, text_config.vocab_size, _max_positions(text_config))
+    return ModelOutline(num_parameters, text_config.vocab_size, max_positions(text_config))
 
 
-def _max_positions(text_config: PretrainedConfig) -> int | None:
+def max_positions(text_config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model of this configuration can read; None without a limit."""
     limits = [getattr(text_config, field, None) for field in POSITION_FIELDS]
     # One dictionary, or one for each kind of layer.
     rotary = getattr(text_config, "rope_parameters", None) or {}

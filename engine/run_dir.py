@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from utils import RunFailed, UserError, fsync_directory, fsync_file, log
 
 LOCK, RESUME_FOLDER = ".lock", "resume"
+# Where analysis/ writes about a run's checkpoints; a run leaves it alone.
+ANALYSIS_FOLDER = "analysis"
 # What a run opens or fills in place, and what each must be; it replaces everything else.
 KINDS = {
     LOCK: stat.S_ISREG,
@@ -161,7 +163,7 @@ def refuse_obstacles(run_dir: Path) -> None:
 
 def warn_about_unknown_files(run_dir: Path) -> None:
     """Log the names in `run_dir` that no run writes; a run leaves them alone."""
-    known = {*KINDS, *(path.name for _, path in checkpoints(run_dir))}
+    known = {*KINDS, ANALYSIS_FOLDER, *(path.name for _, path in checkpoints(run_dir))}
     names = sorted(path.name for path in run_dir.iterdir())
     unknown = [n for n in names if n not in known and not n.startswith(OUTPUT_PREFIXES)]
     if unknown:
