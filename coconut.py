@@ -47,10 +47,10 @@ THOUGHT_KINDS = ("continuous", "pause", "pause_multipass")
 DEFAULT_WEIGHTS = (0.6, 0.3, 0.1)
 # Learned weights of a window of another size start at the powers of this.
 LEARNED_START_RATIO = 0.5
-# Finished rows leave a batch that is being decoded once no more than this share is unfinished.
+# Decoding drops the finished rows of a batch once at most this share of its rows is unfinished.
 MAX_UNFINISHED_SHARE = 0.75
-# Options of Hugging Face's `generate` that continue a given cache. Others make a cache of their
-# own, read the prompt anew without its thoughts, count padding, or return more than tokens.
+# Options of Hugging Face's `generate` that continue a given cache. Others make their own cache,
+# read the prompt again without its thoughts, count padding, or return more than tokens.
 GENERATE_OPTIONS = {
     "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "disable_compile", "do_sample",
     "early_stopping", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
@@ -81,7 +81,7 @@ class CoconutOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class Layout:
-    """What the host has to know of a batch before its passes.
+    """What the host must know about a batch before its passes.
 
     pass_starts: columns after column 0 at which a pass begins, ascending.
     thought_columns: those of them that hold a thought in some row; none for pause embeddings.
@@ -102,7 +102,7 @@ class Coconut(nn.Module):
 
     Adds no parameters but learned window weights; a subclass may add its own.
 
-    base_causallm: model whose `base_model` ends with the final norm (GPT-2, Llama and their kin).
+    base_causallm: model whose `base_model` ends with the final norm (GPT-2, Llama and similar).
     latent_token_id: the id whose positions become thoughts.
     start_latent_id, end_latent_id: the markers around them, kept for whoever builds prompts.
     eos_token_id: ends and pads generation.
@@ -155,7 +155,7 @@ class Coconut(nn.Module):
         # Made in float64 so that a float64 model gets 0.6 itself and not its float32 neighbour.
         exact = torch.tensor(weights, dtype=torch.float64)  # (m,)
         embedding = base_causallm.get_input_embeddings().weight
-        # Follows the model's dtype and device, is not saved. Learned weights start from it.
+        # A buffer follows the model's dtype and device. Learned weights start from it.
         self.register_buffer("latent_weights", exact.to(embedding), persistent=False)
         self.window_logits = None
         if latent_weights == "learned":
@@ -168,7 +168,7 @@ class Coconut(nn.Module):
         hidden_states: (B, n, D), the last n <= m states before the thought, nearest last.
         attention_mask: (B, n), 0 on padding.
         is_first: (B,) bool, whether it is the row's first thought.
-        Rows in which this column is no latent get a value that is not used.
+        For rows in which this column is not a latent the value is ignored.
         """
         weights = self.average_weights(attention_mask, is_first)  # (B, n)
         # Not a matrix product: autocast would round it to bf16, and h_{t-1} alone must stay exact.
@@ -189,7 +189,7 @@ class Coconut(nn.Module):
             nearest = torch.zeros_like(weights)
             nearest[:, -1] = 1
             weights = torch.where(is_first[:, None], weights, nearest)
-        # A row whose window is all padding has no latent here; 1 keeps its unused value finite.
+        # A row whose window is all padding has no latent here; 1 keeps its ignored value finite.
         total = weights.sum(1, keepdim=True)
         return weights / torch.where(total > 0, total, torch.ones_like(total))
 
@@ -210,7 +210,7 @@ class Coconut(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The layers of the base model, in order: what its authors say should never be split."""
+        """The layers of the base model in order, as its `_no_split_modules` names them."""
         names = set(self.base_causallm._no_split_modules or ())
         return [m for m in self.base_causallm.modules() if type(m).__name__ in names]
 
@@ -234,8 +234,8 @@ class Coconut(nn.Module):
         Returns the states after the final norm (B, T, D), the embeddings that were read (B, T, D),
         and the cache: a PassCache where passes.py serves the model, else a DynamicCache, or None.
 
-        One pass of the base model over these embeddings gives the same states to rounding, and
-        those of every layer and attention weights where it is asked for them.
+        One pass of the base model over these embeddings gives the same states to rounding; ask it
+        for the states of every layer or for attention weights.
 
         Raises: ValueError as `forward` does.
         """
@@ -290,7 +290,7 @@ class Coconut(nn.Module):
         attention_mask: (B, T), 1 on tokens, 0 on padding.
         labels: (B, T) long, -100 ignored; labels[:, t] is what column t - 1 should predict.
         position_ids: (B, T) long; by default counted from 0 at a row's first token.
-        layout: what `self.layout` returned for this batch. Without it the batch is searched here,
+        layout: what `self.layout` returned for this batch. Without it the layout is computed here,
             which makes the host wait for the device.
 
         Raises: ValueError when a row starts with a latent, which has nothing before it, or when
@@ -306,7 +306,7 @@ class Coconut(nn.Module):
                 logits = self.base_causallm.get_output_embeddings()(hidden_states[:, -1:])
                 return CoconutOutput(logits=logits, inputs_embeds=inputs_embeds)
             loss, logits = self._score(hidden_states, labels, layout)
-        # Without thoughts too, since ranks wait for each other's gradient of every parameter.
+        # Also without thoughts, because ranks wait for each other's gradient of every parameter.
         for parameter in self.extra_parameters().values():
             loss = loss + 0 * parameter.sum().to(loss)
         return CoconutOutput(loss=loss, logits=logits, inputs_embeds=inputs_embeds)
@@ -329,11 +329,12 @@ class Coconut(nn.Module):
         labels: Tensor | None = None,
         num_passes: int | None = None,
     ) -> Layout:
-        """Search a batch for `forward`; on the CPU, before it goes to a device, this is free.
+        """The layout of a batch for `forward`; nearly free while the batch is still on the CPU.
 
         input_ids, attention_mask, labels: as `forward` takes them.
-        num_passes: read in as many passes, for ranks that must keep step; where thoughts need
-            fewer, columns that hold none get a pass of their own, which changes no result.
+        num_passes: read in exactly this many passes, for ranks that must keep in step; where
+            thoughts need fewer, columns without thoughts get passes of their own, which changes no
+            result.
 
         Raises: ValueError when a row starts with a latent, and when `num_passes` is fewer than the
             thoughts need or more than there are columns.
@@ -341,7 +342,7 @@ class Coconut(nn.Module):
         is_latent = self._is_latent(input_ids, attention_mask)
         is_padding = attention_mask == 0
         is_row_start = ~is_padding & (attention_mask.long().cumsum(1) == 1)
-        # One transfer for all questions, where the batch lies on a device already.
+        # One transfer for all three, in case the batch is already on a device.
         starts_row, holds_latent, holds_padding = torch.stack(
             [(is_latent & is_row_start).any(0), is_latent.any(0), is_padding.any(0)]
         ).tolist()
@@ -389,7 +390,7 @@ class Coconut(nn.Module):
         hidden_states, _, cache = self.read(input_ids, attention_mask, layout=layout)
         loss, _ = self._score(hidden_states, labels, layout)
         if not isinstance(cache, PassCache):
-            # Of a cache that forgets, as under a sliding window, the answers cannot be cut off.
+            # A cache that forgets, as with a sliding window, cannot be truncated to the prompts.
             return loss, self.generate(prompts, prompt_mask, max_new_tokens)[:, width:]
         cache.truncate(width)
         return loss, self._decode(hidden_states[:, width - 1], prompt_mask, cache, max_new_tokens)
@@ -425,7 +426,7 @@ class Coconut(nn.Module):
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         if self.training and is_checkpointed(self.base_causallm):
             raise ValueError(
-                "gradient checkpointing drops the cache that answers need; call eval() before"
+                "gradient checkpointing drops the cache that answers need; call eval() first"
             )
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("prompts must be left-padded: all must end in the same column")
@@ -504,7 +505,7 @@ class Coconut(nn.Module):
 
 
 def _check_options(options: dict) -> dict:
-    """The options of `generate` that say something; those at their neutral value are left out."""
+    """The options of `generate` that have an effect; those at their neutral value are dropped."""
     if options.get("generation_config") is not None:
         raise ValueError("give generation options one by one, not as generation_config")
     neutral = {"use_cache": True}
@@ -536,9 +537,9 @@ def _hide_padding(input_ids: Tensor, attention_mask: Tensor, options: dict) -> T
 
 
 def initial_weights(latent_weights: Sequence[float] | str, latent_window_size: int) -> list[float]:
-    """The m weights that `latent_weights` says, nearest state first; "learned" ones start so.
+    """The m weights that `latent_weights` stands for, nearest state first; of "learned" the start.
 
-    Raises: ValueError for a window below 1 and for weights that make no average of it.
+    Raises: ValueError for a window below 1 and for weights that cannot average it.
     """
     m, weights = latent_window_size, latent_weights
     if m < 1:

@@ -1,10 +1,10 @@
 """Records on disk -> token ids -> curriculum -> the examples of a stage -> padded batches.
 
-Carries out docs/specification.md, sections 1 to 4. A record is tokenised once, part by part
+Implements docs/specification.md, sections 1 to 4. A record is tokenised once, part by part
 (question, each step, answer), and the examples of every stage are put together from those ids while
 batching, so a new stage costs nothing. The order of records, their random stages and their split
 into effective batches depend on (seed, epoch) alone: every rank computes the same and takes its
-share. Models are left to the engine; nothing is downloaded.
+share. Models are left to the engine, and nothing is downloaded.
 
 Shapes: B batch, T tokens, n records.
 """
@@ -32,7 +32,7 @@ MARKERS = (START_LATENT, END_LATENT, LATENT)
 IGNORE_INDEX = -100
 METHODS_WITHOUT_STAGES = ("cot", "no_cot")
 HOW_TO_MAKE = "README's Data section says how to make it"
-# First bytes of files that are taken for data files -> what they are.
+# First bytes of files that are mistaken for data files -> what they are.
 OTHER_FILES = {
     b"\xff\xfe": "UTF-16; save it as UTF-8",
     b"\xfe\xff": "UTF-16; save it as UTF-8",
@@ -45,12 +45,12 @@ OTHER_FILES = {
 TRAILING_COMMA = re.compile(r",\s*[\]}]")
 GSM_LINE = re.compile(r"[^\n]*\|\|[^\n]*####")
 
-# The tokenizer is done before any worker is forked; without this it warns at every fork.
+# Tokenisation ends before any worker is forked; without this it warns at every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 class FileRecords(list):
-    """The records of a file, and `sha256`, the sum of the file's bytes as they were read."""
+    """The records of a file, and `sha256`, the checksum of the bytes that were read."""
 
     sha256: str
 
@@ -90,9 +90,9 @@ def read_records(path: str, limit: int | None = None) -> FileRecords:
 
 
 def parse_records(path: str, content: bytes) -> list:
-    """What a file holds as records, with all their fields, unchecked.
+    """The records of a file with all their fields, unchecked.
 
-    Raises: UserError saying what else the file is.
+    Raises: UserError saying what the file is instead.
     """
     for start, kind in OTHER_FILES.items():
         if content.startswith(start):
@@ -149,15 +149,15 @@ def _json_fault(text: str, error: Exception, first_line: int = 1) -> str:
         return f"line {first_line}: {error}"
     place = f"line {first_line + error.lineno - 1}, column {error.colno}"
     if text[error.pos :].strip() == ",":
-        return f"{place}: a comma follows the object; remove it"
+        return f"{place}: there is a comma after the object; remove it"
     comma = TRAILING_COMMA.match(text, max(text.rfind(",", 0, error.pos + 1), 0))
     if comma and comma.end() > error.pos:
         line = first_line + text.count("\n", 0, comma.start())
-        return f"line {line}: a comma stands before a closing bracket; remove it"
+        return f"line {line}: there is a comma before a closing bracket; remove it"
     if error.msg.startswith("Unterminated") or not text[error.pos :].strip():
-        return f"{place}: it ends too early, as a copy that was cut off; copy or make it again"
+        return f"{place}: it ends too early, like a truncated copy; copy it or make it again"
     if GSM_LINE.match(text):
-        return f"{place}: it is GSM8K's text; convert it with preprocessing/gsm_icot.py"
+        return f"{place}: it is GSM8K's text format; convert it with preprocessing/gsm_icot.py"
     return f"{place}: {error.msg}"
 
 
@@ -215,7 +215,7 @@ class TokenizedRecords:
     """Records as token ids, with the lengths by which they are batched.
 
     path: the file they came from, for messages.
-    sha256: the file's sum when it was read, "" without a file.
+    sha256: the file's checksum when it was read, "" without a file.
     table: Hugging Face data set with columns question, answer, steps (texts) and question_ids,
         step_ids (one list a step), answer_ids ("### " + answer, then EOS), highest_id (of these).
     num_steps: (n,) steps a record has.

@@ -1,18 +1,18 @@
 """What makes many short passes over one batch cheap, for Hugging Face models of any kind.
 
 Coconut reads a batch in K + 1 passes (coconut.py), and most of them hold one column. Three things
-keep their cost near that of the arithmetic; none changes a result but in the last bits:
+keep their cost near that of the arithmetic; they change results by rounding at most:
 
 - `PassCache` lets the layers see the tokens of a pass without padding: (1, n, D) in place of
   (B, C, D). Attention puts them back into rows. The keys of the first pass stay one tensor that
   all later passes read; concatenating them anew in each pass would keep K + 1 copies.
 - `deferred_weight_gradients` computes one product per weight matrix for all passes, once the
-  backward pass is through with them, in place of one per pass that reads and writes the whole
+  backward pass is done with them, in place of one per pass that reads and writes the whole
   gradient. Where the head is the embedding table, its rows' gradients are added to the head's.
-- Without gradients `PassCache` writes new keys into buffers with room to grow, a column for every
-  token of an answer, and finished rows leave it. `argmax_tokens` scores the vocabulary in blocks.
+- Without gradients `PassCache` writes new keys into buffers with spare columns, one for every token
+  of an answer, and drops finished rows. `argmax_tokens` scores the vocabulary in blocks.
 
-Like coconut.py this needs torch and transformers alone. What a thought is stands there.
+Like coconut.py, which defines what a thought is, this needs torch and transformers alone.
 
 Shapes: B rows, n tokens of a pass, C columns of a pass, L columns so far, its own included;
 H query heads, G key heads (H a multiple of it), E width of a head.
@@ -30,8 +30,8 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 ATTENTION = "coconut_passes"
-# Queries of a first pass that the CPU takes at once where no kernel serves: each chunk skips the
-# keys after it, so smaller chunks compute less that is masked, and larger ones call less often.
+# Queries of a first pass per chunk on the CPU, where no kernel applies: each chunk skips the keys
+# after it, so smaller chunks compute less that is masked, and larger ones need fewer calls.
 QUERY_CHUNK = 96
 # Columns by which the buffers of keys and values grow.
 BUFFER_GROWTH = 64
@@ -57,7 +57,7 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether torch.compile has the model's passes; its tracing loses what is done here."""
+    """Whether the model runs under torch.compile, whose tracing loses what is done here."""
     return model.base_model._compiled_call_impl is not None
 
 
@@ -87,7 +87,7 @@ def can_pack(model: PreTrainedModel) -> bool:
 def make_cache(model: PreTrainedModel, is_needed: bool = True) -> Cache | None:
     """An empty cache for `read_pass`; None where one pass reads all and no cache `is_needed`.
 
-    With gradients enabled or without, it has to be used as it was made.
+    Use it in the grad mode in which it was made.
     """
     if can_pack(model):
         return PassCache()
@@ -134,7 +134,7 @@ def read_pass(
 def find_tokens(is_padding: Tensor) -> Tensor:
     """(n,) long, where a flattened (B, C) mask holds tokens; at least one entry."""
     indices = (~is_padding).flatten().nonzero().squeeze(1)
-    # A pass of padding alone keeps step with other ranks, and a model wants something to read.
+    # A pass of nothing but padding keeps ranks in step, and a model must read at least one token.
     return indices if len(indices) else indices.new_zeros(1)
 
 
@@ -147,8 +147,8 @@ def add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
     missing = num_passes - 1 - len(starts)
     if not 0 <= missing <= len(free):
         raise ValueError(
-            f"num_passes={num_passes}: thoughts need {len(starts) + 1} passes, and {end} columns"
-            " allow no more than as many"
+            f"num_passes={num_passes}: thoughts need at least {len(starts) + 1} passes, and {end}"
+            f" columns allow at most {end}"
         )
     return sorted(starts + free[len(free) - missing :])
 
@@ -156,7 +156,7 @@ def add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
 def argmax_tokens(head: nn.Module, hidden_states: Tensor) -> Tensor:
     """(B,) long: the token to which `head` gives the largest logit after each of (B, D) states."""
     is_table = isinstance(head, nn.Linear) and head.bias is None
-    # Autocast would cast every block anew for every token.
+    # Autocast would cast every block again for every token.
     if not is_table or hidden_states.is_cuda or torch.is_autocast_enabled("cpu"):
         return head(hidden_states).argmax(-1)
     logits_of = (F.linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
@@ -198,7 +198,7 @@ class PassCache(Cache):
             columns = torch.arange(self.num_seen, device=attention_mask.device)
             rows = columns[-self.num_columns :, None]
             is_token = attention_mask[:, None, None] != 0
-            # Padding sees itself: a row of a softmax needs something to see.
+            # Padding sees itself, because a softmax needs at least one column.
             self.visible = ((columns <= rows) & is_token) | (columns == rows)
 
     def pack(self, rows: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class PassCache(Cache):
         if not self.has_gradients:
             self._append(layer_idx, new)
             return self, None
-        # In order of memory, or every pass would copy the first one's keys for its products.
+        # Contiguous, or every pass would copy the first one's keys for its products.
         new = tuple(states.contiguous() for states in new)
         parts = self.parts.setdefault(layer_idx, [])
         if len(parts) < 2:
@@ -231,7 +231,7 @@ class PassCache(Cache):
         return self, None
 
     def _append(self, layer_idx: int, new: list[Tensor]) -> None:
-        """Write keys and values (B, G, C, E) behind those of the layer so far."""
+        """Append keys and values (B, G, C, E) to those of the layer so far."""
         begin, stop = self.num_seen - self.num_columns, self.num_seen
         buffers = self.buffers.get(layer_idx)
         if buffers is None or stop > buffers[0].size(2):
@@ -249,14 +249,14 @@ class PassCache(Cache):
         return self.num_seen - self.num_columns
 
     def truncate(self, num_columns: int) -> None:
-        """Keep the first `num_columns` columns alone; only without gradients."""
+        """Keep only the first `num_columns` columns; must be without gradients."""
         assert not self.has_gradients
         self.num_seen = num_columns
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` (B',) long alone; only without gradients."""
+        """Keep only the rows `indices` (B',) long; must be without gradients."""
         assert not self.has_gradients
-        # Layer by layer, so that no more than one is in memory twice.
+        # Layer by layer, so that only one is in memory twice.
         self.parts.clear()
         for layer_idx, buffers in self.buffers.items():
             self.buffers[layer_idx] = tuple(buffer[indices] for buffer in buffers)
@@ -297,7 +297,7 @@ def _attend(
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     is_first = query.size(2) == cache.num_seen
     if len(parts) > 1 or not (is_first or query.is_cuda):
-        # For few queries no kernel of the CPU is faster, and it wants grouped keys repeated.
+        # For few queries no CPU kernel is faster, and kernels need grouped keys repeated.
         attended = attend_over_parts(query, parts, cache.visible, dropout, scaling)
     elif query.is_cuda or dropout == 0:
         attended = _attend_by_kernel(query, *parts[0], cache.visible, dropout, scaling)
@@ -360,7 +360,7 @@ def attend_over_parts(
     """
     B, H, C, E = query.shape
     G = parts[0][0].size(1)
-    # The H / G query heads that share a key head are like so many more queries of it.
+    # The H / G query heads that share a key head act as additional queries of it.
     grouped = (query * scaling).reshape(B, G, -1, E)
     scores = [grouped @ keys.transpose(2, 3) for keys, _ in parts]
     lengths = [part.size(-1) for part in scores]
@@ -390,8 +390,8 @@ def _causal_mask(C: int, L: int, device: torch.device) -> Tensor:
 def deferred_weight_gradients(model: nn.Module) -> Iterator[None]:
     """Passes of `model` within share one product per weight matrix in their backward pass.
 
-    For models that `prepare` saw; without effect where gradients are off, under torch.compile, and
-    under activation checkpointing, which would recompute the layers outside of this, differently.
+    For models that `prepare` changed; without effect where gradients are off, under torch.compile,
+    and under activation checkpointing, which would recompute the layers outside this context.
 
     Raises: RuntimeError in a backward pass with create_graph=True.
     """
@@ -428,7 +428,7 @@ class _Pending:
     row_uses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add_use(self, x: Tensor, gradient: Tensor) -> None:
-        """Take one use. A long one is multiplied at once: it would cost more to keep than that."""
+        """Record one use. A long one is multiplied at once, since keeping it would cost more."""
         if x.numel() + gradient.numel() > x.size(1) * gradient.size(1):
             self.multiply(x, gradient)
         else:
@@ -514,9 +514,9 @@ def _has_plain_gradient(table: nn.Embedding) -> bool:
 
 
 class _DeferGradient(torch.autograd.Function):
-    """A layer's weights on their way into its uses; on the way back, their gradient from all.
+    """Passes a layer's weights to its uses; backward returns their gradient over all uses.
 
-    Autograd comes here once every use that counts is through, whatever their order.
+    Autograd calls `backward` after all uses that contribute, whatever their order.
     """
 
     @staticmethod
@@ -561,7 +561,7 @@ class _LinearUse(torch.autograd.Function):
 class _EmbeddingUse(torch.autograd.Function):
     """Rows of a table; the backward pass leaves the table's gradient for later.
 
-    weight: what `_DeferGradient` returned for the table; autograd finds the way back by it.
+    weight: what `_DeferGradient` returned for the table; it links this use to the table's gradient.
     """
 
     @staticmethod
@@ -582,8 +582,8 @@ class _EmbeddingUse(torch.autograd.Function):
 def _will_run(edge: tuple) -> bool:
     """Whether this backward pass reaches the `_DeferGradient` at the end of `edge`.
 
-    It does not where only gradients of other parameters were asked for; what was left for it then
-    would be counted by the next backward pass.
+    It does not where only gradients of other parameters were requested; a use recorded then would
+    be counted by the next backward pass.
     """
     return torch._C._will_engine_execute_node(edge[0])
 

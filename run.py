@@ -1,6 +1,6 @@
 """Train or evaluate one experiment: `torchrun --nproc_per_node N run.py CONFIG [key=value ...]`.
 
-Arguments -> configuration -> engine.jobs -> exit status. A mistake that can be known beforehand is
+Arguments -> configuration -> engine.jobs -> exit status. A mistake that can be found beforehand is
 reported as one message with exit status 2 before a model loads. `python run.py CONFIG` is the same
 for one process; `--dry-run` shows what would happen.
 """
@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None, is_silent: bool) -> argpars
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one experiment; returns the exit status."""
-    # Until the ranks meet, one process of each machine prints what that machine sees.
+    # Until the ranks have met, one process of each machine prints that machine's errors.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     configure_logging(local_rank)
     try:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     try:
         config = load_config(options.config, options.overrides)
-        # Only now what takes seconds to import: a mistake in the file is reported at once.
+        # Imported late because it takes seconds: a mistake in the file is reported at once.
         from engine import jobs
     except ConfigError as error:
         log.error(error)
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def flush_streams() -> None:
-    """Keep a console that takes no more from changing the exit status when Python ends."""
+    """Keep a full disk or a closed pipe from changing the exit status when Python ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -87,8 +87,8 @@ def flush_streams() -> None:
 def exit_process(status: int) -> NoReturn:
     """End this process with `status`; one of several ranks without finalizing Python.
 
-    A thread of gloo frees the tensors of the last collective when it gets round to it. Should
-    Python be finalized by then the process aborts, and torchrun takes a finished run for failed.
+    A gloo thread frees the tensors of the last collective at some later time. If Python has been
+    finalized by then, the process aborts, and torchrun reports a finished run as failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         flush_streams()

@@ -1,4 +1,4 @@
-"""What every module may use: the errors a user sees, the logger, files that appear whole, sums.
+"""What every module may use: errors that a user sees, the logger, atomic files, checksums.
 
 Imports no torch, so that a mistake in a command or a file is reported within a second.
 """
@@ -55,12 +55,12 @@ FIRST_PROCESS_TIMEOUT_S = 10.0
 
 
 def quote(text: str) -> str:
-    """`text` as Python writes it, cut where it is long."""
+    """`text` as a Python literal, truncated to MAX_QUOTED characters."""
     return repr(text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "...")
 
 
 def raise_faults(path: str, faults: Sequence[str], fix: str = "") -> None:
-    """Raise one UserError that shows the first MAX_FAULTS of `faults`, their number and `fix`.
+    """Raise one UserError that shows the first MAX_FAULTS of `faults`, their count and `fix`.
 
     Nothing happens without faults. `path` names the file that has them.
     """
@@ -79,12 +79,12 @@ class _ConsoleHandler(logging.Handler):
     """Writes lines above progress bars: errors to standard error, all else to standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A message may quote a file of others, whose control characters a terminal would obey.
+        # A message may quote an untrusted file, whose control characters a terminal would obey.
         text = "".join(
             c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in self.format(record)
         )
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        # A full disk or a reader that is gone must not end a run.
+        # A full disk or a closed pipe must not end a run.
         with contextlib.suppress(OSError):
             tqdm.write(text, file=stream)
             stream.flush()
@@ -98,15 +98,15 @@ def configure_logging(rank: int = 0) -> None:
 
 
 def wait_for_first_process() -> None:
-    """Before the ranks have met, give this machine's first process time to print why it ends."""
+    """Before the ranks have met, give this machine's first process time to print the error."""
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         time.sleep(FIRST_PROCESS_TIMEOUT_S)
 
 
 def print_line(text: object) -> None:
-    """Print `text` on standard output at once, if it takes any.
+    """Print `text` on standard output and flush it.
 
-    A log on a full disk or a reader that has gone ends no run; there is nowhere to tell of it.
+    A full disk or a closed pipe must not end a run, and there is nowhere to report it.
     """
     with contextlib.suppress(OSError):
         print(text, flush=True)

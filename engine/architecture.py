@@ -1,11 +1,11 @@
 """Whether Coconut reads a kind of model correctly: a small random copy against recomputation.
 
-Thoughts need more of a model than text does: input embeddings that mean what token ids mean, left
-padding that changes nothing, a cache that continues a sequence column by column and gives up rows,
-and logits that are lm_head(last hidden state). Few configurations say whether a model
-does that, so it is tried: the model's own classes with its kinds of layers, shrunk, random, in
-float64, are read by Coconut and by a textbook without cache, padding or batches. The weights of the
-run are not involved, so neither their size nor their rounding matters.
+Thoughts need more of a model than text does: input embeddings that act like their token ids, left
+padding that changes nothing, a cache that continues a sequence column by column and can drop rows,
+and logits that are lm_head(last hidden state). Few configurations say whether a model has these, so
+it is tried: the model's own classes with its kinds of layers, shrunk, random, in float64, are read
+by Coconut and by full recomputation without cache, padding or batches. The weights of the run are
+not involved, so neither their size nor their rounding matters.
 """
 
 import copy
@@ -30,9 +30,9 @@ RECURRENT_KINDS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 # A model with one of these set does not score a hidden state h as lm_head(h).
 LOGIT_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 LOGIT_FIELDS += ("lm_head_multiplier", "output_multiplier")
-# The longest sequence, by the names that configurations of transformers have for it.
+# The names that transformers' configurations have for the longest sequence.
 POSITION_FIELDS = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
-# Sizes of the copy. Its attention window is shorter than the rows, so that it acts.
+# Sizes of the copy. Its attention window is shorter than the rows, so that it has an effect.
 VOCAB_SIZE = 48
 NUM_HEADS, HEAD_DIM = 4, 16
 MAX_INTERMEDIATE_SIZE = 32
@@ -53,7 +53,7 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 @dataclass(frozen=True)
 class Finding:
-    """What a trial found.
+    """The result of a trial.
 
     fault: why Coconut cannot read such a model, completing "gpt2 ..."; None where it can.
     unreached: modules and parameters by name that no text reaches, such as a vision tower.
@@ -82,7 +82,7 @@ def require_readable(
     """The modules and parameters that no text reaches, by name, of a model that Coconut can read.
 
     name: what the message calls the weights.
-    attn_implementation: as configured; for kernels that need a GPU the default is tried.
+    attn_implementation: as configured; in place of kernels that need a GPU the default is tried.
 
     Raises: UserError with the reason why Coconut cannot read such a model.
     """
@@ -102,7 +102,7 @@ def require_readable(
 def examine(
     model_class: type[PreTrainedModel], architecture: PretrainedConfig, attention: str | None = None
 ) -> Finding:
-    """Try small random copies of a model until one is read correctly; once each in a process.
+    """Try small random copies of a model until one is read correctly; each once per process.
 
     attention: the kernel by its name in transformers; None: the model's default.
     """
@@ -217,7 +217,7 @@ def _move_special_tokens(config: PretrainedConfig) -> None:
 
 
 def _get(config: PretrainedConfig, name: str) -> object:
-    # Not by getattr, which raises for values that differ between layers.
+    # Not getattr, which raises for values that differ between layers.
     return vars(config).get(config.attribute_map.get(name, name))
 
 
@@ -319,7 +319,7 @@ def _compare(got: Tensor, want: Tensor, fault: str) -> None:
 
 @torch.no_grad()
 def _read_embeddings(model: PreTrainedModel) -> None:
-    """Embeddings mean what ids mean, lm_head alone scores states, later tokens do not matter."""
+    """Embeddings act like their ids, lm_head alone scores states, later tokens have no effect."""
     parameters = inspect.signature(model.base_model.forward).parameters
     for needed, fault in (
         ("inputs_embeds", "takes no input embeddings"),

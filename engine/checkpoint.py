@@ -4,7 +4,7 @@ A checkpoint (`checkpoint_N/`) is what Hugging Face loads as the base model, wit
 Coconut's own parameters, if it has any, beside it. A training state (`resume/<optimizer_step>/`)
 holds weights, optimizer, every rank's random generators and the trainer's position; it is kept
 apart, and only the newest two, so that many checkpoints do not cost as many optimizer states. Both
-appear whole or not at all (docs/specification.md, section 9). trainer.py decides when to save.
+are written whole or not at all (docs/specification.md, section 9). trainer.py decides when to save.
 
 Tensors are in safetensors files and everything else in JSON: nothing here unpickles. States are
 written and read by torch.distributed.checkpoint, shard by shard, so any number of ranks resumes
@@ -48,9 +48,9 @@ from utils import UserError, atomic_write_text, log, sha256_file
 
 NUM_KEPT_STATES = 2
 STATE_JSON = "state.json"
-# It holds a checksum of each file; those of a thousand ranks take less than a hundredth of this.
+# It holds a checksum of each file; those of a thousand ranks take under a hundredth of this.
 MAX_STATE_JSON_BYTES = 2**24
-# What Python raises where JSON holds other values than were written.
+# What Python raises where JSON holds unexpected values.
 UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BASE_PREFIX = "base_causallm."
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -64,7 +64,7 @@ def _shared_atomic_directory(target: Path) -> Iterator[Path]:
     Where a rank fails, `target` stays as it was.
     """
     with atomic_directory(target) if distributed.is_main() else nullcontext() as unfinished:
-        # Nothing is written before the folder exists, nor renamed before everything is written.
+        # No rank writes before the folder exists, nor renames it before every rank has written.
         unfinished = distributed.broadcast_from_main(unfinished)
         yield unfinished
         distributed.barrier()
@@ -141,8 +141,8 @@ def save_state(
 ) -> None:
     """Write `resume/<step>/` and keep the newest two. Every rank must call.
 
-    Rank 0 writes what all ranks have in common, and each rank the shards that it alone holds.
-    Model configuration and tokenizer are included, so that resuming needs nothing but this folder.
+    Rank 0 writes what all ranks have in common, and each rank the shards that only it holds. Model
+    configuration and tokenizer are included, so that resuming needs nothing but this folder.
     """
     generators = distributed.gather_to_main(_generator_states())
     target = run_dir / RESUME_FOLDER / str(step)
@@ -161,7 +161,7 @@ def save_state(
             _write_state_json(unfinished, {"trainer": trainer, "sha256": checksums})
     if not distributed.is_main():
         return
-    # The state of a later step was damaged, or the run would have resumed from it.
+    # A state of a later step must be damaged, or the run would have resumed from it.
     damaged = [path for number, path in states(run_dir) if number > step]
     past = [path for number, path in states(run_dir) if number <= step]
     prune(damaged + past[:-NUM_KEPT_STATES])
@@ -187,7 +187,7 @@ def _first_cause(error: CheckpointException) -> BaseException:
 
 
 def update_trainer(run_dir: Path, step: int, trainer: dict) -> None:
-    """Replace what `resume/<step>/` holds of the trainer; its tensors stay as they are."""
+    """Replace the trainer's part of `resume/<step>/`; its tensors stay as they are."""
     folder = run_dir / RESUME_FOLDER / str(step)
     with writing(run_dir, f"the position in {folder}"):
         content = json.loads((folder / STATE_JSON).read_text(encoding="utf-8"))["content"]
@@ -208,7 +208,7 @@ def newest_state(run_dir: Path) -> TrainingState | None:
 
     Rank 0 alone reads all of it; the other ranks check that they see the same folder.
 
-    Raises: UserError when there are states but none is intact, or a rank sees other ones.
+    Raises: UserError when there are states but none is intact, or a rank sees different ones.
     """
     state = distributed.run_on_all_ranks(
         lambda: _newest_intact(run_dir) if distributed.is_main() else None
@@ -232,13 +232,13 @@ def _newest_intact(run_dir: Path) -> TrainingState | None:
     if folders:
         raise UserError(
             f"{run_dir / RESUME_FOLDER}: no training state is intact; remove the folder to start"
-            " anew, or restore it from a backup"
+            " over, or restore it from a backup"
         )
     return None
 
 
 def _verified_trainer(folder: Path) -> dict:
-    """What the state in `folder` holds of the trainer, once all its checksums are right.
+    """The trainer's part of the state in `folder`, once all checksums are right.
 
     Raises: OSError or one of UNREADABLE for a damaged state.
     """
@@ -253,7 +253,7 @@ def _verified_trainer(folder: Path) -> dict:
     if unlisted:
         raise ValueError(f"{min(unlisted)} does not belong to it")
     for name, expected in content["sha256"].items():
-        # A device or a pipe could be read without end.
+        # Reading a device or a pipe might never end.
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
         if sha256_file(folder / name) != expected:
@@ -288,7 +288,7 @@ def load_state(state: TrainingState, model: nn.Module, optimizer: torch.optim.Op
 
 @contextmanager
 def _quiet_without_group() -> Iterator[None]:
-    """A model that is not sharded needs process group, nor a warning that there is none."""
+    """Silence the warning that there is no process group, which only a sharded model needs."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -311,7 +311,7 @@ def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def _generator_states() -> dict:
     """The states of Python's, NumPy's and torch's random generators, as JSON values.
 
-    Of several GPUs, that of this rank's own, which may be another one when the run resumes.
+    Of the GPUs only this rank's own is stored; it may be another one when the run resumes.
     """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()

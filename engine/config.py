@@ -1,9 +1,9 @@
 """The configuration of one experiment: its keys with meaning, range and default, and the rules.
 
 A key is described at its field in `Config` and nowhere else (docs/configuration.md is made from
-it). Reading files and overrides, and the words for what the schema refuses, are config_file.py's.
-Whether files, models or checkpoints exist is left to the modules that open them. Imports no torch,
-so that a mistake is reported within a second.
+it). Reading files and overrides, and wording the errors, is left to config_file.py. Whether files,
+models or checkpoints exist is left to the modules that open them. Imports no torch, so that a
+mistake is reported within a second.
 """
 
 import json
@@ -46,7 +46,7 @@ NEEDED_TO_TRAIN = {
     "max_latent_stage": METHODS_WITH_STAGES,
 }
 
-# To the system a NUL ends a name, whatever follows.
+# The operating system ends a name at a NUL.
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 # A larger count is a mistake that would take hours or all memory before it shows.
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -381,7 +381,7 @@ def _method_problems(config: Config) -> Iterator[Problem]:
         if value != neutral and method != "coconut":
             yield (
                 (*METHODS, key),
-                f"{key}={value!r} is for coconut alone, not {method}; write {key}: "
+                f"{key}={value!r} is for coconut only, not {method}; write {key}: "
                 f"{as_yaml(neutral)}",
             )
 

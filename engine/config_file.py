@@ -29,7 +29,7 @@ from engine.config import (
 )
 from utils import ConfigError, log
 
-UNREADABLE = object()  # stands for a value that YAML itself refused and that is reported already
+UNREADABLE = object()  # in place of a value that YAML refused, which has been reported already
 # A data file or weights named by mistake would keep the parser busy for hours.
 MAX_BYTES = 100_000
 
@@ -45,8 +45,8 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     overrides: `key=value` texts, of which the last for a key counts, or Python values by key.
 
     Raises: ConfigError with every problem, one a line as `source: key=value problem; fix`, where
-    the source is the file in which the key stands, "command line" for texts, "overrides" for
-    values by key.
+    the source is the file that holds the key, "command line" for texts, "overrides" for values by
+    key.
     """
     values, sources, problems = read_file_and_bases(str(path))
     outside = "overrides" if isinstance(overrides, Mapping) else "command line"
@@ -74,7 +74,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
             problems.append(
                 f"{outside}: gradient_accumulation_steps is overridden by effective_batch_size="
                 f"{effective} in {sources['effective_batch_size']}; write "
-                "effective_batch_size=None beside it"
+                "effective_batch_size=None as well"
             )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -113,7 +113,7 @@ def fields_help() -> str:
 
 
 def _default(key: str) -> str:
-    """What holds where the key is left out."""
+    """The value that applies where the key is left out."""
     methods = NEEDED_TO_TRAIN.get(key)
     if methods:
         return "required to train" + f" {', '.join(methods)}" * (methods != METHODS)
@@ -288,7 +288,7 @@ def _read_text(path: str) -> str:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
 
 
-# Words of errors
+# Wording of errors
 
 
 # pydantic's names of types -> ours.
@@ -299,7 +299,7 @@ TYPE_WORDS |= {"boolean": "true or false"}
 def _problems(
     error: ValidationError, values: dict[str, Any], typed: Collection[str]
 ) -> Iterator[Problem]:
-    """Yields what pydantic found, then what is wrong between the keys it found no fault with.
+    """Yields what pydantic found, then what is wrong between the remaining keys.
 
     typed: the keys of `values` that were typed in a shell.
     """
@@ -318,7 +318,7 @@ def _problems(
 
 
 def _field_problem(item: dict[str, Any], key: str, is_typed: bool) -> str:
-    """The words for one of pydantic's errors about a single key: got, wanted, fix."""
+    """The message for one of pydantic's errors about a single key: got, wanted, fix."""
     kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
         return _unknown_key(key)
@@ -439,7 +439,7 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         problem = error.problem or error.context
-        # Of two equal anchors PyYAML keeps the anchor's name to the first one's part of the error.
+        # For a duplicate anchor PyYAML names the anchor only in the context of the error.
         problem = "an anchor's second occurrence" if problem == "second occurrence" else problem
         return f"line {mark.line + 1}: {problem}"
     line = text.count("\n", 0, error.position) + 1

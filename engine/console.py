@@ -1,7 +1,7 @@
-"""What a run says: the opening block, how far a pass has come, an epoch's line, the closing block.
+"""What a run prints: the opening block, progress, a line per epoch, the closing block.
 
-Text and its rhythm alone; the numbers are the trainer's and the evaluation's. Lines go through the
-logger, so rank 0 alone prints them.
+Only wording and timing; the figures come from the trainer and the evaluation. Lines go through the
+logger, so only rank 0 prints them.
 """
 
 import logging
@@ -19,12 +19,12 @@ from engine.config import Config
 from engine.metadata import Position
 from utils import log
 
-# Without a terminal a pass over many batches says this often how far it has come.
+# Without a terminal progress is logged this often.
 SECONDS_BETWEEN_LINES = 30.0
 
 
 def progress_bar(total: int, description: str, initial: int = 0) -> "tqdm | ProgressLines":
-    """A bar over `total` batches on standard error at a terminal, else a line every so often."""
+    """A bar over `total` batches on standard error at a terminal, otherwise a line now and then."""
     if not sys.stderr.isatty():
         return ProgressLines(total, description, initial)
     return tqdm(
@@ -39,12 +39,12 @@ def progress_bar(total: int, description: str, initial: int = 0) -> "tqdm | Prog
 
 
 class ProgressLines:
-    """What tqdm's bar says, as log lines at least SECONDS_BETWEEN_LINES apart."""
+    """tqdm's progress as log lines at least SECONDS_BETWEEN_LINES apart."""
 
     def __init__(self, total: int, description: str, initial: int = 0) -> None:
         self.total, self.description, self.postfix = total, description, ""
         self.initial = self.done = initial
-        self.began_s = self.said_s = time.monotonic()
+        self.began_s = self.logged_s = time.monotonic()
 
     def set_postfix_str(self, text: str) -> None:
         self.postfix = f", {text}"
@@ -52,9 +52,9 @@ class ProgressLines:
     def update(self) -> None:
         self.done += 1
         now_s = time.monotonic()
-        if now_s - self.said_s < SECONDS_BETWEEN_LINES:
+        if now_s - self.logged_s < SECONDS_BETWEEN_LINES:
             return
-        self.said_s = now_s
+        self.logged_s = now_s
         left_s = (now_s - self.began_s) / (self.done - self.initial) * (self.total - self.done)
         log.info(
             f"{self.description}: {self.done:,} of {self.total:,}{self.postfix},"
@@ -75,10 +75,10 @@ def opening_lines(
     stage: int | None = None,
     position: Position | None = None,
 ) -> list[str]:
-    """What a run is about to do, a fact a line.
+    """What a run is about to do, one fact a line.
 
-    num_train, num_val: records; an evaluation has no num_train but a `stage`.
-    position: where a training that resumes stands.
+    num_train, num_val: records; an evaluation has a `stage` instead of num_train.
+    position: of a training run that resumes.
     """
     model = config.model_id or config.load_model_path
     weights = config.load_model_path or "its own"
@@ -112,12 +112,13 @@ def _training_facts(config: Config, curriculum: Curriculum, num_train: int) -> d
         "schedule": describe_schedule(config, curriculum),
         "effective batch": f"{effective} = {config.batch_size_training} records x {accumulation}"
         f" accumulation x {processes}",
-        "optimizer steps": f"{steps_per_epoch:,} an epoch, {steps_per_epoch * num_epochs:,} in all",
+        "optimizer steps": f"{steps_per_epoch:,} per epoch,"
+        f" {steps_per_epoch * num_epochs:,} in total",
     }
 
 
 def describe_device() -> str:
-    """What this run computes on."""
+    """The processes, devices and threads of this run."""
     device, world_size = distributed.device(), distributed.world_size()
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     threads = f"{_count(torch.get_num_threads(), 'thread')}{' each' if world_size > 1 else ''}"
@@ -125,7 +126,7 @@ def describe_device() -> str:
 
 
 def _idle_cores() -> str:
-    """How to have more threads on the CPU where torchrun allows a process fewer than would pay."""
+    """Advice for more CPU threads where torchrun gives processes fewer than there are cores."""
     # macOS does not say which cores a process may use.
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -141,7 +142,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def describe_thought(config: Config) -> str | None:
-    """What is fed back at a latent position, in words; None for a method without thoughts."""
+    """A description of what is fed back at latent positions; None for methods without thoughts."""
     if config.method != "coconut":
         return None
     if config.thought != "continuous":
@@ -167,7 +168,7 @@ def describe_thought(config: Config) -> str | None:
 
 
 def describe_schedule(config: Config, curriculum: Curriculum) -> str:
-    """Epochs and the stages that they come to."""
+    """The epochs and their stages."""
     last = config.num_epochs - 1
     epochs = f"epochs {config.resume} to {last}"
     stages = sorted({curriculum.stage(epoch) for epoch in (config.resume, last)})
@@ -183,7 +184,7 @@ def describe_schedule(config: Config, curriculum: Curriculum) -> str:
 def epoch_line(
     epoch: int, train_loss: float, figures: dict, train_seconds: float, eval_seconds: float
 ) -> str:
-    """What an epoch came to. figures: those of its evaluation."""
+    """The outcome of an epoch; figures: those of its evaluation."""
     f = figures
     cot = "" if f["cot_em"] is None else f", CoT match {100 * f['cot_em']:.1f} %"
     num_hit = f["num_hit_max_new_tokens"]
@@ -198,7 +199,7 @@ def epoch_line(
 
 
 def closing_lines(config: Config, curriculum: Curriculum, position: Position) -> list[str]:
-    """What a finished run came to, and where it lies."""
+    """The outcome of a finished run, and where its files are."""
     num_epochs = position.epoch - config.resume
     trained, evaluated = duration(position.train_seconds), duration(position.eval_seconds)
     facts = {
@@ -225,7 +226,7 @@ def _best(config: Config, curriculum: Curriculum, epoch: int, accuracy: float) -
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 12 min, 3.4 h."""
+    """Seconds in readable units: 45 s, 12 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

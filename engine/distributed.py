@@ -1,8 +1,8 @@
 """Ranks: the process group, the device of each, what they compare and sum, their seeds.
 
-One process needs no group at all. Under torchrun the group is gloo on CPUs and gloo + NCCL on GPUs,
-and the local rank picks the device. How the ranks share a model is parallel.py's, what they say
-when one of them fails failures.py's.
+A single process needs no group. Under torchrun the group is gloo on CPUs and gloo + NCCL on GPUs,
+and the local rank picks the device. How the ranks share a model is left to parallel.py, what they
+print when one of them fails to failures.py.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from utils import UserError
 
-# A rank that comes to a collective later than this after another is taken for lost.
+# A rank that reaches a collective later than this after another is taken to be lost.
 COLLECTIVE_TIMEOUT_S = 1800.0
 START_POLL_S = 0.02
 
@@ -33,9 +33,9 @@ _Answer = TypeVar("_Answer")
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Within, the process group that torchrun's environment asks for, if it asks for one.
+    """Join the process group that torchrun's environment asks for, if any, and leave it at the end.
 
-    Joined here and left again, unless the process is in a group already.
+    Does nothing where the process is in a group already.
 
     Raises: UserError for more processes than GPUs on this machine.
     """
@@ -81,12 +81,12 @@ def _join() -> None:
 
 
 def _store_of_this_start(store: Store, number: int, size: int) -> Store:
-    """A part of `store` for the ranks of this start alone; every one of the `size` ranks calls.
+    """A part of `store` for the ranks of this start only; each of the `size` ranks must call.
 
-    When a rank has died, torchrun restarts all ranks with the store that they had. It still holds
-    the addresses of the start before, and a rank that takes one for its peer's never connects.
-    Nothing that torchrun passes to a rank is certain to differ between starts, so each rank asks
-    under a name of its own, and rank 0 answers with the name of the part.
+    When a rank has died, torchrun restarts all ranks with the same store. It still holds addresses
+    from the previous start, and a rank that takes one for its peer's never connects. Nothing that
+    torchrun passes to a rank is certain to differ between starts, so each rank asks under a new
+    name, and rank 0 answers with the name of the part.
     """
     own = uuid.uuid4().hex
     if number > 0:
@@ -100,7 +100,7 @@ def _store_of_this_start(store: Store, number: int, size: int) -> Store:
         if time.monotonic() > deadline:
             raise dist.DistStoreError(f"waited {COLLECTIVE_TIMEOUT_S:g} s for {sorted(silent)}")
         for other in silent:
-            # It may be a question of the start before, so it is read until the answer was heard.
+            # It may date from the previous start, so it is read again until the answer was heard.
             if store.check([f"ask/{other}"]):
                 store.set(f"answer/{store.get(f'ask/{other}').decode()}", own)
         silent = {other for other in silent if not part.check([f"heard/{other}"])}
@@ -124,7 +124,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together, 1 without a group."""
+    """The number of processes that train together, 1 without a group."""
     return dist.get_world_size() if has_group() else 1
 
 
@@ -134,7 +134,7 @@ def local_rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which alone writes shared files and logs."""
+    """Whether this is rank 0, the only one that writes shared files and logs."""
     return rank() == 0
 
 
@@ -147,14 +147,14 @@ def computes_bf16_natively() -> bool:
     """Whether this rank's device multiplies bf16 in hardware rather than by emulation."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # oneDNN's own answer counts AVX-512 without bf16 instructions as support.
+    # oneDNN itself counts AVX-512 without bf16 instructions as support.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and torch (all devices); `deterministic` also forbids random kernels.
+    """Seed Python, NumPy and torch (all devices); `deterministic` also forbids nondeterminism.
 
-    Without `deterministic`, fp32 matrix products on GPUs may take TF32, ten bits of a mantissa in
+    Without `deterministic`, fp32 matrix products on GPUs may use TF32, with 10 bits of mantissa in
     place of 23.
 
     Raises: nothing here; with `deterministic`, torch later raises RuntimeError where an operation
@@ -175,8 +175,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 def seed_rank(seed: int) -> None:
     """Seed torch on this rank for what must differ between ranks: dropout.
 
-    Rank 0 draws what one process draws. The others' numbers hash seed and rank: by a sum, rank 1 of
-    seed 0 would draw what rank 0 of seed 1 does.
+    Rank 0 draws what a single process draws. The others hash seed and rank: with their sum, rank 1
+    of seed 0 would draw what rank 0 of seed 1 draws.
     """
     if not is_main():
         seed = int.from_bytes(hashlib.sha256(f"{seed} {rank()}".encode()).digest()[:8], "big")
@@ -226,10 +226,10 @@ def broadcast_from_main(value: object) -> object:
 
 
 def run_on_all_ranks(work: Callable[[], _Answer]) -> _Answer:
-    """What `work()` returns; every rank must call.
+    """Return `work()`; every rank must call.
 
-    A file may be missing on one machine alone, whose refusal must stop the others, or they would
-    wait for it.
+    A file may be missing on one machine only, and its error must stop the other ranks too, or they
+    would wait.
 
     Raises: UserError on all ranks when `work` raises it on any.
     """
@@ -264,7 +264,7 @@ def require_same(facts: dict[str, object]) -> None:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether `error` says that a collective failed: too late, or a connection broken."""
+    """Whether `error` means that a collective failed: a time-out or a lost connection."""
     # gloo raises plain RuntimeErrors that begin with the path of its source file.
     from_gloo = isinstance(error, RuntimeError) and "gloo/" in str(error)
     return isinstance(error, dist.DistError) or from_gloo

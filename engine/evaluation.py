@@ -2,7 +2,7 @@
 
 A batch's prompts are read once for both (Coconut.answer). Every rank takes its share of the
 records, sorted by length; rank 0 puts the predictions back into file order and computes the
-figures. What counts as right is left to metrics.py, the choice of the stage to the caller.
+figures. Which answers are correct is left to metrics.py, the choice of the stage to the caller.
 """
 
 import json
@@ -32,7 +32,7 @@ from utils import atomic_write_text
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation's outcome.
+    """The outcome of an evaluation.
 
     figures: name under "eval/" -> number, None where nothing could be measured. The same on every
         rank. seconds_per_record is that of loss and answers together.
@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def autocast(bf16: bool, device: torch.device):
-    """The context in which models compute: bf16 over fp32 weights, or their own precision."""
+    """The context in which models compute: in bf16 over fp32 weights, or in their own precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -142,7 +142,7 @@ class Decoder:
         eos = self.tokenizer.eos_token_id
         ended = eos in new_tokens
         tokens = new_tokens[: new_tokens.index(eos)] if ended else new_tokens
-        # Markers are special tokens, so a model that writes one cannot leak it into the text.
+        # Markers are special tokens, so one that the model writes cannot leak into the text.
         (text,) = decode(self.tokenizer, [tokens])
         source = self.staged.tokenized.table[index]
         steps_left = source["steps"][int(self.staged.dropped[index]) :]
@@ -158,8 +158,8 @@ class Decoder:
             "num_tokens": len(tokens),
             "num_thoughts": num_latents * (self.model.thought_kind == "continuous"),
             "ended": ended,
-            # Alone, the record takes a pass up to each latent, one up to the prompt's last token,
-            # and one for each token written but the last, EOS included.
+            # On its own the record takes a pass up to each latent, one up to the prompt's last
+            # token, and one for each token written except the last, EOS included.
             "forward_passes": num_latents * self.model.reads_in_passes + len(tokens) + ended,
         }
 
@@ -188,7 +188,7 @@ def summarize(predictions: list[dict]) -> dict[str, float | int | None]:
 
 
 def describe(figures: dict) -> str:
-    """The figures of an evaluation as lines to read."""
+    """The figures of an evaluation as text."""
     cot_em = figures["cot_em"]
     lines = [
         f"  accuracy            {100 * figures['acc']:.2f} % ({figures['num_correct']} of"
@@ -206,6 +206,6 @@ def describe(figures: dict) -> str:
 
 
 def write_predictions(path: Path, predictions: list[dict]) -> None:
-    """One JSON object a line, whole or not at all."""
+    """Write one JSON object a line, all or nothing."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
     atomic_write_text(path, "".join(lines))

@@ -1,8 +1,8 @@
-"""Why a job ends early: one message and an exit status, whatever number of ranks fails.
+"""Why a job ends early: one message and an exit status, however many ranks fail.
 
-Ranks that fail agree through the store by which they found each other on who prints: the lowest
-with a fault of its own, else the lowest of those that lost contact with another. All wait until
-that is done, since torchrun kills the rest as soon as one process has ended.
+Ranks that fail agree, through the store by which they found each other, on which of them prints:
+the lowest with a fault of its own, else the lowest of those that lost contact with another. All
+wait until it has printed, since torchrun kills the rest as soon as one process has ended.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from utils import (
 # Ranks that lost contact wait this long for the others, and ranks with a fault for lower ones.
 LOST_TIMEOUT_S = 10.0
 LOWER_RANK_TIMEOUT_S = 3.0
-# Rank 0 may hold the store, and stays this long for those that still ask it.
+# Rank 0 may hold the store, and waits this long for ranks that still use it.
 LEAVING_TIMEOUT_S = 2.0
 STORE_TIMEOUT_S = 5.0
 POLL_S = 0.05
-NO_STORE = "rank 0 or torchrun, whichever held the ranks' store, is gone or does not answer"
+NO_STORE = "rank 0 or torchrun, whichever held the ranks' store, has ended or does not answer"
 
 
 def report_failure(error: BaseException, config: Config) -> int:
     """Print on standard error why the job ends, once for all ranks; returns the exit status.
 
-    What a user can understand gets its message, a bug its traceback. Every failing rank calls and
-    ends soon after; ranks other than the one that prints return when it has.
+    A mistake of the user gets its message, a bug its traceback. Every failing rank must call and
+    end soon after; ranks other than the one that prints return once it has printed.
     """
     status, text, ending = _describe(error, config)
     is_lost = distributed.is_lost_contact(error)
@@ -60,7 +60,7 @@ def report_failure(error: BaseException, config: Config) -> int:
 def _describe(error: BaseException, config: Config) -> tuple[int, str, str]:
     """(exit status, what happened, how to continue).
 
-    The notes of the error, which the trainer adds, say after which optimizer step.
+    The error's notes, which the trainer adds, name the last optimizer step.
     """
     notes = "".join(f" {note}" for note in getattr(error, "__notes__", []))
     if distributed.is_lost_contact(error):
@@ -94,7 +94,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _print(text: str) -> None:
-    # The one line that a rank other than 0 may have to print.
+    # This may be a rank other than 0, whose logger is silent.
     configure_logging(0)
     log.error(text)
     # torchrun repeats it in its own summary of what failed.
@@ -105,12 +105,12 @@ def _print(text: str) -> None:
 
 
 def _print_once(text: str, ending: str, fault: str) -> None:
-    """Print `text` and `ending` where it is this rank's turn, else wait until another has printed.
+    """Print `text` and `ending` if it is this rank's turn, else wait until another has printed.
 
-    fault: of which kind; "" where this rank merely lost contact, and the ranks that give no sign
-        are named between text and ending.
+    fault: its kind; "" where this rank merely lost contact, in which case the silent ranks are
+        named between text and ending.
     """
-    # As soon as one process has ended torchrun ends the others, but one must live to print.
+    # torchrun ends all processes as soon as one has ended, but one must survive to print.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     rank, is_settled = distributed.rank(), threading.Event()
@@ -136,10 +136,10 @@ def _print_once(text: str, ending: str, fault: str) -> None:
 
 
 def _await_turn(store: distributed.Store, fault: str) -> tuple[int | None, list[int]]:
-    """Settle which rank prints: (that rank, or None where one has already; ranks without a sign).
+    """Agree which rank prints: (that rank, or None where one has already; the silent ranks).
 
-    Of ranks with the same fault the lowest prints, and lost contact, which follows from a fault of
-    another, is printed only where no rank has one.
+    Of ranks with the same fault the lowest prints; lost contact, which follows from the fault of
+    another, is printed only if no rank has a fault.
     """
     rank, faults = distributed.rank(), {}
     others = [other for other in range(distributed.world_size()) if other != rank]
@@ -178,11 +178,11 @@ def ask_store(question: Callable[[distributed.Store], None], timeout_s: float) -
     def ask() -> None:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         with contextlib.suppress(OSError, RuntimeError):
-            # Asked in vain, the store itself would fill the screen with a stack trace.
+            # Otherwise a store that does not answer would fill the screen with a stack trace.
             socket.create_connection(address, STORE_TIMEOUT_S).close()
             question(distributed.ranks_store())
 
-    # A store whose machine froze would hold this rank as well.
+    # A store on a frozen machine would block this rank as well.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout_s)

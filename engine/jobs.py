@@ -1,8 +1,8 @@
-"""What run.py and scripts ask for, each one call: train, evaluate, dry_run.
+"""The jobs that run.py and scripts start by one call each: train, evaluate, dry_run.
 
-Takes the run directory, has setup.py check all that can be checked, builds the model, shares it
-among the ranks and hands it to trainer.py or evaluation.py. Under torchrun every rank calls. A job
-that ends early raises; `exit_status_of` turns that into one message and an exit status.
+Locks the run directory, has setup.py check all that can be checked, builds the model, shares it
+among the ranks and hands it to trainer.py or evaluation.py. Under torchrun every rank must call. A
+job that ends early raises; `exit_status_of` turns that into one message and an exit status.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ NOTHING_WRITTEN = "dry run: nothing trained or written"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run came to, the same on every rank.
+    """The outcome of a training run, the same on every rank.
 
     folder: the run directory; None with debug: true, which saves nothing.
     figures: of the last evaluation, by their names under "eval/"; empty where nothing was left to
@@ -115,7 +115,7 @@ def dry_run(config: Config) -> None:
             log.warning(f"load_model_path: {path} does not exist yet")
             if config.only_eval:
                 log.info(dump_config(config))
-                log.info("stage and size      the checkpoint will tell\n" + NOTHING_WRITTEN)
+                log.info("stage and size      as the checkpoint records\n" + NOTHING_WRITTEN)
                 return
             source = ModelSource("model_id", config.model_id, config.model_id, has_weights=False)
         prepared = prepare(config, state, coconut_class, source)
@@ -135,7 +135,7 @@ def exit_status_of(job: Callable[[Config], object], config: Config) -> int:
             try:
                 job(config)
             except BaseException as error:
-                # Before this rank leaves the group, by which the others hear of it.
+                # Before this rank leaves the group, through which the others learn of it.
                 status = report_failure(error, config)
                 raise
     except BaseException as error:
@@ -173,12 +173,12 @@ def import_coconut_class(name: str) -> type[Coconut]:
             raise
         raise UserError(
             f"coconut_class: {name}: there is no module {error.name} in {os.getcwd()}; start the"
-            f" run where {error.name}.py lies, or correct the name"
+            f" run in the folder of {error.name}.py, or correct the name"
         ) from None
     found = getattr(module, class_name, None)
     if found is None:
         raise UserError(
-            f"coconut_class: {name}: {module.__file__} has no class {class_name}; name one of it"
+            f"coconut_class: {name}: {module.__file__} has no class {class_name}; correct the name"
         )
     if not (isinstance(found, type) and issubclass(found, Coconut)):
         raise UserError(
@@ -190,7 +190,7 @@ def import_coconut_class(name: str) -> type[Coconut]:
 
 @contextlib.contextmanager
 def _all_ranks(config: Config) -> Iterator[None]:
-    """The process group, with `config` known to be the same on all ranks and possible for them."""
+    """The process group, once `config` is known to be the same on all ranks and to suit them."""
     with distributed.process_group():
         configure_logging(distributed.rank())
         # Progress bars over loading and saving a file would break up the lines of the log.
@@ -203,7 +203,7 @@ def _all_ranks(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_run_dir(config: Config) -> Iterator[None]:
-    """Hold the run directory, tidied up after a crash; rank 0 does so for all ranks."""
+    """Hold the run directory, cleaned up after a crash; rank 0 does so for all ranks."""
     with contextlib.ExitStack() as held:
 
         def take() -> None:
@@ -272,7 +272,7 @@ def _train_from(
 def _evaluate(
     prepared: Prepared, coconut_class: type[Coconut] | None
 ) -> dict[str, float | int | None]:
-    """Build the model, evaluate it, write and log what came of it."""
+    """Build the model, evaluate it, write and log the outcome."""
     config, (stage, epoch) = prepared.config, prepared.evaluated
     model = _build_model(config, prepared.source, coconut_class)
     folder = None if config.debug else evaluation_folder(config)
@@ -302,7 +302,7 @@ def _evaluate(
             progress_bar=progress_bar,
         )
         figures = outcome.figures
-        # Only now, and the largest first: what an interruption leaves is of the same weights.
+        # Written only now and the largest first, so that an interruption mixes no two evaluations.
         with run_dir.writing(folder or config.run_dir, "the evaluation"):
             if outcome.predictions is not None and folder is not None:
                 path = folder / f"predictions_{epoch}.jsonl"
@@ -335,7 +335,7 @@ def _build_model(
         return build_coconut(config, load_backbone(config, source), coconut_class)
 
     model = distributed.run_on_all_ranks(build)
-    # From here on only dropout draws, and it must differ between ranks.
+    # From here on only dropout draws random numbers, and it must differ between ranks.
     distributed.seed_rank(config.seed)
     if config.only_eval:
         plan = parallel.Parallel("none", False, "an evaluation needs whole parameters")
@@ -366,7 +366,7 @@ def _log_provenance(tracker: Tracker, facts: dict, step: int) -> None:
 
 
 def _write_config(config: Config, folder: Path, facts: dict) -> None:
-    """Write the resolved configuration into `folder`, `facts` above it; log what changed in it."""
+    """Write the resolved configuration into `folder` below `facts`; log what changed in it."""
     path = folder / "config.yaml"
     text = "".join(f"# {line}\n" for line in provenance_lines(facts)) + dump_config(config)
     if path.exists():
@@ -378,7 +378,7 @@ def _write_config(config: Config, folder: Path, facts: dict) -> None:
 
 
 def _log_opening(prepared: Prepared, num_parameters: int, position: Position | None = None) -> None:
-    """What the run is about to do. position: where a training that resumes stands."""
+    """Log what the run is about to do. position: of a training run that resumes."""
     config, data = prepared.config, prepared.data
     lines = opening_lines(
         config,

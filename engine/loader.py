@@ -1,7 +1,7 @@
-"""Batches made ahead of time by worker processes, in the order asked for.
+"""Batches made ahead of time by worker processes, in the order requested.
 
-What a batch holds is dataset.Collator's. A batch depends on its indices alone, so workers change
-nothing but the time; one that fails ends the run, which resumes where it was.
+What a batch holds is left to dataset.Collator. A batch depends on its indices alone, so workers
+change nothing but the time; one that fails ends the run, which can be resumed.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from dataset import Collator
 from utils import RunFailed
 
-# A batch takes milliseconds; the first one also what it takes to start a process.
+# A batch takes milliseconds; the first one also the start of a process.
 WORKER_TIMEOUT_S = 120.0
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -42,7 +42,7 @@ def batch_loader(
         pin_memory=pin_memory,
         timeout=WORKER_TIMEOUT_S if num_workers else 0,
         worker_init_fn=_guard_worker,
-        # Without one the loader draws from the generator that a run reproduces.
+        # Without one the loader would draw from the generator that makes runs reproducible.
         generator=torch.Generator(),
     )
     yield from _from_workers(loader) if num_workers else loader
@@ -51,7 +51,7 @@ def batch_loader(
 def _from_workers(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
     earlier = set(multiprocessing.active_children())
     workers: set[BaseProcess] = set()
-    # A traceback can keep this generator alive until Python exits, which waits for its children.
+    # A traceback can keep this generator alive until Python exits, and Python waits for children.
     end = Finalize(None, _kill, [workers], exitpriority=0)
     on_child_exit = signal.getsignal(signal.SIGCHLD)
     try:
@@ -70,7 +70,7 @@ def _from_workers(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
             f"data workers failed ({error}); start again (training resumes), or set num_workers: 0"
         ) from error
     finally:
-        made = None  # workers that listen now end by themselves
+        made = None  # responsive workers now end by themselves
         end()
 
 
@@ -82,7 +82,7 @@ def _kill(workers: set[BaseProcess]) -> None:
 
 
 def _guard_worker(_number: int) -> None:
-    """Let a data worker end with the process that it works for, neither earlier nor later."""
+    """Let a data worker end with the process that it works for, neither before nor after."""
     # Ctrl-C, torchrun and Slurm signal the whole process group, but the run ends its step first.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""What a checkpoint records about itself in coconut.json, and how that meets a run's configuration.
+"""What a checkpoint records in coconut.json, and how that combines with a run's configuration.
 
-Holds the schema of the file and the rules of what may be loaded into what (docs/specification.md,
+Holds the schema of the file and the rules for what may be loaded where (docs/specification.md,
 section 9). Reading weights is left to weights.py, writing to checkpoint.py.
 """
 
@@ -86,7 +86,7 @@ class Metadata(BaseModel):
 
     @model_validator(mode="after")
     def _weights_fit_window(self) -> "Metadata":
-        # Learned weights may come as close to 0 as they like.
+        # Learned weights may be arbitrarily close to 0.
         for weights, least in (
             (self.latent_weights, MIN_FIRST_WEIGHT),
             (self.learned_weights, 0),
@@ -118,13 +118,13 @@ class Metadata(BaseModel):
         )
 
     def at(self, stage: int, epoch: int, learned_weights: list[float] | None = None) -> "Metadata":
-        """The same after `epoch` (from 0) at `stage`, with the present values of the weights."""
+        """The same after `epoch` (from 0) at `stage`, with the current learned weights."""
         update = {"stage": stage, "epoch": epoch, "learned_weights": learned_weights}
         return self.model_copy(update=update)
 
     @classmethod
     def read(cls, folder: str | Path) -> "Metadata | None":
-        """That of checkpoint directory `folder`; None where it has no coconut.json.
+        """The metadata of checkpoint directory `folder`; None where it has no coconut.json.
 
         Raises: UserError when the file is broken or of an unknown format.
         """
@@ -146,11 +146,11 @@ class Metadata(BaseModel):
 
 @dataclass
 class Position:
-    """How far a training run is; the trainer moves it, every training state stores it.
+    """How far a training run has come; the trainer updates it, every training state stores it.
 
     epoch: the current epoch, from 0; steps_done: optimizer steps done in it.
-    optimizer_step: optimizer steps done in all.
-    loss_sum, seconds: of the epoch's steps so far, the sum of their losses and what they took.
+    optimizer_step: optimizer steps done in total.
+    loss_sum, seconds: sum of the losses of the epoch's steps so far, and the time they took.
     best_accuracy, best_epoch: the highest validation accuracy so far; -1 before the first.
     stage: that of the last evaluation; stage_best_accuracy, stage_best_epoch: the highest in it.
     train_seconds, eval_seconds: of all steps and all evaluations after epochs, in all starts.
@@ -176,7 +176,7 @@ class Position:
         return asdict(self)
 
     def finish_step(self, loss: float, seconds: float) -> None:
-        """One more optimizer step of the epoch is done."""
+        """Count one more optimizer step of the epoch."""
         self.steps_done += 1
         self.optimizer_step += 1
         self.loss_sum += loss
@@ -184,7 +184,7 @@ class Position:
         self.train_seconds += seconds
 
     def finish_evaluation(self, stage: int, accuracy: float, seconds: float) -> bool:
-        """The epoch is evaluated at `stage`; whether its accuracy is the best so far."""
+        """Record the epoch's evaluation at `stage`; whether its accuracy is the best so far."""
         self.eval_seconds += seconds
         if stage != self.stage or accuracy > self.stage_best_accuracy:
             self.stage_best_accuracy, self.stage_best_epoch = accuracy, self.epoch
@@ -195,7 +195,7 @@ class Position:
         return is_best
 
     def start_epoch(self) -> None:
-        """The epoch is trained, evaluated and stored: the next one begins."""
+        """Move on to the next epoch, once this one is trained, evaluated and stored."""
         self.epoch += 1
         self.steps_done = 0
         self.loss_sum = self.seconds = 0.0
@@ -235,7 +235,7 @@ def check_stored_trainer(folder: Path, content: dict) -> None:
 
 
 def trajectory(config: Config, world_size: int, train_sha256: str, val_sha256: str) -> dict:
-    """What must not change between stop and resume, or the position means something else."""
+    """What must not change between stop and resume, or the position would mean something else."""
     return {
         "method": config.method,
         "seed": config.seed,
@@ -258,10 +258,10 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def class_name(coconut_class: type | None) -> str | None:
-    """The `module:Class` that coconut.json records it; None for Coconut itself.
+    """The `module:Class` by which coconut.json records a class; None for Coconut itself.
 
-    A class of the script that Python was started with is recorded under the script's own name, by
-    which other programs import it.
+    A class defined in the script that Python was started with is recorded under the script's own
+    name, by which other programs import it.
     """
     if coconut_class is None or coconut_class.__module__ == "coconut":
         return None
@@ -294,7 +294,7 @@ def config_with_metadata(
 
     Applies in evaluation, and where training of the same method continues (`resume` above 0, or
     `resumes`: this very run continues); otherwise the configuration is returned unchanged. Only
-    keys that act under the method count, and of latent_weights the first m up to a factor.
+    keys that the method uses are compared, and of latent_weights the first m up to a factor.
 
     name: what messages call the weights.
 
@@ -378,7 +378,7 @@ def describe_faults(error: ValidationError) -> str:
 
 
 def shorten(names: list[str], limit: int = 4) -> str:
-    """The first names of a list in words, and how many more there are."""
+    """The first names of a list, and how many more there are."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
 

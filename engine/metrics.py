@@ -1,7 +1,7 @@
-"""What counts as right, and how sure a figure is: plain text and integers in, numbers out.
+"""Which answers count as correct, and how certain a figure is: text and integers in, numbers out.
 
-Carries out docs/specification.md, section 8. Generating the text is left to evaluation.py; nothing
-here knows of models, files or ranks.
+Implements docs/specification.md, section 8. Generating the text is left to evaluation.py; nothing
+here knows about models, files or ranks.
 """
 
 import re
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from scipy.stats import binomtest
 
-# Some tokenizers put a blank before a line's first word.
+# Some tokenizers put a space before a line's first word.
 ANSWER_LINE = re.compile(r"^[ \t]*### ", re.MULTILINE)
 
 
 def extract_answer(text: str, gold: str) -> str | None:
-    """The answer in generated text, without commas and outer white space; None where it gives none.
+    """The answer in generated text, without commas and surrounding white space; None without one.
 
-    The answer follows the last `#`. Where `gold` holds a `#` itself, the answer follows the `### `
-    at the front of the last line that begins so.
+    The answer follows the last `#`. Where `gold` itself holds a `#`, the answer follows the `### `
+    of the last line that begins with it.
 
     text: without the question, which may hold a `#` too.
     """
@@ -29,7 +29,7 @@ def extract_answer(text: str, gold: str) -> str | None:
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as it is compared, generated or gold: without commas and outer white space."""
+    """An answer as it is compared: without commas and surrounding white space."""
     return answer.replace(",", "").strip()
 
 
@@ -40,8 +40,8 @@ def is_correct(generated: str, gold: str) -> bool:
 
 
 def cot_text(generated: str) -> str:
-    """The reasoning in generated text: what precedes the first `#`, every run of white space
-    folded into one blank.
+    """The reasoning in generated text: the part before the first `#`, every run of white space
+    folded into one space.
     """
     return " ".join(generated.partition("#")[0].split())
 

@@ -38,7 +38,7 @@ from utils import UserError, log
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """What is known of a model before its weights are read.
+    """What is known about a model before its weights are read.
 
     num_parameters, vocab_size: with the rows of the markers where the method adds them.
     max_positions: longest sequence that the model can read, None without a limit.
@@ -56,7 +56,7 @@ class Backbone:
     model: the Hugging Face causal LM, float32, on the CPU.
     tokenizer: knows the markers, pads on the right with EOS.
     source: where the model came from.
-    has_markers: whether the loaded weights brought trained marker rows.
+    has_markers: whether the loaded weights hold trained marker rows.
     """
 
     model: PreTrainedModel
@@ -85,7 +85,7 @@ def max_positions(text_config: PretrainedConfig) -> int | None:
     # One dictionary, or one for each kind of layer.
     rotary = getattr(text_config, "rope_parameters", None) or {}
     for parameters in (rotary, *(part for part in rotary.values() if isinstance(part, dict))):
-        # Beyond it the longest row of a batch changes how every row is read.
+        # Past it the longest row of a batch changes how every row is read.
         if parameters.get("rope_type") == "longrope":
             limits.append(parameters.get("original_max_position_embeddings"))
     return min((limit for limit in limits if limit is not None), default=None)
@@ -158,7 +158,7 @@ def build_coconut(
 ) -> Coconut:
     """Coconut over the backbone, with the tokenizer's ids and the configuration's window.
 
-    Serves every method: sequences without latents make it an ordinary language model.
+    It serves every method: on sequences without latents it is an ordinary language model.
 
     Raises: UserError when the checkpoint's token ids, class or extra tensors are not this run's.
     """
@@ -226,7 +226,7 @@ def _unreached(source: ModelSource, attn_implementation: str | None = None) -> t
 
 
 def _freeze(model: PreTrainedModel, names: tuple[str, ...]) -> None:
-    """Freeze modules and parameters of these names: DDP would wait for their gradients forever."""
+    """Freeze modules and parameters by name: DDP would wait forever for their gradients."""
     frozen = [
         parameter
         for name, parameter in model.named_parameters()
@@ -257,7 +257,7 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
         raise UserError(
             f"activation_checkpointing: {model.config.model_type} does not support it; write false"
         )
-    # transformers 5.17 knows the older name alone, of which later ones warn.
+    # transformers 5.17 has only the older name, about which later versions warn.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 

@@ -1,10 +1,10 @@
 """How the ranks share a model: DDP copies it, FSDP2 shards it.
 
 Both average gradients over ranks, so the training step multiplies its loss by the number of ranks.
-A training step of Coconut calls every block once for each latent pass. DDP does not notice. FSDP2
-gathers a block's parameters before a call, and ranks whose batches take another number of passes
-would wait for each other for ever; so under FSDP all ranks take the same number (`Coconut.layout`,
-num_passes).
+A training step of Coconut calls every block once per latent pass. DDP is not affected. FSDP2
+gathers a block's parameters before each call, and ranks whose batches take different numbers of
+passes would wait for each other forever; so under FSDP all ranks take the same number of passes
+(`Coconut.layout`, num_passes).
 """
 
 import inspect
@@ -27,7 +27,7 @@ from engine import distributed
 
 # Parameter, gradient and two AdamW moments in fp32.
 TRAINING_BYTES_PER_PARAMETER = 16
-# Above this share of a device, activations no longer fit beside the training state.
+# Above this share of a device's memory, activations would not fit beside the training state.
 STATE_SHARE_OF_DEVICE = 0.6
 
 
@@ -47,7 +47,7 @@ class Parallel:
 
 
 def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
-    """What `parallel` means here: `auto` shards where one device has too little room for it all.
+    """Resolve `parallel`: `auto` shards where one device has too little memory for everything.
 
     The smallest device decides for all; every rank must call.
     """
@@ -56,21 +56,22 @@ def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
     if not torch.cuda.is_available():
         reason = "processes on CPUs share their memory" if parallel == "auto" else "as configured"
         return Parallel("ddp" if parallel == "auto" else parallel, True, reason)
-    # Ranks that chose differently would wait for each other for ever.
+    # Ranks that chose differently would wait for each other forever.
     memory_bytes = distributed.min_over_ranks(
         torch.cuda.get_device_properties(distributed.device()).total_memory
     )
-    room = STATE_SHARE_OF_DEVICE * memory_bytes
+    limit = STATE_SHARE_OF_DEVICE * memory_bytes
     state_bytes = num_parameters * TRAINING_BYTES_PER_PARAMETER
-    sizes = f"training state {state_bytes / 2**30:.1f} GiB, room {room / 2**30:.1f} GiB a device"
+    gib = 2**30
+    sizes = f"training state {state_bytes / gib:.1f} GiB, limit {limit / gib:.1f} GiB per device"
     if parallel == "auto":
-        kind, reason = ("ddp" if state_bytes < room else "fsdp"), sizes
+        kind, reason = ("ddp" if state_bytes < limit else "fsdp"), sizes
     else:
         kind, reason = parallel, "as configured"
     if kind == "ddp":
         return Parallel(kind, False, reason)
     whole_bytes = num_parameters * (2 if bf16 else 4)
-    gathered = whole_bytes + state_bytes / distributed.world_size() < room
+    gathered = whole_bytes + state_bytes / distributed.world_size() < limit
     held = "held whole through a step" if gathered else "gathered for every pass of a block"
     return Parallel(kind, gathered, f"{reason}; parameters {held}")
 
@@ -80,10 +81,10 @@ def parallelize(
 ) -> nn.Module:
     """`model` on this rank's device, wrapped for training on several ranks.
 
-    Under FSDP it is sharded in place, block by block, then what is left: it should still lie on the
-    CPU, because whole it may not fit the device.
+    Under FSDP it is sharded in place, block by block, then the rest: it should still be on the CPU,
+    because the whole model may not fit the device.
 
-    blocks: the modules of `model` that FSDP shards each by itself.
+    blocks: the modules of `model` that FSDP shards separately.
     bf16: under FSDP blocks gather their parameters in bf16, from shards that stay in fp32.
     """
     if parallel.kind != "fsdp":
@@ -98,8 +99,8 @@ def parallelize(
         return DistributedDataParallel(
             model, device_ids=device_ids, gradient_as_bucket_view=True, **{name: False}
         )
-    # What autocast would compute in bf16 is gathered in bf16. All else stays in fp32, the sum of
-    # the layers too, so that sharding changes no figure: norms are a group of their own, and
+    # What autocast would compute in bf16 is gathered in bf16. Everything else stays in fp32, also
+    # the residual stream, so that sharding changes no figure: norms are a separate group, and
     # embeddings, final norm and head belong to the root.
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
@@ -109,7 +110,7 @@ def parallelize(
         fully_shard(block, mp_policy=policy)
     fully_shard(model)
     for module in _shards(model):
-        # FSDP2 cannot be asked, and gathered_parameters has to restore it.
+        # FSDP2 does not report this setting, and gathered_parameters has to restore it.
         module.reshards_after_forward = module is not model and not parallel.gathered
         module.set_reshard_after_forward(module.reshards_after_forward, recurse=False)
     if parallel.gathered:
@@ -120,17 +121,17 @@ def parallelize(
 
 
 def arrange_buckets(model: nn.Module, *example: torch.Tensor) -> None:
-    """Let DDP arrange gradients for their exchange by a batch that every start has in common.
+    """Let DDP arrange its gradient buckets by a batch that is the same at every start.
 
-    It does so once, by the order in which they first come, and to the last bit a sum over three
-    ranks or more depends on the arrangement: it must not depend on where a run goes on.
+    DDP arranges them once, in the order in which gradients first arrive. The last bits of a sum
+    over three or more ranks depend on that order, which must not depend on where a run resumes.
 
     model: a Coconut module, wrapped or not.
-    example: what `model` is called with; its logits are differentiated, which is then forgotten.
+    example: the arguments of `model`; its logits are differentiated and the gradients dropped.
     """
     if isinstance(model, DistributedDataParallel):
         model.eval()
-        # DDP waits for the gradient of every parameter, and logits alone need no thought's.
+        # DDP waits for the gradient of every parameter, and these logits depend on no thought.
         extra = unwrap(model).extra_parameters().values()
         unused = sum(parameter.sum() for parameter in extra)
         (model(*example).logits.sum() + 0 * unused).backward()
@@ -138,7 +139,7 @@ def arrange_buckets(model: nn.Module, *example: torch.Tensor) -> None:
 
 
 def _norms(block: nn.Module) -> list[nn.Module]:
-    """The modules of `block` whose own parameters are all vectors: they scale, and multiply no
+    """The modules of `block` whose own parameters are all vectors, which scale but do not multiply
     matrices."""
     own = {module: list(module.parameters(recurse=False)) for module in block.modules()}
     return [
@@ -147,12 +148,12 @@ def _norms(block: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `model` lies in shards, so that ranks must take the same number of passes."""
+    """Whether `model` is sharded, so that ranks must take the same number of passes."""
     return isinstance(model, FSDPModule)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without DDP's shell."""
+    """The model itself, without DDP's wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -161,7 +162,7 @@ def _shards(model: nn.Module) -> list[FSDPModule]:
 
 
 def _release(model: nn.Module) -> None:
-    """Drop whole parameters; what remains are the shards that the optimizer knows."""
+    """Free the whole parameters; the shards, which the optimizer updates, remain."""
     for module in _shards(model):
         module.reshard()
 

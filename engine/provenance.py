@@ -1,6 +1,6 @@
-"""What made a figure: commit, versions and machine. A result without them cannot be traced.
+"""Where a figure comes from: commit, versions and machine, without which it cannot be traced.
 
-Imports no torch.distributed and asks no device to do anything.
+Imports no torch and uses no device.
 """
 
 import os
@@ -35,9 +35,9 @@ def provenance() -> dict:
 
 
 def run_provenance(device: str, files: dict[str, tuple[int, str]]) -> dict:
-    """`provenance`, with what one run alone knows.
+    """`provenance` with the facts of one run.
 
-    device: what it computes on, in words.
+    device: a description of what it computes on.
     files: by configuration key, the number of records used of a file and its SHA-256.
     """
     data = {key: {"records": n, "sha256": sha256} for key, (n, sha256) in files.items()}
@@ -45,7 +45,7 @@ def run_provenance(device: str, files: dict[str, tuple[int, str]]) -> dict:
 
 
 def provenance_lines(found: dict) -> list[str]:
-    """What `run_provenance` found, a fact a line."""
+    """The facts of `run_provenance`, one a line."""
     changed = " with changed files" if found["changed"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     return [
@@ -66,7 +66,7 @@ def source_commit() -> tuple[str, bool]:
     A copy without .git takes the environment variable COMMIT, else "unknown".
     """
     try:
-        # A copy inside another repository has that one's commits.
+        # A copy inside another repository would otherwise report that repository's commit.
         _git("ls-files", "--error-unmatch", "run.py")
         name = _git("rev-parse", "HEAD")
         excluded = [f":(exclude){folder}" for folder in OUTPUTS]
@@ -101,7 +101,7 @@ def _project_version() -> str:
 
 
 def machine_name() -> str:
-    """Processor, cores that this process may use, and instruction sets, in words."""
+    """Processor, cores that this process may use, and best instruction set, as text."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     parts = [processor_name(), f"{cores} core{'s' * (cores > 1)}"]

@@ -1,4 +1,4 @@
-"""The run directory: one run at a time, files of others left alone, directories that appear whole.
+"""The run directory: one run at a time, other files left alone, directories written atomically.
 
 Leaves what a checkpoint or a training state holds to checkpoint.py. Imports no torch, so that a
 directory that cannot be used is refused before anything heavy loads.
@@ -22,7 +22,7 @@ from utils import RunFailed, UserError, fsync_directory, fsync_file, log
 LOCK, RESUME_FOLDER = ".lock", "resume"
 # Where analysis/ writes about a run's checkpoints; a run leaves it alone.
 ANALYSIS_FOLDER = "analysis"
-# What a run opens or fills in place, and what each must be; it replaces everything else.
+# What a run opens or fills in place, and what each must be; all else it replaces.
 KINDS = {
     LOCK: stat.S_ISREG,
     "config.yaml": stat.S_ISREG,
@@ -31,7 +31,7 @@ KINDS = {
     "wandb": stat.S_ISDIR,
 }
 OUTPUT_PREFIXES = ("predictions_", "nonfinite_", "eval_")
-# What `atomic_directory` and utils.atomic_write_text leave behind in a crash.
+# What `atomic_directory` and utils.atomic_write_text leave behind after a crash.
 SET_ASIDE = re.compile(r"\.(?P<name>checkpoint_\d+|\d+)\.(?P<kind>old|part)")
 UNFINISHED_FILE = re.compile(r"\..+\.\d+\.part")
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -41,15 +41,15 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def hold(run_dir: Path) -> Iterator[None]:
     """Lock `run_dir` for one training run, made where it is missing, and clean up after a crash.
 
-    The lock goes with the process, however it ends. A run that ends before it wrote anything leaves
-    no folder that was not there before.
+    The lock is released when the process ends, however it ends. A run that ends before it wrote
+    anything leaves no folder that was not there before.
 
     Raises: UserError when another process holds it, it cannot be written, or files in it are in the
         way.
     """
     missing = [path for path in (run_dir, *run_dir.parents) if not os.path.exists(path)]
     # Data workers inherit the lock and end a moment after a run that is killed. A soft lock would
-    # outlive it, and refuse its restart on another machine.
+    # outlive the run, and a restart on another machine would be refused.
     lock = FileLock(run_dir / LOCK, timeout=2, fallback_to_soft=False)
     try:
         create(run_dir)
@@ -82,7 +82,7 @@ def _acquire(lock: FileLock, run_dir: Path) -> None:
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise _not_writable(run_dir, error) from None
         log.warning(
-            f"{run_dir}: this file system knows no locks ({error}); a second run on this directory"
+            f"{run_dir}: this file system has no locks ({error}); a second run on this directory"
             " would not be noticed"
         )
     text = f"process {os.getpid()} on {socket.gethostname()}"
@@ -91,7 +91,7 @@ def _acquire(lock: FileLock, run_dir: Path) -> None:
 
 
 def holder(run_dir: Path) -> str:
-    """The process that holds `run_dir`, or held it last, in words."""
+    """A description of the process that holds `run_dir`, or held it last."""
     text = ""
     with suppress(OSError):
         text = (run_dir / LOCK).read_text(encoding="utf-8", errors="replace")
@@ -99,15 +99,15 @@ def holder(run_dir: Path) -> str:
 
 
 def check(folder: Path) -> None:
-    """Check, without writing, that a run can write `folder` and writes nowhere else by doing so.
+    """Check, without writing, that a run can write to `folder` and to nowhere else through it.
 
-    Raises: UserError when `folder` cannot be written, is a link, or holds something else than a run
-        would make under a name that a run writes to.
+    Raises: UserError when `folder` cannot be written, is a link, or holds under a name that a run
+        writes to anything that a run would not make.
     """
     if os.path.islink(folder):
         raise UserError(
             f"save_path: {folder} is a link to {os.readlink(folder)}, but a run writes inside"
-            " save_path alone; remove the link, or change save_path and name to the folder it names"
+            " save_path only; remove the link, or change save_path and name to the folder it names"
         )
     try:
         with suppress(FileNotFoundError):
@@ -142,7 +142,7 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
 
 
 def refuse_obstacles(run_dir: Path) -> None:
-    """Check that a training run can write its checkpoints without replacing files of others.
+    """Check that a training run can write its checkpoints without replacing other files.
 
     Raises: UserError for a `checkpoint_N` that no run wrote, and for checkpoints of an earlier run
         that left no training state to resume from.
@@ -152,7 +152,7 @@ def refuse_obstacles(run_dir: Path) -> None:
         is_number = path.name.removeprefix("checkpoint_").isdecimal()
         if is_number and path.exists() and path not in ours:
             raise UserError(
-                f"{path}: was not written by a run, but a run writes under this name; move it away"
+                f"{path}: was not written by a run, but a run would write to it; move it away"
             )
     if ours and not states(run_dir):
         raise UserError(
@@ -189,14 +189,14 @@ def states(run_dir: Path) -> list[tuple[int, Path]]:
 def prune_checkpoints(run_dir: Path, newest: int, keep: int) -> None:
     """Of the checkpoints up to `newest` finished epochs, remove all but the last `keep`.
 
-    One that the user moved and left a link to is not removed.
+    A checkpoint that the user has moved and replaced by a link is not removed.
     """
     past = [path for number, path in checkpoints(run_dir) if number <= newest]
     prune([path for path in past[:-keep] if not path.is_symlink()])
 
 
 def prune(paths: list[Path]) -> None:
-    """Remove what is no longer needed; one that cannot be removed is logged and ends no run."""
+    """Remove what is no longer needed; a failure to do so is logged and does not end the run."""
     for path in paths:
         try:
             _remove(path)
@@ -206,7 +206,7 @@ def prune(paths: list[Path]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that is in it. Nothing there is fine."""
+    """Remove a file, a link, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -217,7 +217,7 @@ def _remove(path: Path) -> None:
 def atomic_directory(target: Path) -> Iterator[Path]:
     """A temporary directory to fill, which becomes `target` when the block ends without an error.
 
-    A crash leaves the old `target` or the new one; `recover` finishes what was interrupted.
+    A crash leaves the old `target` or the new one; `recover` completes what was interrupted.
     """
     unfinished = target.with_name(f".{target.name}.part")
     _remove(unfinished)
@@ -230,7 +230,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         raise
     for path in unfinished.rglob("*"):
         if path.is_file():
-            # Some libraries let the owner alone read their files, whatever the umask says.
+            # Some libraries make their files readable by the owner only, whatever the umask says.
             with suppress(OSError):
                 path.chmod(unfinished.stat().st_mode & 0o666)
         fsync_file(path)
@@ -247,7 +247,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Clean `folder` up after a crash: put a set-aside directory back, remove unfinished ones.
+    """Clean up `folder` after a crash: put a set-aside directory back, remove unfinished ones.
 
     Raises: UserError for one that can neither be put back nor removed.
     """
@@ -268,18 +268,18 @@ def recover(folder: Path) -> None:
 
 @contextmanager
 def writing(run_dir: Path, what: str) -> Iterator[None]:
-    """Turn an error of the disk inside the block, where `what` is written, into one message.
+    """Turn a disk error inside the block, where `what` is written, into one message.
 
     Raises: RunFailed, which names the state that the run can be resumed from.
     """
     try:
         yield
     except Exception as error:
-        # Libraries written in Rust raise plain exceptions, which name the number of the error.
+        # Libraries written in Rust raise plain exceptions that hold the number of the error.
         if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        left = "nothing was saved before, so the same command starts anew"
+        left = "nothing was saved before, so the same command starts over"
         if saved := states(run_dir):
             left = f"the same command resumes from {saved[-1][1]}"
         raise RunFailed(

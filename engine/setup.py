@@ -54,7 +54,7 @@ class Data:
 
 @dataclass
 class Prepared:
-    """What is known of a run before its model is built, all of it checked.
+    """What is known about a run before its model is built, all of it checked.
 
     config: with what a checkpoint or a training state records in place of defaults.
     source: where the model comes from; its config.json, coconut.json and tokenizer were read.
@@ -131,8 +131,8 @@ def question_resume(config: Config, metadata: Metadata, name: str) -> None:
     # Weights of another method know stage 0 alone: all steps as text, or none.
     elif metadata.method != config.method and config.curriculum and stage > 1:
         log.warning(
-            f"resume: {config.resume} begins with stage {stage}, but {trained}, so no weights saw"
-            f" the stages between; resume: {config.epochs_per_stage} begins with stage 1"
+            f"resume: {config.resume} begins with stage {stage}, but {trained}, so the stages in"
+            f" between are never trained; resume: {config.epochs_per_stage} begins with stage 1"
         )
 
 
@@ -145,8 +145,9 @@ def with_num_epochs(config: Config, train: TokenizedRecords) -> Config:
     num_epochs = config.epochs_per_stage * (first_without_text + 1)
     if config.resume >= num_epochs:
         raise UserError(
-            f"resume: {config.resume} leaves none of the {num_epochs} epochs after which no record"
-            f" of {config.train_path} has text left; write num_epochs out, or a smaller resume"
+            f"resume: {config.resume} leaves none of the {num_epochs} epochs that num_epochs: null"
+            f" stands for with the records of {config.train_path}; write num_epochs out, or a"
+            " smaller resume"
         )
     return with_defaults(config, {"num_epochs": num_epochs})
 
@@ -167,7 +168,7 @@ def restore_origin(config: Config, state: checkpoint.TrainingState) -> Config:
 
 
 def check_trajectory(state: checkpoint.TrainingState, now: dict, config: Config) -> None:
-    """Compare what `trajectory` says `now` with what it said when the run began.
+    """Compare what `trajectory` returns `now` with what it returned when the run began.
 
     Raises: UserError when a setting that fixes the order of records has changed, or the records
         themselves and allow_changed_data is false.
@@ -363,8 +364,8 @@ def check_lengths(
 def check_answers(tokenized: TokenizedRecords, tokenizer) -> None:
     """Refuse gold answers that no generated text could equal.
 
-    Those are answers of which nothing is left when answers are compared, and answers that do not
-    survive the tokenizer.
+    Those are answers that become empty when answers are compared, and answers that do not survive
+    the tokenizer.
 
     Raises: UserError naming records, gold answers and what comes back.
     """
@@ -392,7 +393,7 @@ def check_answers(tokenized: TokenizedRecords, tokenizer) -> None:
     for key, gold, text in zip(first, rows["answer"], texts, strict=True):
         if not metrics.normalize_answer(gold):
             faults[key] = (
-                f"of the answer {quote(gold)} nothing is left without commas and outer white space,"
+                f"the answer {quote(gold)} is empty without commas and surrounding white space,"
                 " which do not count when answers are compared"
             )
         elif not metrics.is_correct(text, gold):

@@ -1,6 +1,6 @@
-"""What a user asks of a running training by signals: stop after this step, or save now.
+"""Signals to a training run: stop after this step, or save now.
 
-The handlers only note the request; the trainer acts on it where all ranks can act together.
+The handlers only record the request; the trainer acts on it where all ranks can act together.
 """
 
 import math
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from utils import log
 
-# torchrun passes a Ctrl-C on to processes that already got it from the terminal.
+# torchrun forwards a Ctrl-C to processes that already got it from the terminal.
 SAME_SIGNAL_S = 1.0
 
 
 @dataclass
 class Requests:
-    """What signals asked for since the last step."""
+    """The requests of signals since the last step."""
 
     stop: int = 0
     save: bool = False
@@ -38,7 +38,7 @@ def listen_for_signals() -> Iterator[Requests]:
             raise KeyboardInterrupt
         if not requests.stop:
             requests.stopped_at = time.monotonic()
-            log.info("stopping after this step; once more to stop at once, unsaved")
+            log.info("stopping after this step; signal again to stop at once without saving")
         requests.stop = number
 
     def on_save(_number: int, _frame: object) -> None:

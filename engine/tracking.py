@@ -1,9 +1,9 @@
-"""Where a run's numbers go: metrics.jsonl and, if wanted, wandb.
+"""Where a run's figures are logged: metrics.jsonl and, on request, wandb.
 
 metrics.jsonl is the record: every `log` appends a line there first (docs/specification.md,
 sections 9 and 10). What is logged, and under which name, is decided by trainer.py and
-evaluation.py. Logging stops no run: wandb may be absent, unreachable or without a key, and lines
-that a full disk refuses wait in memory.
+evaluation.py. Logging never stops a run: wandb may be absent, unreachable or without a key, and
+lines that do not fit on a full disk wait in memory.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from utils import atomic_write_text, log
 
 # wandb waits this long for its server before the run continues offline.
 WANDB_TIMEOUT_S = 30
-# From the most that is sent to nothing; wandb also calls offline dryrun.
+# In order of how much is sent; wandb also calls offline dryrun.
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -45,7 +45,7 @@ class Tracker:
     ) -> None:
         self.wandb_id = wandb_id
         self._wandb = self._wandb_run = self._metrics_path = None
-        # Saving ends a run whose disk stays full, so what waits cannot grow past an epoch's lines.
+        # Saving ends a run whose disk stays full, so at most an epoch's lines wait here.
         self._unwritten = ""
         if not is_main or run_dir is None:
             return
@@ -65,7 +65,7 @@ class Tracker:
         self._record({"step": step, **metrics})
 
     def log_changed(self, facts: dict[str, Any], step: int) -> None:
-        """`log`, unless metrics.jsonl says the same of each fact already, where it last says it."""
+        """`log`, unless metrics.jsonl already holds each fact as its latest value."""
         if self._metrics_path is None:
             return
         known = {}
@@ -85,12 +85,12 @@ class Tracker:
     def truncate(self, step: int, epoch: int | None = None) -> None:
         """Drops the lines of metrics.jsonl past optimizer step `step`, when a run resumes there.
 
-        epoch: the epoch that the run resumes in; its evaluation is made again at its end, so the
-            line of that goes too. None keeps all evaluations. Evaluations within an epoch are made
-            before the state of their step is saved: their lines stay up to `step`.
-        Lines that `log` cannot have written (a crash tears the last one) go too, and a file that
-        ends too early (a crash while lines waited) is reported. The file is replaced whole: an
-        interruption leaves the old one.
+        epoch: the epoch that the run resumes in; its evaluation is repeated at its end, so its line
+            is dropped too. None keeps all evaluations. Evaluations within an epoch are made before
+            the state of their step is saved: their lines stay up to `step`.
+        Lines that `log` cannot have written (a crash tears the last one) are dropped too, and a
+        file that ends too early (a crash while lines waited) is reported. The file is replaced
+        whole: an interruption leaves the old one.
         """
         if self._metrics_path is None or not self._metrics_path.exists():
             return
@@ -132,7 +132,7 @@ class Tracker:
         self._guarded(lambda run: run.log(entry))
 
     def _append(self, line: str) -> None:
-        """Appends what waits and `line`, all or nothing, so that the file never has a gap."""
+        """Appends all waiting lines and `line`, or nothing, so that the file never has a gap."""
         if self._metrics_path is None:
             return
         waited = bool(self._unwritten)
@@ -152,7 +152,7 @@ class Tracker:
         self._unwritten = ""
 
     def _drop_torn_line(self) -> None:
-        """Ends a file at its last whole line, or the next line would continue a torn one."""
+        """Truncates a file to its last whole line; the next line would continue a torn one."""
         if self._metrics_path.exists() and self._metrics_path.read_bytes()[-1:] not in (b"", b"\n"):
             self.truncate(sys.maxsize)
 
@@ -160,11 +160,11 @@ class Tracker:
         self, run_dir: Path, config_dict: dict[str, Any], project: str, name: str, mode: str
     ) -> None:
         try:
-            # An optional package, and one that takes long to import.
+            # An optional package that takes long to import.
             import wandb
         except ImportError:
             log.warning(
-                f"wandb={mode!r} but wandb is not installed; metrics.jsonl alone is written "
+                f"wandb={mode!r} but wandb is not installed; only metrics.jsonl is written "
                 "(pip install wandb, or write wandb: disabled)"
             )
             return
@@ -204,7 +204,7 @@ class Tracker:
             return False
 
     def _guarded(self, action: Callable[[Any], None]) -> None:
-        """Does something with the wandb run; the first failure is logged and ends wandb's part."""
+        """Runs `action` on the wandb run; the first failure is logged and ends logging to wandb."""
         if self._wandb_run is None:
             return
         try:
@@ -215,11 +215,11 @@ class Tracker:
 
 
 def _allowed_mode(mode: str) -> str:
-    """`mode`, or what WANDB_MODE in the environment says where that sends less."""
+    """`mode`, or the environment's WANDB_MODE where that sends less."""
     asked = os.environ.get("WANDB_MODE", mode).replace("dryrun", "offline")
     if asked not in WANDB_MODES or WANDB_MODES.index(asked) <= WANDB_MODES.index(mode):
         return mode
-    log.info(f"wandb: {asked}, as WANDB_MODE in the environment says, not {mode}")
+    log.info(f"wandb: {asked} instead of {mode}, because of WANDB_MODE in the environment")
     return asked
 
 
@@ -228,7 +228,7 @@ def _to_line(entry: dict[str, Any]) -> str:
 
 
 def _append_whole(path: Path, text: str) -> None:
-    """Appends `text` or nothing: a disk that fills up takes the beginning and refuses the rest."""
+    """Appends `text` or nothing: a disk that fills up would keep only its beginning."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:

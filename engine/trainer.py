@@ -2,7 +2,7 @@
 
 An effective batch is the unit of everything: its loss is the mean over its labelled tokens on all
 ranks and accumulation steps (docs/specification.md, section 7), and at its end a run may be saved,
-stopped and resumed. Evaluation, files and what the console shows are left to their modules.
+stopped and resumed. Evaluation, files and console output are left to their modules.
 """
 
 import json
@@ -63,7 +63,7 @@ class Trainer:
     """One training run on this rank.
 
     model: the Coconut module on its device, wrapped by parallel.parallelize.
-    metadata: what coconut.json of a checkpoint holds, but for stage and epoch.
+    metadata: the content of a checkpoint's coconut.json, except for stage and epoch.
     state: the training state to resume from, or None.
     """
 
@@ -210,7 +210,7 @@ class Trainer:
         )
 
     def _num_passes(self, staged: StagedRecords, shares: list[np.ndarray]) -> int | None:
-        """How many passes all ranks take over a micro-batch; None where each takes its own number.
+        """How many passes every rank takes over a micro-batch; None where ranks need not agree.
 
         shares: the records of each rank.
         """
@@ -226,7 +226,7 @@ class Trainer:
 
         num_labels: labelled tokens in the effective batch, on all ranks and micro-batches; the
             gradient is that of their mean cross-entropy, however the batch is split.
-        num_passes: for each micro-batch, what `_num_passes` says.
+        num_passes: for each micro-batch, from `_num_passes`.
 
         Raises: RunFailed before the step where loss or gradient norm is not finite.
         """
@@ -236,7 +236,7 @@ class Trainer:
         for number, (batch, passes) in enumerate(zip(batches, num_passes, strict=True), start=1):
             with parallel.gradient_sync(self.model, enabled=number == len(batches)):
                 share = self._loss_share(batch, num_labels, passes)
-                # Both DDP and FSDP average over ranks; the sum is wanted.
+                # Both DDP and FSDP average over ranks, but the sum is needed.
                 (share * distributed.world_size()).backward()
             loss += share.detach()
         norm = parallel.gradient_norm(self.model)
@@ -253,7 +253,7 @@ class Trainer:
 
     def _loss_share(self, batch: dict, num_labels: int, num_passes: int | None) -> torch.Tensor:
         """() what a micro-batch adds to the mean loss over the effective batch's `num_labels`."""
-        # On the CPU, so that within a step the host never waits for the device.
+        # Made on the CPU, so that within a step the host never waits for the device.
         layout = parallel.unwrap(self.model).layout(
             batch["input_ids"], batch["attention_mask"], batch["labels"], num_passes
         )
@@ -286,7 +286,7 @@ class Trainer:
             step=self.position.optimizer_step,
         )
         if self.position.steps_done == self.steps_per_epoch:
-            return  # the epoch's end evaluates, saves and stops by itself
+            return  # the end of the epoch evaluates, saves and stops
         if self._step_evaluation_is_due():
             self._evaluate_within_epoch(epoch, stage)
         stop, save = distributed.sum_over_ranks(
@@ -303,7 +303,7 @@ class Trainer:
         return every is not None and self.position.optimizer_step % every == 0
 
     def _evaluate_within_epoch(self, epoch: int, stage: int) -> None:
-        """Log what eval_every_steps asks for; nothing else of the run changes."""
+        """Make the evaluation of eval_every_steps and log it; nothing else of the run changes."""
         began = time.perf_counter()
         figures = self._evaluate(stage, lambda: None).figures
         self.position.eval_seconds += time.perf_counter() - began
@@ -325,7 +325,7 @@ class Trainer:
         )
 
     def _reset_optimizer_if_due(self, epoch: int) -> None:
-        """Drop AdamW's moments where reset_optimizer says so; the learning rate stays on course."""
+        """Drop AdamW's moments where reset_optimizer says so; the learning rate is unaffected."""
         if epoch == self.config.resume:
             return
         changed = self.curriculum.stage(epoch) != self.curriculum.stage(epoch - 1)
@@ -349,9 +349,9 @@ class Trainer:
         )
 
     def _stop_evaluation_if_asked(self) -> None:
-        """The state of the epoch's end is saved already, and another start evaluates it again.
+        """Stop if a signal asked for it; the state is saved, and the next start evaluates again.
 
-        Several ranks evaluate to the end: one alone that stopped would leave the others waiting.
+        Several ranks finish the evaluation: one that stopped alone would leave the others waiting.
         """
         if self.requests.stop and distributed.world_size() == 1:
             self._stop()
@@ -414,7 +414,7 @@ class Trainer:
         self.tracker.table("data_table", ["record", "text"], rows)
 
     def state_dict(self) -> dict:
-        """What a training state stores of this run beside tensors, as StoredTrainer reads it."""
+        """What a training state stores of this run besides tensors, as StoredTrainer reads it."""
         return {
             "position": self.position.state_dict(),
             "metadata": self.metadata.model_dump(),
@@ -452,7 +452,7 @@ class Trainer:
         try:
             is_complete = checkpoint.load_state(state, self.model, self.optimizer)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            # Both are RuntimeErrors that say nothing about the state.
+            # Both are RuntimeErrors, but no fault of the state.
             if isinstance(error, torch.OutOfMemoryError) or distributed.is_lost_contact(error):
                 raise
             raise UserError(
@@ -460,12 +460,12 @@ class Trainer:
                 " it to resume from an earlier state"
             ) from error
         if not is_complete:
-            log.info("more processes than before: new ones start with fresh random generators")
+            log.info("more processes than before: the new ones start with fresh random generators")
         with run_dir.writing(self.config.run_dir, "metrics.jsonl"):
             self.tracker.truncate(self.position.optimizer_step, self.position.epoch)
 
     def _out_of_memory(self, batches: list[dict]) -> RunFailed:
-        """What to say when a step over these micro-batches does not fit the device."""
+        """The error for a step over these micro-batches that does not fit the device."""
         tokens = max(batch["input_ids"].numel() for batch in batches)
         return RunFailed(
             f"out of memory at optimizer step {self.position.optimizer_step}; write"
@@ -474,7 +474,7 @@ class Trainer:
         )
 
     def _fail_non_finite(self, batches: list[dict], loss: float, norm: float) -> None:
-        """Save this rank's part of the batch for inspection and end the run before the step."""
+        """Save this rank's part of the batch for inspection; end the run before the step."""
         step = self.position.optimizer_step
         where = "nothing saved (debug: true)"
         if not self.config.debug:
@@ -493,6 +493,6 @@ class Trainer:
 
 
 def _step_figures(figures: dict, epoch: int) -> dict:
-    """What eval_every_steps logs of an evaluation's figures."""
+    """The figures of an evaluation that eval_every_steps logs."""
     names = ("acc", "acc_low", "acc_high", "loss", "stage")
     return {f"eval_step/{name}": figures[name] for name in names} | {"eval_step/epoch": epoch}

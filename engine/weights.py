@@ -83,7 +83,7 @@ class ModelSource:
 
     @property
     def name(self) -> str:
-        """The key and value that name the weights, to open a message with."""
+        """The key and value that name the weights, as messages begin."""
         return f"{self.key} {self.location}"
 
     @property
@@ -176,7 +176,7 @@ class ModelSource:
 
 
 def empty_model(source: ModelSource, architecture: PretrainedConfig) -> PreTrainedModel:
-    """The model without storage, to know its sizes by.
+    """The model without storage, for its sizes.
 
     Raises: UserError where the described model cannot be built, or cannot be that of the weights.
     """
@@ -305,8 +305,8 @@ def _load_weights(
             faults.append(f"{len(names)} {kind} ({shorten(names)})")
     if prefix := _extra_prefix(surplus, missing):
         faults.append(
-            f"the surplus ones are missing ones behind the prefix {prefix}: save the state dict of"
-            " the model inside"
+            f"the surplus names are the missing ones with the prefix {prefix}: save the state dict"
+            " of the model inside the wrapper"
         )
     if mismatched := sorted(report["mismatched_keys"]):
         shapes = [f"{name} {list(got)}, wanted {list(want)}" for name, got, want in mismatched]
@@ -326,7 +326,7 @@ def _load_weights(
 
 
 def _extra_prefix(surplus: list[str], missing: list[str]) -> str | None:
-    """What all surplus names have before a missing one; None where they differ otherwise."""
+    """The prefix by which all surplus names differ from missing ones; None where there is none."""
     first = surplus[0] if surplus else ""
     prefixes = [first.removesuffix(name) for name in missing if first.endswith(name)]
     for prefix in sorted(prefixes, key=len):
@@ -525,8 +525,8 @@ def _why_unreadable(key: str, location: str, part: str, error: Exception) -> str
         elif not _hub_answers():
             why = f"{constants.ENDPOINT} does not answer, and it was not downloaded before"
         return (
-            f"{key}: {location!r} is not a local folder, and the Hugging Face hub does not give it"
-            f" ({why}); check the name and the connection, or write a local folder"
+            f"{key}: {location!r} is not a local folder and cannot be fetched from the Hugging Face"
+            f" hub ({why}); check the name and the connection, or write a local folder"
         )
     if fault := first_fault(location):
         return fault

@@ -96,8 +96,8 @@ def test_lines_that_are_not_json_are_named_and_counted(tmp_path):
     path = write(tmp_path, f"{LINE}\n{{oops\n\n{LINE},\n{LINE[:30]}\n".encode())
     assert refusal(path).splitlines() == [
         f"{path}: line 2, column 2: Expecting property name enclosed in double quotes",
-        f"{path}: line 4, column {len(LINE) + 1}: a comma follows the object; remove it",
-        f"{path}: line 5, column 24: it ends too early, as a copy that was cut off; copy or make it"
+        f"{path}: line 4, column {len(LINE) + 1}: there is a comma after the object; remove it",
+        f"{path}: line 5, column 24: it ends too early, like a truncated copy; copy it or make it"
         " again",
         f"{path}: 3 faults in all; expected one JSON object a line",
     ]
@@ -133,12 +133,12 @@ def test_not_utf8_names_the_byte_in_the_file(tmp_path, start):
     [
         (b'[{"question": "a",\n "answer" "b"}]', "line 2, column 11: Expecting ':' delimiter"),
         (b"[1] [2]", "line 1, column 5: Extra data"),
-        (b'[{"question": "a', "line 1, column 15: it ends too early, as a copy that was cut off"),
+        (b'[{"question": "a', "line 1, column 15: it ends too early, like a truncated copy"),
         (b'[{"question": "a"},\n', "line 2, column 1: it ends too early"),
-        (b"[1,\n2,\n]", "line 2: a comma stands before a closing bracket; remove it"),
-        (b'[{"question": "a",\n}\n]', "line 1: a comma stands before a closing bracket"),
-        (b"[[1],\n[2]\n, ]", "line 3: a comma stands before a closing bracket"),
-        (b"1 + 2||<<1+2=3>> #### 3\n", "it is GSM8K's text; convert it with preprocessing/gsm_ic"),
+        (b"[1,\n2,\n]", "line 2: there is a comma before a closing bracket; remove it"),
+        (b'[{"question": "a",\n}\n]', "line 1: there is a comma before a closing bracket"),
+        (b"[[1],\n[2]\n, ]", "line 3: there is a comma before a closing bracket"),
+        (b"1 + 2||<<1+2=3>> #### 3\n", "it is GSM8K's text format; convert it with"),
         (b"[" + b"1" * 5000 + b"]", "Exceeds the limit"),
         (b"[" * 100_000, "maximum recursion depth exceeded"),
         (b'{"a":' * 100_000, "maximum recursion depth exceeded"),

@@ -243,7 +243,7 @@ def test_dry_run_shows_schedule_and_sizes_and_writes_nothing(tmp_path, capsys, c
     assert "lr: 5.0e-05" in shown
     assert "records             18 training, 7 validation" in shown
     assert "effective batch     8 = 4 records x 2 accumulation x 1 process" in shown
-    assert "optimizer steps     3 an epoch, 24 in all" in shown
+    assert "optimizer steps     3 per epoch, 24 in total" in shown
     grown = build_tiny_model("gpt2", vocab_size=40)
     assert f", {grown.num_parameters():,} parameters; weights: its own" in shown
     evaluation = evaluation_of(coconut, tmp_path / "e")

@@ -715,7 +715,7 @@ def hang_self():
 
 KNOWN = r"lost contact after optimizer step 3 \(epoch 1\).*: rank {0} \(process \d+ on \S+\) "
 SILENT = KNOWN + "does not answer: it has died or hangs"
-NO_STORE = r"rank 0 or torchrun, whichever held the ranks' store, is gone or does not answer"
+NO_STORE = r"rank 0 or torchrun, whichever held the ranks' store, has ended or does not answer"
 LOSSES = {
     "rank 1 of 3 hangs": (lost_rank, 1, hang_self, SILENT.format(1), 0),
     "rank 0 of 3 hangs": (lost_rank, 0, hang_self, SILENT.format(0), 1),

@@ -515,19 +515,19 @@ def test_all_problems_come_at_once_each_with_its_source(cot_file):
         ),
         (
             ["thought=pause"],
-            "thought='pause' is for coconut alone, not cot; write thought: continuous",
+            "thought='pause' is for coconut only, not cot; write thought: continuous",
         ),
         (
             ["thought_norm=average"],
-            "thought_norm='average' is for coconut alone, not cot; write thought_norm: null",
+            "thought_norm='average' is for coconut only, not cot; write thought_norm: null",
         ),
         (
             ["coconut_class=a:B"],
-            "coconut_class='a:B' is for coconut alone, not cot; write coconut_class: null",
+            "coconut_class='a:B' is for coconut only, not cot; write coconut_class: null",
         ),
         (
             ["curriculum=false"],
-            "curriculum=False is for coconut alone, not cot; write curriculum: true",
+            "curriculum=False is for coconut only, not cot; write curriculum: true",
         ),
         (
             [*COCONUT, "thought=pause", "thought_norm=2"],

@@ -114,7 +114,7 @@ def test_the_opening_block_names_everything_that_decides_the_run(tmp_path, monke
         "records             18 training, 7 validation",
         "schedule            epochs 1 to 2, stages 1 to 2 of 0 to 3, epochs_per_stage 1",
         "effective batch     8 = 4 records x 1 accumulation x 2 processes",
-        "optimizer steps     3 an epoch, 6 in all",
+        "optimizer steps     3 per epoch, 6 in total",
         "resumes             in epoch 1, after step 2",
     ]
 

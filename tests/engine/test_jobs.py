@@ -172,11 +172,11 @@ def test_dry_runs_of_a_chain_need_no_run_before_to_be_trained(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"load_model_path: {path} does not exist yet\n" in shown
     assert f"\nload_model_path: {path}\n" in shown and "names no weights" not in shown
-    assert "optimizer steps     5 an epoch, 10 in all" in shown
+    assert "optimizer steps     5 per epoch, 10 in total" in shown
     assert f" parameters; weights: {path}\n" in shown
     assert second.main("--dry-run", "only_eval=true") == 0
     shown = capsys.readouterr().out
-    assert "stage and size      the checkpoint will tell" in shown
+    assert "stage and size      as the checkpoint records" in shown
     words = [f"load_model_path: {path} does not exist"]
     assert_refused(capsys, second, words=words)
     assert_refused(capsys, second, "only_eval=true", words=words)

@@ -487,7 +487,7 @@ def test_a_prefix_that_is_the_only_difference_is_named(configure, tiny_folder, t
         save_file(renamed, path / "model.safetensors")
     else:
         torch.save(renamed, path)
-    with pytest.raises(UserError, match=r"missing ones behind the prefix net\.inner\.: save"):
+    with pytest.raises(UserError, match=r"missing ones with the prefix net\.inner\.: save"):
         load_quietly(configure(folder, cot=True, load_model_path=path))
 
 

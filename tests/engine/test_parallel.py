@@ -53,8 +53,8 @@ def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device = type("Device", (), {"total_memory": 100 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    # 16 bytes a parameter and 60 % of 100 GiB: 32 GiB of state fit, 80 GiB do not.
-    fits, shards = (f"training state {n}.0 GiB, room 60.0 GiB a device" for n in (32, 80))
+    # 16 bytes per parameter and 60 % of 100 GiB: 32 GiB of state fit, 80 GiB do not.
+    fits, shards = (f"training state {n}.0 GiB, limit 60.0 GiB per device" for n in (32, 80))
     assert choose("auto", 2 * 2**30) == ("ddp", False, fits)
     # On two ranks 40 GiB of state, and 20 GiB of whole parameters or 10 GiB in bf16.
     every = "parameters gathered for every pass of a block"
@@ -127,7 +127,7 @@ def test_the_smallest_device_decides_for_all_ranks(tmp_path):
     experiment = Experiment(tmp_path, num_epochs=1)
     ranks = Ranks(2, tmp_path, [[str(experiment.yaml)]], have_gpus_of_unlike_sizes)
     assert ranks.wait() == [0, 0], ranks.output() + ranks.output(1)
-    assert re.search(r"fsdp \(.*room 0\.0 .*parameters gathered for every pass", ranks.output())
+    assert re.search(r"fsdp \(.*limit 0\.0 .*parameters gathered for every pass", ranks.output())
 
 
 def test_the_gradient_norm_is_that_of_all_gradients_together():

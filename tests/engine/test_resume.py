@@ -417,7 +417,7 @@ FULL = OSError(28, "No space left on device")
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (1, FULL, "nothing was saved before, so the same command starts anew"),
+        (1, FULL, "nothing was saved before, so the same command starts over"),
         (2, SafetensorError("No space left on device"), "the same command resumes from"),
         (3, FULL, "the same command resumes from"),
     ],

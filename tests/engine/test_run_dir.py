@@ -135,7 +135,7 @@ def test_without_locks_a_run_starts_with_a_warning(tmp_path, monkeypatch, caplog
     monkeypatch.setattr("fcntl.flock", lambda *_: failing_lock(number)(None))
     with hold(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").touch()
-    assert "knows no locks" in caplog.text
+    assert "has no locks" in caplog.text
     assert "a second run on this directory would not be noticed" in caplog.text
 
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_removed_is_logged_and_ends_nothing(tmp_path, monkeypatch
 
 def test_a_failed_write_names_the_state_to_resume_from(tmp_path):
     words = r"run: x could not be written \(full\); once it can be, "
-    for left in ("nothing was saved before, so the same command starts anew", ".*resume/10"):
+    for left in ("nothing was saved before, so the same command starts over", ".*resume/10"):
         with pytest.raises(RunFailed, match=words + left), run_dir.writing(tmp_path / "run", "x"):
             raise OSError(errno.ENOSPC, "full")
         for step in ("9", "10"):

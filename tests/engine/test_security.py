@@ -366,7 +366,7 @@ def test_a_run_directory_that_is_a_link_is_refused(tmp_path, capsys, kind):
     target = experiment.run_dir if kind == "itself" else elsewhere
     link_to(experiment.run_dir, target)
     before = tree(tmp_path)
-    words = [f"save_path: {experiment.run_dir} is a link to {target}", "inside save_path alone"]
+    words = [f"save_path: {experiment.run_dir} is a link to {target}", "inside save_path only"]
     assert_refused(capsys, experiment, words=words)
     evaluation = {"only_eval": True, "load_model_path": experiment.model}
     assert_refused(capsys, experiment.change(**evaluation), words=words)

@@ -127,10 +127,10 @@ def test_special_tokens_in_an_answer_are_refused():
 
 
 @pytest.mark.parametrize("gold", [",", " , ,\n"])
-def test_an_answer_of_which_nothing_is_compared_is_refused(gold):
+def test_an_answer_that_is_empty_when_compared_is_refused(gold):
     (line,) = refusal(byte_tokenizer(), gold)
     assert line == (
-        f"a.json: record 0: of the answer {gold!r} nothing is left without commas and outer white"
+        f"a.json: record 0: the answer {gold!r} is empty without commas and surrounding white"
         f" space, which do not count when answers are compared; {FIX}"
     )
 
