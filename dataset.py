@@ -308,12 +308,13 @@ def _token_faults(
             yield f"{where} {holds}; expected text without it", 0
         # GPT-2's unknown token is its EOS; tokenizers of bytes have none.
         elif unknown in tokens:
-            words = _unknown_words(tokenizer, text)
+            words = unknown_words(tokenizer, text)
             holds = f"{quote(text.strip())} holds {words}, unknown to the tokenizer"
             yield f"{where} {holds}", tokens.count(unknown)
 
 
-def _unknown_words(tokenizer, text: str) -> str:
+def unknown_words(tokenizer, text: str) -> str:
+    """The words of `text` that are unknown to `tokenizer`, for a message."""
     encoded = tokenizer(text, add_special_tokens=False)
     if not encoded.is_fast:  # such tokenizers do not know which token came from where
         return "words"
