@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 
 from analysis.subject import Subject
 from engine.provenance import provenance
-from utils import atomic_write_text, sha256_file
+from utils import UserError, atomic_write_text, sha256_file
 
 FORMAT = 1
 HASHED_SUFFIXES = (".safetensors", ".json")
@@ -56,9 +57,23 @@ def checkpoint_sha256(folder: Path) -> str:
     return hashlib.sha256(sums.encode()).hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for results.
+
+    Raises: UserError where it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); name another folder with --out"
+        ) from None
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a result, one key a line, and one line for each item of a list of objects."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in content.items()]
     atomic_write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -74,7 +89,6 @@ def _compact(value: Any) -> str:
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     """Write a table; the first row is its head, None an empty cell."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     atomic_write_text(path, out.getvalue())
@@ -85,7 +99,6 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
 
     The same figure gives the same bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         target = path.with_name(path.name + suffix)

@@ -5,7 +5,6 @@ accuracy alone does not show that a model searches: where the rule ties, it has 
 preprocessing/graphs.py's.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from analysis.statistics import summarize
 from analysis.tables import markdown_table
+from dataset import parse_records
 from engine.metrics import wilson_interval
 from preprocessing.graphs import RULES, VERDICTS, graph_problem, rule_verdicts
 from utils import UserError
@@ -24,9 +24,19 @@ def read_verdicts(data: Path) -> dict[str, np.ndarray]:
     Raises: UserError for a file that cannot be read or whose records hold no graph.
     """
     try:
-        records = json.loads(data.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{data}: cannot be read as JSON ({error})") from None
+        content = data.read_bytes()
+    except OSError as error:
+        raise UserError(f"{data}: cannot be read ({error.strerror})") from None
+    return verdicts_of(parse_records(str(data), content), data)
+
+
+def verdicts_of(records: Sequence[dict], data: Path) -> dict[str, np.ndarray]:
+    """Rule -> (n,) verdicts ("right", "tied" or "wrong") on records.
+
+    data: the file they came from, for messages.
+
+    Raises: UserError where a record holds no graph.
+    """
     for index, record in enumerate(records):
         if problem := graph_problem(record):
             raise UserError(f"{data}: record {index}: {problem}; name a file of ProsQA records")

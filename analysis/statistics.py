@@ -1,8 +1,9 @@
-"""Statistics of a comparison over seeds: intervals, paired tests, what could have been detected.
+"""Statistics of comparisons: intervals, paired tests, what could have been detected.
 
 Plain numbers in, numbers out; SciPy computes. Methods are compared over seeds, never over the
 records of two trained models: McNemar's test (engine/metrics.py) compares two given models, and two
-seeds of one method can differ by it as much as two methods do.
+seeds of one method can differ by it as much as two methods do. Two answers of one model to the same
+records are compared over the records (`compare_answers`).
 """
 
 import math
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats
+
+from engine.metrics import mcnemar, wilson_interval
 
 # With fewer pairs a two-sided sign test cannot reach 5 %, whatever the pairs show.
 MIN_PAIRS_FOR_SIGN_TEST = 6
@@ -96,6 +99,59 @@ def detectable_difference(n: int, deviation: float) -> float:
     # With two pairs the critical value is 12.7, so the root lies below 40.
     root = optimize.brentq(missing_power, 0.0, 60.0)
     return float(root) * deviation / math.sqrt(n)
+
+
+@dataclass(frozen=True)
+class AnswerChange:
+    """How the answers to the same records changed, from right to wrong and back.
+
+    difference: of the shares that are right, with its 95 % interval low to high.
+    p: of McNemar's exact test, two-sided. num_lost, num_gained: records that became wrong, right.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    num_lost: int
+    num_gained: int
+
+
+def compare_answers(before: Sequence[bool], after: Sequence[bool]) -> AnswerChange:
+    """The paired comparison `after` - `before`; element i of both belongs to record i.
+
+    The interval is Newcombe's: Wilson's intervals of the two shares, joined by their correlation.
+    Source: R. G. Newcombe, Statistics in Medicine 17, 2635, 1998, method 10.
+    """
+    assert len(before) == len(after) > 0
+    first, second = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    n, num_first, num_second = len(first), int(first.sum()), int(second.sum())
+    p_1, p_2 = num_first / n, num_second / n
+    (low_1, high_1), (low_2, high_2) = (wilson_interval(k, n) for k in (num_first, num_second))
+    phi = _phi(first, second)
+
+    def half(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
+
+    return AnswerChange(
+        difference=p_2 - p_1,
+        low=p_2 - p_1 - half(p_2 - low_2, high_1 - p_1),
+        high=p_2 - p_1 + half(high_2 - p_2, p_1 - low_1),
+        p=mcnemar(first.tolist(), second.tolist()),
+        num_lost=int((first & ~second).sum()),
+        num_gained=int((~first & second).sum()),
+    )
+
+
+def _phi(first: np.ndarray, second: np.ndarray) -> float:
+    """Newcombe's correlation of two answers, corrected for continuity; 0 where one is constant."""
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    margins = math.prod(int(v.sum()) * int((~v).sum()) for v in (first, second))
+    product = both * neither - only_first * only_second
+    if product > 0:
+        product = max(product - len(first) / 2, 0)
+    return product / math.sqrt(margins) if margins else 0.0
 
 
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -175,15 +175,13 @@ def open_subject(
     checkpoint, model, tokenizer, metadata = open_model(checkpoint, coconut_class)
     records = tokenize_records(texts, tokenizer, str(data))
     check_vocabulary(records, model.base_causallm.get_input_embeddings().num_embeddings)
-    schedule = metadata.schedule.model_dump()
-    enabled = schedule.pop("curriculum")
     batch_size, max_new_tokens = _sizes(config)
     subject = Subject(
         folder=checkpoint,
         model=model,
         tokenizer=tokenizer,
         metadata=metadata,
-        curriculum=Curriculum(metadata.method, metadata.c_thought, **schedule, enabled=enabled),
+        curriculum=make_curriculum(metadata),
         stage=metadata.stage,
         data=data,
         records=records,
@@ -197,6 +195,19 @@ def open_subject(
         return _with_fitting_answers(subject)
     check_lengths(subject.staged, subject.max_positions, max_new_tokens)
     return subject
+
+
+def make_curriculum(metadata: Metadata) -> Curriculum:
+    """The curriculum that a checkpoint was trained with."""
+    schedule = metadata.schedule
+    return Curriculum(
+        method=metadata.method,
+        c_thought=metadata.c_thought,
+        epochs_per_stage=schedule.epochs_per_stage,
+        max_latent_stage=schedule.max_latent_stage,
+        pad_latent_to_max=schedule.pad_latent_to_max,
+        enabled=schedule.curriculum,
+    )
 
 
 def _sizes(config: Config | None) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from analysis import output
 
 def test_results_are_read_back_as_they_were_written(tmp_path):
     content = {"format": 1, "name": "é", "records": [{"a": [1, None]}, {"a": []}], "none": []}
-    path = tmp_path / "new" / "result.json"
+    path = tmp_path / "result.json"
     output.write_json(path, content)
     assert json.loads(path.read_text(encoding="utf-8")) == content
     assert path.read_text(encoding="utf-8").count("\n") == 9

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.statistics import compare_pairs, detectable_difference, holm, summarize
+from analysis.statistics import (
+    compare_answers,
+    compare_pairs,
+    detectable_difference,
+    holm,
+    summarize,
+)
+from engine.metrics import wilson_interval
 
 ARM = [97.0, 81.0, 94.0, 98.0, 55.0, 90.0, 99.0]
 BASE = [92.0, 84.0, 91.0, 98.0, 39.0, 70.0, 100.0]
@@ -67,3 +74,37 @@ def test_holm_lies_between_no_correction_and_bonferronis(p_values):
     adjusted = holm(p_values)
     for name, p in p_values.items():
         assert p <= adjusted[name] <= min(1.0, p * len(p_values)) + 1e-12
+
+
+def answers(both, only_first, only_second, neither):
+    """Two lists of answers with so many records right in both, one and none."""
+    first = [True] * (both + only_first) + [False] * (only_second + neither)
+    second = [True] * both + [False] * only_first + [True] * only_second + [False] * neither
+    return first, second
+
+
+def test_the_paired_interval_is_newcombes():
+    # His table II, method 10: 36, 12, 2 and 0 of 50 pairs.
+    second, first = answers(36, 12, 2, 0)
+    change = compare_answers(first, second)
+    assert change.difference == pytest.approx(0.20)
+    assert (change.low, change.high) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    assert (change.num_lost, change.num_gained) == (2, 12)
+    assert change.p == pytest.approx(stats.binomtest(2, 14).pvalue)
+
+
+def test_without_correlation_wilsons_intervals_are_joined_by_pythagoras():
+    change = compare_answers([True] * 10, [True] * 6 + [False] * 4)
+    low, high = wilson_interval(6, 10)
+    below = np.hypot(0.6 - low, 0.0)
+    above = np.hypot(high - 0.6, 1.0 - wilson_interval(10, 10)[0])
+    assert (change.low, change.high) == pytest.approx((-0.4 - below, -0.4 + above))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_a_paired_comparison_turns_round_with_its_sides(pairs):
+    first, second = zip(*pairs, strict=True)
+    there, back = compare_answers(first, second), compare_answers(second, first)
+    assert there.low - 1e-12 <= there.difference <= there.high + 1e-12
+    assert (back.low, back.high) == pytest.approx((-there.high, -there.low))
+    assert (back.num_lost, back.p) == (there.num_gained, there.p)
