@@ -1,15 +1,10 @@
-"""What a checkpoint's thoughts contribute, and which words they hold.
+"""Which words a checkpoint's thoughts hold.
 
-`python -m analysis.thoughts CHECKPOINT [--val FILE]` evaluates a Coconut checkpoint of a training
-run three times, at the stage it was trained to: with its own thoughts, with every thought replaced
-by zeros, and with every thought taken from another question of the batch. Then it scores each
-thought with the model's own output layer, as the hidden states it is an average of were scored, and
-counts how often the likeliest word occurs in the step that the thought stands for. Only words in
-which answers differ stand for election: a thought also says what kind of word comes next, such as a
-sign, and would mostly read as that.
-
-Evaluation itself is evaluation.py's. Carries out no section of the SPEC: it asks whether the
-thoughts of section 6 are used.
+`python -m analysis.thoughts CHECKPOINT [--val FILE]` scores each thought of a Coconut checkpoint
+with the model's own output layer, as the hidden states it is an average of were scored, and counts
+how often the likeliest word occurs in the step that the thought stands for. Only words in which
+answers differ stand for election: a thought also says what kind of word comes next, such as a sign,
+and would mostly read as that. Whether thoughts are used: analysis/ablations.py.
 """
 
 import argparse
@@ -19,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from coconut import Coconut
 from dataset import Collator, SpecialIds, StagedRecords
 from engine import distributed
 from engine.config import Config
 from engine.config_file import load_config
-from engine.evaluation import evaluate
 from engine.metadata import Metadata, token_ids
 from engine.model import Backbone, load_backbone
 from engine.setup import load_data, make_curriculum
@@ -34,29 +27,11 @@ from engine.weights import ModelSource
 from utils import ConfigError, UserError
 
 
-class ZeroThoughts(Coconut):
-    """Coconut whose thoughts are all zeros: their positions stay, their content goes."""
-
-    def thought(self, hidden_states: Tensor, attention_mask: Tensor, is_first: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states[:, -1])
-
-
-class OtherThoughts(Coconut):
-    """Coconut in which each row reads the thoughts of the row before it in the batch."""
-
-    def thought(self, hidden_states: Tensor, attention_mask: Tensor, is_first: Tensor) -> Tensor:
-        return super().thought(hidden_states, attention_mask, is_first).roll(1, 0)
-
-
-CONDITIONS = {"own": Coconut, "zero": ZeroThoughts, "other": OtherThoughts}
-
-
 @dataclass(frozen=True)
 class ThoughtReport:
     """What was found out about a checkpoint.
 
     stage: the stage it was trained to, at which everything was measured.
-    figures: condition -> the figures of its evaluation (`acc`, `acc_low`, `acc_high`, ...).
     words: a list for each record, with the likeliest word of each of its thoughts, out of those in
         which answers differ.
     agreement: for each latent position, the share of records that have it whose word there occurs
@@ -64,7 +39,6 @@ class ThoughtReport:
     """
 
     stage: int
-    figures: dict[str, dict]
     words: list[list[str]]
     agreement: list[float]
 
@@ -87,32 +61,19 @@ def examine(checkpoint: Path, val_path: str | None = None) -> ThoughtReport:
     backbone, records = load_backbone(config, source), load_data(config, source).val
     curriculum = make_curriculum(config)
     batch_size = config.batch_size_eval or config.batch_size_training
-    models = {name: _make_model(kind, config, backbone) for name, kind in CONDITIONS.items()}
-    figures = {
-        name: evaluate(
-            model,
-            backbone.tokenizer,
-            records,
-            curriculum,
-            metadata.stage,
-            batch_size=batch_size,
-            max_new_tokens=config.max_new_tokens,
-            bf16=config.bf16,
-        ).figures
-        for name, model in models.items()
-    }
+    model = _make_model(config, backbone)
     stages = np.full(len(records), metadata.stage)
     staged = StagedRecords.of(records, curriculum, stages)
     ids = SpecialIds.of(backbone.tokenizer)
     candidates = differing_ids(records.table["answer_ids"])
-    word_ids = read_word_ids(models["own"], staged, ids, candidates, batch_size)
+    word_ids = read_word_ids(model, staged, ids, candidates, batch_size)
     words = [backbone.tokenizer.convert_ids_to_tokens(ids) for ids in word_ids]
     shares = agreement(word_ids, records.table["step_ids"], config.c_thought)
-    return ThoughtReport(metadata.stage, figures, words, shares)
+    return ThoughtReport(metadata.stage, words, shares)
 
 
-def _make_model(kind: type[Coconut], config: Config, backbone: Backbone) -> Coconut:
-    model = kind(
+def _make_model(config: Config, backbone: Backbone) -> Coconut:
+    model = Coconut(
         backbone.model,
         **token_ids(backbone.tokenizer),
         latent_window_size=config.latent_window_size,
@@ -172,12 +133,7 @@ def agreement(
 
 def describe(report: ThoughtReport) -> str:
     """The report as lines to read."""
-    names = {"own": "its own thoughts", "zero": "zeros", "other": "another question's thoughts"}
-    lines = [f"stage {report.stage}, held-out accuracy when the latent positions read"]
-    for condition, figures in report.figures.items():
-        low, high = 100 * figures["acc_low"], 100 * figures["acc_high"]
-        accuracy = f"{100 * figures['acc']:5.1f} % [{low:.1f}, {high:.1f}]"
-        lines.append(f"  {names[condition]:<29}{accuracy}")
+    lines = [f"stage {report.stage}"]
     lines.append("share of questions whose thought, read as a word of answers, is in its step")
     for position, share in enumerate(report.agreement, start=1):
         lines.append(f"  thought {position:<21}{100 * share:5.1f} %")

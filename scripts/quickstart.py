@@ -3,8 +3,8 @@
 It makes the questions and a tiny untrained model, trains it with the same commands a user would
 type (CoT, then Coconut; meanwhile, on a second core, the baseline that answers at once), and prints
 a summary. Everything but the questions goes into one folder. Started again, it resumes where it
-stopped. The runs are configured in cpu_args/quickstart_*.yaml; analysis/thoughts.py and
-analysis/learning_curve.py do the measuring.
+stopped. The runs are configured in cpu_args/quickstart_*.yaml; analysis/ablations.py,
+analysis/thoughts.py and analysis/learning_curve.py do the measuring.
 """
 
 import argparse
@@ -20,7 +20,10 @@ from pathlib import Path
 # `python scripts/quickstart.py` looks for modules in scripts/ alone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis.ablation_output import IN_WORDS
+from analysis.ablations import write_ablations
 from analysis.learning_curve import Curve, read_curve, save_learning_curve
+from analysis.subject import open_subject, output_folder
 from analysis.thoughts import ThoughtReport, examine
 from dataset import read_records
 from engine.config_file import as_override, load_config
@@ -132,11 +135,11 @@ def table(*rows: tuple[str, ...]) -> list[str]:
 
 
 def accuracy_cells(figures: dict) -> tuple[str, str]:
-    """Accuracy and its interval; the keys may start with eval/."""
-    acc, low, high = (
-        100 * figures.get(name, figures.get(f"eval/{name}"))
-        for name in ("acc", "acc_low", "acc_high")
-    )
+    """Accuracy and its interval, from a line of metrics.jsonl or of ablations.json."""
+    names = ("eval/acc", "eval/acc_low", "eval/acc_high")
+    if "acc" in figures:
+        names = ("acc", "low", "high")
+    acc, low, high = (100 * figures[name] for name in names)
     return f"{acc:.1f} %", f"{low:.1f} to {high:.1f}"
 
 
@@ -150,14 +153,16 @@ def stage_section(evaluations: list[dict], num_steps: int) -> list[str]:
     return ["## Stage by stage, thoughts replace the written steps", "", *table(head, *rows)]
 
 
-def thought_section(thoughts: ThoughtReport, baseline: dict, share: float) -> list[str]:
+def thought_section(
+    ablations: dict, thoughts: ThoughtReport, baseline: dict, share: float
+) -> list[str]:
     """What the thoughts contribute, and what they encode."""
-    names = {
-        "own": "its own thoughts",
-        "zero": "zeros in place of thoughts",
-        "other": "another question's thoughts",
-    }
-    rows = [(names[key], *accuracy_cells(thoughts.figures[key])) for key in names]
+    rows = [("its own thoughts", *accuracy_cells(ablations["own"]))]
+    rows += [
+        (IN_WORDS[entry["name"]], *accuracy_cells(entry))
+        for entry in ablations["replacements"]
+        if entry["name"] in ("zeros", "other_record")
+    ]
     rows.append(("no thoughts: the baseline", *accuracy_cells(baseline)))
     readings = [
         f"thought {i} is step {i} in {100 * a:.0f} %" for i, a in enumerate(thoughts.agreement, 1)
@@ -196,7 +201,7 @@ def summarize(out: Path, began: float) -> str:
     """
     config = load_config(out / "coconut" / "config.yaml")
     checkpoint, plot = out / "coconut" / f"checkpoint_{config.num_epochs}", out / PLOT_NAME
-    thoughts = examine(checkpoint)
+    ablations, thoughts = write_ablations(open_subject(checkpoint)), examine(checkpoint)
     curves = {run: read_curve(out / run) for run in RUNS}
     cot, coconut, baseline = (curves[run].evaluations[-1] for run in RUNS)
     epoch = coconut["eval/epoch"]
@@ -217,7 +222,7 @@ def summarize(out: Path, began: float) -> str:
             f" gives {100 * CHANCE:.0f} %.",
         ],
         stage_section(stages, len(steps)),
-        thought_section(thoughts, baseline, share),
+        thought_section(ablations, thoughts, baseline, share),
         sample_section(sample, thoughts.words[sample["index"]], steps),
         [
             "## Files",
@@ -225,6 +230,7 @@ def summarize(out: Path, began: float) -> str:
             f"    learning curve   {plot}",
             f"    last checkpoint  {checkpoint}",
             f"    predictions      {predictions}",
+            f"    what thoughts do {output_folder(checkpoint)}",
             f"    this summary     {out / 'summary.md'}",
             "",
             f"This took {minutes:.1f} minutes. Delete {out} to start over.",
