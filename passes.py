@@ -5,7 +5,7 @@ keep their cost near that of the arithmetic; they change results by rounding at 
 
 - `PassCache` lets the layers see the tokens of a pass without padding: (1, n, D) in place of
   (B, C, D). Attention puts them back into rows. The keys of the first pass stay one tensor that
-  all later passes read; concatenating them anew in each pass would keep K + 1 copies.
+  all later passes read; concatenating them again in each pass would keep K + 1 copies.
 - `deferred_weight_gradients` computes one product per weight matrix for all passes, once the
   backward pass is done with them, in place of one per pass that reads and writes the whole
   gradient. Where the head is the embedding table, its rows' gradients are added to the head's.

@@ -7,7 +7,7 @@
 A study: a Markdown page, a CSV table of all runs and learning curves, from its result files alone.
 Differences are paired by seed; p-values are adjusted by Holm's method over the arms within one
 outcome and one condition. "Last stage" is the stage of the last epoch trained; the best epoch of
-any stage stands apart. Two models: McNemar's test over records, which compares these weights, not
+any stage is listed separately. Two models: McNemar's test over records, which compares these weights, not
 the methods that made them. With `--data`, a file with graphs, accuracy is also split by the
 shortcuts of ProsQA (preprocessing/graphs.py).
 """
@@ -227,8 +227,8 @@ def _interval(summary) -> str:
     return "one seed" if summary.low is None else f"{summary.low:.1f} to {summary.high:.1f}"
 
 
-def in_words(comparison: Comparison) -> str:
-    """One paragraph on what the data support, condition by condition."""
+def describe_comparison(comparison: Comparison) -> str:
+    """A paragraph on what the data support, condition by condition."""
     sentences = []
     for condition in comparison.runs:
         for outcome in OUTCOMES:
@@ -247,18 +247,18 @@ def _sentence(comparison, condition, outcome, arm, pair, adjusted) -> str:
     if d.n > 1 and pair.t_p is None:
         return f"{what} on every one of {d.n} seeds."
     if d.n == 1:
-        return f"{what} on one seed, from which nothing follows."
+        return f"{what} on one seed, which supports no conclusion."
     shown = f"{what} ({d.low:+.1f} to {d.high:+.1f}, n = {d.n})"
     p = adjusted[arm]
     if p is not None and p < 0.05:
-        return f"{shown}, a difference at 5 % (t test, Holm: p {_p_in_words(p)})."
+        return f"{shown}, a difference at 5 % (t test, Holm: p {_describe_p(p)})."
     return (
-        f"{shown}, no difference shown; such a study shows one of {pair.detectable:.1f} {unit} in"
-        " four of five cases."
+        f"{shown}, no difference shown; with so many seeds one of {pair.detectable:.1f} {unit} is"
+        " detected in four of five studies."
     )
 
 
-def _p_in_words(p: float) -> str:
+def _describe_p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
@@ -275,7 +275,7 @@ def study_page(comparison: Comparison, name: str, picture: str, data: Path | Non
         f"![Accuracy by epoch; a thin line for each seed, their mean thick]({picture})",
         "",
     ]
-    lines += ["## What the data support", "", in_words(comparison), ""]
+    lines += ["## What the data support", "", describe_comparison(comparison), ""]
     for condition in comparison.runs:
         lines += [f"## {condition}" if condition != "all" else "## Arms", ""]
         for outcome in OUTCOMES:
@@ -331,7 +331,7 @@ def compare_study(
 
 
 def compare_models(first: Path, second: Path, data: Path | None) -> str:
-    """Two given models on the same records, as lines to read.
+    """Two given models on the same records, as text.
 
     Raises: UserError for predictions of different records.
     """

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from analysis.learning_curve import BANDS, INK, NOTE, stage_spans
 from analysis.results import RunResult
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")
 
 

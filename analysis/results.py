@@ -111,7 +111,7 @@ def encode_bits(right: Sequence[bool]) -> str:
 
 
 def result_path(folder: Path, condition: str, arm: str, seed: int) -> Path:
-    """Where a run's result lies in the folder of its study."""
+    """The path of a run's result in the folder of its study."""
     return folder / f"{condition}.{arm}.seed{seed}.json"
 
 

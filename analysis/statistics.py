@@ -96,7 +96,7 @@ def detectable_difference(n: int, deviation: float) -> float:
         shown += np.nan_to_num(stats.nct.cdf(-critical, degrees, noncentrality))
         return shown - POWER
 
-    # With two pairs the critical value is 12.7, so the root lies below 40.
+    # With two pairs the critical value is 12.7, so the root is below 40.
     root = optimize.brentq(missing_power, 0.0, 60.0)
     return float(root) * deviation / math.sqrt(n)
 

@@ -14,7 +14,7 @@
 Placeholders in all of these: {folder} of a condition and seed, {seed}, the words of the condition,
 and {cot} (any prerequisite's name): the last checkpoint of that run. An arm or prerequisite may
 name a `base` of its own. Nothing is run here; scripts/reproduce.py does that, and results.py holds
-what came of it.
+the outcomes.
 """
 
 import re
@@ -84,7 +84,7 @@ class Outcomes(BaseModel):
 
 
 class Size(BaseModel):
-    """Sizes that stand in for data and model which are absent when costs are estimated.
+    """Sizes in place of data and model, which may not exist when costs are estimated.
 
     question, answer: mean tokens of a record; steps: mean tokens of each of its steps.
     """
@@ -122,7 +122,7 @@ class Run:
 
     base: the YAML file whose settings it overrides.
     group: (block, condition, seed) of runs that share data, commit and machine.
-    folder: of the group; the run lies in folder/arm.
+    folder: of the group; the run is in folder/arm.
     overrides: what differs from the base, placeholders filled in.
     own_keys: keys that the arm itself, its prerequisite's role or the plan overrides.
     needs: names of the prerequisites that it starts from.
@@ -186,8 +186,8 @@ class Study:
                         raise UserError(
                             f"{where}: {kind}: {name!r} is not defined; known: {', '.join(known)}"
                         )
-            if twice := [seed for seed, count in Counter(block.seeds).items() if count > 1]:
-                raise UserError(f"{where}: seeds: {twice[0]} is given twice; keep one")
+            if repeated := [seed for seed, count in Counter(block.seeds).items() if count > 1]:
+                raise UserError(f"{where}: seeds: {repeated[0]} is given twice; keep one")
 
     def runs(
         self, arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None

@@ -8,7 +8,7 @@ fifty times as long as a word, and learning to read it takes far longer.
 
 The tokenizer knows one word for each number, operator and sign of the text (docs/specification.md,
 section 2), or with `--data` for each word of the given records, and drops all white space, newlines
-included. So each step of `preprocessing/arithmetic.py` is one token, and one thought can stand for
+included. So each step of `preprocessing/arithmetic.py` is one token, and one thought can replace
 it. The folder is committed; the same script gives the same bytes.
 """
 

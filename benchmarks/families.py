@@ -1,7 +1,7 @@
 """Which families of models Coconut can read: the table of docs/models.md.
 
 `python -m benchmarks.families [NAME ...]` tries the configurations below, which are the defaults of
-transformers but for what is written here, as a run does before it loads weights. It needs neither
+transformers except for what is written here, as a run does before it loads weights. It needs neither
 weights nor a network.
 """
 
@@ -73,7 +73,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 
 
 def configuration(name: str) -> PretrainedConfig:
-    """The configuration that stands for a family."""
+    """The configuration that represents a family."""
     model_type, changes = FAMILIES[name]
     return CONFIG_MAPPING[model_type](**changes)
 

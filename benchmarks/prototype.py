@@ -1,7 +1,7 @@
 """The prototype: what someone who knows key-value caches would write first.
 
 A loop over passes that extend one cache, with logits at labels only; no window, no checks, no
-ragged batches. In the tables it lies between the published algorithm and ours.
+ragged batches. In the tables it is between the published algorithm and ours.
 """
 
 from itertools import pairwise

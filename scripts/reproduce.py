@@ -2,12 +2,12 @@
 
     python scripts/reproduce.py args/studies/window_lags.yaml --jobs 2
 
-Runs go seed by seed, what they start from first, so that any stop leaves complete pairs. Each runs
-in a process and on a thread of its own; an interrupted one resumes. When a run ends, its outcomes
+Runs go seed by seed, prerequisites first, so that any stop leaves complete pairs. Each runs in its
+own process on one thread; an interrupted one resumes. When a run ends, its outcomes
 are measured and written to results/STUDY/; from there the study resumes on another machine, and
 analysis/compare.py rebuilds tables and figures. The source must be committed: the arms of a seed
 share commit and machine, so work on a study in a worktree of its own
-(`git worktree add --detach ../study`). What a study is stands in analysis/study.py.
+(`git worktree add --detach ../study`). analysis/study.py says what a study is.
 """
 
 import argparse
@@ -61,7 +61,7 @@ DATA_KEYS = ("train_path", "val_path")
 
 
 class Runner:
-    """Runs what is missing of a study.
+    """Runs the missing runs of a study.
 
     results: folder of the study's result files.
     """
@@ -87,14 +87,14 @@ class Runner:
             arms = [run for run in group if not run.is_prerequisite]
             if all(self._is_finished(run) for run in arms):
                 continue
-            if not all(self._is_of_today(run) for run in group):
+            if not all(self._matches_origin(run) for run in group):
                 self._discard(group)
             todo = [run for run in arms if not self._is_finished(run)]
             needed = {name for run in todo for name in run.needs}
             missing += [
                 run
                 for run in group
-                if run in todo or (run.arm in needed and not self._can_be_started_from(run))
+                if run in todo or (run.arm in needed and not self._can_start_others(run))
             ]
         return missing
 
@@ -103,7 +103,7 @@ class Runner:
         return read_result(path) if path.exists() else None
 
     def _is_finished(self, run: Run) -> bool:
-        """Whether a result of today's configuration and data exists."""
+        """Whether a result of the current configuration and data exists."""
         result = self._result(run)
         if result is None or _differences(result.config, self.study.config(run)):
             return False
@@ -113,8 +113,8 @@ class Runner:
             for key in result.data
         )
 
-    def _is_of_today(self, run: Run) -> bool:
-        """Whether nothing of the run, finished or not, is of another commit or machine."""
+    def _matches_origin(self, run: Run) -> bool:
+        """Whether nothing of the run, finished or not, is from another commit or machine."""
         result = self._result(run)
         origin = run.folder / ORIGIN_NAME
         began = origin.read_text(encoding="utf-8") if origin.exists() else self._origin_text()
@@ -126,7 +126,7 @@ class Runner:
     def _origin_text(self) -> str:
         return f"{self.origin['commit']}\n{self.origin['machine']}\n"
 
-    def _can_be_started_from(self, run: Run) -> bool:
+    def _can_start_others(self, run: Run) -> bool:
         config = self.study.config(run)
         return (
             self._is_finished(run)
@@ -138,7 +138,7 @@ class Runner:
             result_path(self.results, run.condition, run.arm, run.seed).unlink(missing_ok=True)
             shutil.rmtree(run.run_dir, ignore_errors=True)
             (run.folder / ORIGIN_NAME).unlink(missing_ok=True)
-            log.info(f"{run.label}: begins anew, its seed was started at another commit or machine")
+            log.info(f"{run.label}: starts over, its seed was begun at another commit or machine")
 
     def run_all(self, runs: Sequence[Run], jobs: int) -> None:
         """Run `runs`, at most `jobs` at once; each waits for what it starts from.
@@ -170,7 +170,7 @@ class Runner:
     def _after(
         self, future: Future, run: Run, times: dict, done: set, waiting: list[Run], jobs: int
     ) -> None:
-        """Count a finished run and log it with the time that is left."""
+        """Count a finished run and log it with the remaining time."""
         result = future.result()
         done.add((run.group, run.arm))
         times.setdefault(run.arm, []).append(result.seconds)
@@ -193,7 +193,7 @@ class Runner:
             process.wait()
 
     def _run_one(self, run: Run) -> RunResult:
-        """Train one run to its end, measure its outcomes, write its result, tidy up."""
+        """Train one run to its end, measure its outcomes, write its result, clean up."""
         began = time.monotonic()
         self._prepare(run)
         config = self.study.config(run)
@@ -309,14 +309,12 @@ class Runner:
 
 
 def _differences(resolved: dict, config: Config) -> list[str]:
-    """The keys in which a finished run differs from what its study asks for.
+    """The keys in which a finished run differs from its study's configuration.
 
-    A run may fill in what the study leaves open: None, and `resume` where `first_stage` is given.
+    A run may fill in what the study leaves open (None).
     """
     asked = config.model_dump(mode="json")
     is_open = {key for key, value in asked.items() if value is None}
-    if config.first_stage is not None:
-        is_open.add("resume")
     return [
         key for key, value in asked.items() if key not in is_open and resolved.get(key) != value
     ]
@@ -362,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the study; returns the exit status."""
     options = parse_arguments(argv)
     configure_logging()
-    # A stop of the whole process group must reach the runs through this process alone.
+    # A stop of the whole process group must reach the runs only through this process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         study = Study(options.study)
