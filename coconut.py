@@ -537,7 +537,7 @@ def _hide_padding(input_ids: Tensor, attention_mask: Tensor, options: dict) -> T
 
 
 def initial_weights(latent_weights: Sequence[float] | str, latent_window_size: int) -> list[float]:
-    """The m weights that `latent_weights` describes, nearest first; where learned, the initial ones.
+    """The m weights that `latent_weights` describes, nearest first; if learned, the initial ones.
 
     Raises: ValueError for a window below 1 and for weights that cannot average it.
     """

@@ -7,9 +7,9 @@
 A study: a Markdown page, a CSV table of all runs and learning curves, from its result files alone.
 Differences are paired by seed; p-values are adjusted by Holm's method over the arms within one
 outcome and one condition. "Last stage" is the stage of the last epoch trained; the best epoch of
-any stage is listed separately. Two models: McNemar's test over records, which compares these weights, not
-the methods that made them. With `--data`, a file with graphs, accuracy is also split by the
-shortcuts of ProsQA (preprocessing/graphs.py).
+any stage is listed separately. Two models: McNemar's test over records, which compares these
+weights, not the methods that made them. With `--data`, a file with graphs, accuracy is also split
+by the shortcuts of ProsQA (preprocessing/graphs.py).
 """
 
 import argparse

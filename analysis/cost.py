@@ -1,7 +1,7 @@
 """What a study costs before it runs: optimizer steps, arithmetic and hours of every arm.
 
 A record of T tokens costs 6 N T operations in a forward and backward pass through N parameters
-(2 N T forward, twice that backward), not counting attention and evaluation; latent passes extend one
+(2 N T forward, twice that backward), without attention and evaluation; latent passes extend one
 cache, so every token is counted once. Sizes of data and model are those that the study writes down,
 since neither need exist yet. Hours are given at the rate of finished runs on this machine, and at a
 rate that the user names.

@@ -1,8 +1,8 @@
 """Which families of models Coconut can read: the table of docs/models.md.
 
 `python -m benchmarks.families [NAME ...]` tries the configurations below, which are the defaults of
-transformers except for what is written here, as a run does before it loads weights. It needs neither
-weights nor a network.
+transformers except for what is written here, as a run does before it loads weights. It needs
+neither weights nor a network.
 """
 
 import argparse

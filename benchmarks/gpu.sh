@@ -38,7 +38,7 @@ export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=true PYTHONUN
 WORK=$(mktemp -d)
 FAILED=()
 
-bundle() { # packs what exists so far, also when a limit ends the script
+bundle() { # packs what exists so far, even if a limit ends the script
   compgen -G "$WORK/json/*.json" > /dev/null && tar -C "$WORK" -czf "$OUT/benchmarks.tar.gz" json
   [[ -f $WORK/json/growth.png ]] && cp "$WORK/json/growth.png" "$OUT/"
   if [[ -d $WORK/exps/gpu ]]; then

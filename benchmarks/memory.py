@@ -1,9 +1,9 @@
 """Peak memory of one training step, each contender in its own process.
 
 `python -m benchmarks.memory [--device cuda] [--bf16] [--records 16 ...]`. On a GPU the peak is
-torch's maximum allocation; on a CPU it is the process's largest resident set, minus what it held
-before the model was built. It includes weights, gradients and AdamW's moments, which must fit too;
-they exist before the measured step, and are also shown separately. With --repeats it is the highest
+torch's maximum allocation; on a CPU it is the process's largest resident set minus that before the
+model was built. It includes weights, gradients and AdamW's moments, which must fit too; they exist
+before the measured step, and are also shown separately. With --repeats it is the highest
 over that many steps.
 """
 

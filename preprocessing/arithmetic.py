@@ -1,8 +1,8 @@
 """Generate questions about running sums: a clock (the quickstart's) or sums with a lag.
 
 `--task clock`: a question such as `3 + 4 - 2 + 5 =` starts at the hour 3 of a clock with ten hours
-(0 to 9), goes four hours on, two back, five on, and asks where the hand points. The steps are the
-hours on the way (7, 5, 0).
+(0 to 9), moves four hours forward, two back, five forward, and asks where the hand points. The
+steps are the intermediate hours and the last one (7, 5, 0).
 
 `--task lagged`: a question such as `3 1 4 0 2 1 =` lists terms a_1 to a_N, and the steps are the
 sums s_t = s_{t-1} + s_{t-L} + a_t modulo M, with s_t = 0 for t <= 0; for L = 1 the first two would
@@ -14,7 +14,7 @@ In both tasks the last step is also the answer, every step is a single token for
 
 Somewhere in its steps a record repeats the sign `=`: before the first step or after any of them,
 drawn at random (`7 5 = 0`). So a model that learns to write the steps learns to continue from any
-of them after a sign that says nothing new, which is what the marker after the thoughts asks of it.
+of them after a sign that carries no information, as it must after the marker that ends thoughts.
 The sign is part of the step next to it, so the number of steps stays N.
 
 All questions of one length are numbered, and the drawn numbers are all different, so no held-out
@@ -59,7 +59,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Lagged:
-    """Sums in which the sum `lag` steps back is added again; a lag of 1 adds only the last one."""
+    """Sums in which the sum `lag` steps back is added too; a lag of 1 adds only the last one."""
 
     steps: int = 6
     modulus: int = 5
@@ -97,7 +97,7 @@ def make_record(task: Clock | Lagged, number: int, place: int) -> dict:
 
 
 def draw_numbers(rng: random.Random, available: int, wanted: int) -> list[int]:
-    """Draw that many different numbers below `available`, in random order."""
+    """Draw `wanted` different numbers below `available`, in random order."""
     if available <= sys.maxsize:
         return rng.sample(range(available), wanted)
     numbers: dict[int, None] = {}  # `sample` takes no range this long, and repetitions are rare
@@ -127,7 +127,7 @@ def make_splits(task: Clock | Lagged, sizes: dict[str, int], seed: int) -> dict[
 
 
 def output_path(out: Path | None, task: Clock | Lagged, split: str) -> Path:
-    """Return where a split goes: a folder of the user's holds one task, data/ holds many files."""
+    """Return where a split goes: under --out, or in data/ under a name with the task."""
     if out is not None:
         return out / f"{split}.json"
     return Path("data") / f"{'quickstart' if isinstance(task, Clock) else 'lagged'}_{split}.json"
@@ -154,7 +154,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--modulus", type=whole_number(2), metavar="M", help="numbers below M (10; lagged: 5)"
     )
-    parser.add_argument("--lag", type=whole_number(1), metavar="L", help="lagged alone (2)")
+    parser.add_argument("--lag", type=whole_number(1), metavar="L", help="only for lagged (2)")
     return parser.parse_args(argv)
 
 
@@ -176,7 +176,7 @@ def chosen_task(arguments: argparse.Namespace) -> Clock | Lagged:
     task = Lagged(**settings)
     if task.lag > 1 and task.lag >= task.steps:
         raise InputError(
-            f"--lag {task.lag}: with --steps {task.steps} no sum has one that far back; "
+            f"--lag {task.lag}: with --steps {task.steps} no step has another that far back; "
             "give a smaller lag or more steps"
         )
     return task

@@ -1,8 +1,8 @@
 """What the scripts of this folder share: reading text, writing files, reporting a user's mistake.
 
 Text is UTF-8. A byte-order mark at its beginning is dropped, so that it never enters a record, and
-lines may end in CRLF. Files appear complete or not at all. Needs the standard library alone, so
-that a data file can be made on a machine without torch.
+lines may end in CRLF. Files are written completely or not at all. Needs only the standard library,
+so that a data file can be made on a machine without torch.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 # The first bytes of files that people pass by mistake, and what such a file is.
 SIGNATURES = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
     b"\x1f\x8b": "a gzip archive",
     b"PK\x03\x04": "a zip archive",
     b"BZh": "a bzip2 archive",
@@ -28,7 +28,7 @@ SIGNATURES = {
 
 
 class InputError(ValueError):
-    """A file or option of the user's that cannot be used; the message says what to do."""
+    """A user's file or option that cannot be used; the message says what to do."""
 
 
 def report(message: str) -> int:
@@ -49,7 +49,7 @@ def whole_number(minimum: int) -> Callable[[str], int]:
 
 
 def kind_of(data: bytes) -> str | None:
-    """Return what the bytes are, in words, where they cannot be a data file; else None."""
+    """Return what the bytes are where they cannot be a data file, else None."""
     if not data:
         return "empty"
     for signature, kind in SIGNATURES.items():
@@ -145,7 +145,7 @@ def json_lines(text: str) -> list | None:
 
 
 def json_problem(text: str, error: json.JSONDecodeError) -> str:
-    """Return the place and the reason of a JSON error; a comma too many is called that."""
+    """Return the place and the reason of a JSON error, with advice for a comma too many."""
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     if before.endswith(",") and after[:1] in ("]", "}"):
         place = len(before) - 1

@@ -2,11 +2,11 @@
 
 Reads any file of records (question, answer, steps) and, for ProsQA, the graphs in it: sizes, hops,
 shortest paths, persons, degrees, whether target and distractor are reachable as they should be, and
-how often rules that ignore the root answer right (graphs.py). Several files are shown side by side.
-Lengths are white-space words unless a tokenizer is named. Nothing is changed or repaired; training
-reads data with dataset.py, which is stricter.
+how often rules that ignore the root give the right answer (graphs.py). Several files are shown side
+by side. Lengths are white-space words unless a tokenizer is named. Nothing is changed or repaired;
+training reads data with dataset.py, which is stricter.
 
-Carries out docs/specification.md, sections 1 (the record) and 2 (the parts that are tokenised).
+Implements docs/specification.md, sections 1 (the record) and 2 (the parts that are tokenised).
 """
 
 import argparse
@@ -117,8 +117,8 @@ def graph_samples(records: list[dict]) -> Samples:
             "distractor hops": from_other[distractor],
             "in-degree": [in_degree[node] for node in range(NUM_HEADS, num_nodes)],
             "isolated nodes": isolated,
-            "doubled edges": len(record["edges"]) - len(set(map(tuple, record["edges"]))),
-            "steps are as many as hops?": steps == from_root[target],
+            "duplicate edges": len(record["edges"]) - len(set(map(tuple, record["edges"]))),
+            "as many steps as hops?": steps == from_root[target],
             "target from the root only?": target not in from_other,
             "distractor from the other head only?": distractor not in from_root,
             "root is node 0?": root == 0,
@@ -144,7 +144,7 @@ def rule_rows(records: list[dict], fit_records: list[dict] | None) -> dict[str, 
 
 
 def shares(sample: Sequence, most: int = 8) -> list[tuple]:
-    """Return (value, share) pairs of the commonest values, in order of the value."""
+    """Return (value, share) pairs of the most common values, in order of the value."""
     common = Counter(sample).most_common(most)
     return sorted((value, count / len(sample)) for value, count in common)
 
@@ -166,7 +166,7 @@ def sample_rows(samples: Samples) -> dict[str, str]:
 
 
 def record_rows(records: list[dict]) -> dict[str, str]:
-    """Return the table's text for counts of records, repetitions, empty fields and answers."""
+    """Return the table's text for counts of records, repetitions, blank fields and answers."""
     num_records = len(records)
     answers = Counter(record["answer"] for record in records)
     common = "; ".join(
@@ -181,7 +181,7 @@ def record_rows(records: list[dict]) -> dict[str, str]:
         "blank steps": str(sum(not s.strip() for record in records for s in record["steps"])),
         "records without steps": str(no_steps),
         "different answers": f"{len(answers):,}",
-        "commonest answers": common,
+        "most common answers": common,
     }
 
 
@@ -264,7 +264,7 @@ def draw_panel(axis, name: str, samples: list[list[int]]) -> None:
 
 
 def draw_answers(axis, answers: list[list[str]]) -> None:
-    """Draw the shares of the eight answers that are commonest over all files."""
+    """Draw the shares of the eight answers that are most common over all files."""
     top = [answer for answer, _ in Counter(a for part in answers for a in part).most_common(8)]
     height = 0.8 / len(answers)
     for index, part in enumerate(answers):
@@ -279,7 +279,7 @@ def draw_answers(axis, answers: list[list[str]]) -> None:
     labels = [answer if len(answer) <= 18 else answer[:17] + "…" for answer in top]
     axis.set_yticks(range(len(top)), labels, parse_math=False)
     axis.invert_yaxis()
-    axis.set_title("commonest answers", fontsize=11)
+    axis.set_title("most common answers", fontsize=11)
     axis.set_xlabel("records", fontsize=9)
     axis.tick_params(labelsize=9)
     axis.spines[["top", "right"]].set_visible(False)
@@ -300,7 +300,7 @@ def draw(path: Path, columns: dict[str, tuple[list[dict], Samples]]) -> None:
         name
         for name in all_samples[0]
         if not name.endswith("?")
-        and name not in ("isolated nodes", "doubled edges")
+        and name not in ("isolated nodes", "duplicate edges")
         and all(samples.get(name) for samples in all_samples)
     ]
     graphs = "hops" in names
@@ -334,7 +334,7 @@ def draw(path: Path, columns: dict[str, tuple[list[dict], Samples]]) -> None:
 
 
 def column_names(paths: Sequence[Path]) -> list[str]:
-    """Return file names, with as many folders before them as tell them apart."""
+    """Return file names, with as many folders before them as it takes to distinguish them."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -347,7 +347,7 @@ def describe(options: argparse.Namespace) -> str:
 
     Raises:
         InputError: as read_file, load_token_counter, draw and column_names; a picture of more than
-            two files is asked for; or rules shall be fitted on a file without graphs.
+            two files is asked for; or rules are to be fitted on a file without graphs.
     """
     if options.png and len(options.files) > len(COLOURS):
         raise InputError("--png: compares two files at most; leave it out, or name fewer files")

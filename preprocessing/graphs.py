@@ -2,9 +2,9 @@
 
 A record holds `idx_to_symbol` (the name or token of each node), `edges` (pairs parent, child),
 `root`, `target` and `neg_target` (the distractor), all as node numbers. Nodes 0 and 1 are the two
-heads, of which the root is one. A person is a node without parents, with whatever name.
+heads, of which the root is one. A person is a node without parents, whatever its name.
 
-A rule reads the ancestors of the two candidates alone, so what it gets right needs no search from
+A rule reads only the ancestors of the two candidates, so what it gets right needs no search from
 the root. Its verdict on a record is RIGHT, TIED or WRONG; a score counts ties as half. Some rules
 compare one number; the others weigh several by logistic regression on the differences between the
 two candidates, without an intercept, since only the root distinguishes the candidates:
@@ -73,7 +73,7 @@ def graph_problem(record: dict) -> str | None:
 
 
 def child_lists(record: dict) -> list[list[int]]:
-    """Return the children of each node; a doubled edge gives a child twice."""
+    """Return the children of each node; a duplicate edge gives a child twice."""
     children: list[list[int]] = [[] for _ in record["idx_to_symbol"]]
     for parent, child in record["edges"]:
         children[parent].append(child)
@@ -81,7 +81,7 @@ def child_lists(record: dict) -> list[list[int]]:
 
 
 def parent_lists(record: dict) -> list[list[int]]:
-    """Return the parents of each node, each of them once."""
+    """Return the parents of each node, without duplicates."""
     parents: list[list[int]] = [[] for _ in record["idx_to_symbol"]]
     for parent, child in record["edges"]:
         if parent not in parents[child]:
@@ -226,8 +226,8 @@ def fitted_verdicts(
 ) -> dict[str, list[str]]:
     """Return the verdict of each of FITTED_RULES on each record.
 
-    fit_records: what the weights are fitted on. Without them no record helps to judge itself: the
-    records are dealt into NUM_FOLDS folds, each judged by weights fitted on the others.
+    fit_records: what the weights are fitted on. By default the records are split into NUM_FOLDS
+    folds, each judged by weights fitted on the others, so that no record helps to judge itself.
     """
     judged = [feature_differences(record) for record in records]
     known = None if fit_records is None else [feature_differences(r) for r in fit_records]

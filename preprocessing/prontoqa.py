@@ -92,7 +92,7 @@ def convert(path: Path, skip_bad: bool) -> tuple[list[dict], int]:
     """Return the records of a raw file and the number of malformed examples, which are reported.
 
     Raises:
-        InputError: as read_examples; or an example is malformed and shall not be skipped.
+        InputError: as read_examples; or an example is malformed and skip_bad is false.
     """
     records, problems = [], []
     for name, example in read_examples(path).items():

@@ -6,7 +6,7 @@ prontoqa.py converts the file into records (docs/specification.md, section 1). N
 library alone; the same seed gives the same bytes.
 
 A theory: a chain of 6 concepts; a distractor parent for each of the lower 5; a separate pair of
-concepts, whose child the entity also belongs to; and one unrelated concept. Chain (but for its
+concepts, whose child the entity also belongs to; and one unrelated concept. Chain (except its
 top), distractors and separate child have one property each, all of different families, so that
 nothing can contradict; the unrelated concept has the opposite of the queried property.
 """

@@ -13,7 +13,7 @@ a fair coin says which head is asked. So no rule that ignores the root can be ri
 the time, except by chance. docs/data.md says how the recipe was fitted and docs/shortcuts.md what
 such rules reach; describe.py prints figures and draws pictures.
 
-Carries out docs/specification.md, section 1, for ProsQA. Source: construction in the appendix of
+Implements docs/specification.md, section 1, for ProsQA. Source: construction in the appendix of
 arXiv 2412.06769, refitted to the published validation file.
 """
 
@@ -140,7 +140,7 @@ def draw_graph(rng: random.Random, recipe: Recipe) -> Graph:
 
     A new node takes a Poisson number of parents among the first head's own descendants, the
     second's, or all nodes, without replacement. Depth, the shortest way up to a node without
-    parents, makes a parent likelier only while it descends from exactly one head.
+    parents, makes a parent more likely only while it descends from exactly one head.
     """
     parents: list[list[int]] = [[], []]
     labels = [FROM_FIRST, FROM_SECOND]
@@ -257,7 +257,7 @@ def pose_balanced_problem(rng: random.Random, graph: Graph, hops: int) -> Proble
     """Choose a pair of matched candidates, and by a coin which head is the root; None without one.
 
     Exchanging the heads exchanges the candidates and leaves every other probability unchanged, so
-    the root alone decides between them, even for rules that nobody has thought of.
+    only the root decides between them, even for rules that nobody has thought of.
     """
     children = child_lists(graph)
     reached = [distances(children, head) for head in (0, 1)]
@@ -379,8 +379,8 @@ def draw_problem(rng: random.Random, recipe: Recipe, hops: int) -> tuple[Graph, 
 def identity(record: dict, recipe: Recipe) -> bytes:
     """Return what no two records of a run share.
 
-    Names aside, no graph occurs twice. Small symbolic graphs are too few for that: among them no
-    two questions hold the same edges, candidates and root.
+    Apart from names, no graph occurs twice. Small symbolic graphs are too few for that: among them
+    no two questions have the same edges, candidates and root.
     """
     if not recipe.symbols:
         return canonical_form(len(record["idx_to_symbol"]), record["edges"])

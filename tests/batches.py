@@ -62,7 +62,7 @@ def make_labels(row):
 
 
 def pack(rows, starts, width, fill, pad):
-    """`rows` at columns `starts` of a (B, width) tensor; `pad()` gives what stands elsewhere."""
+    """`rows` at columns `starts` of a (B, width) tensor; `pad()` gives the other entries."""
     packed = []
     for row, start in zip(rows, starts, strict=True):
         left = [pad() for _ in range(start)]

@@ -26,7 +26,7 @@ WORDS = [EOS, UNK, *"0123456789", "+", "-", "*", "=", "<<", ">>", "###", "#", "?
 WORDS += ["Is", "Tom", "Every", "a", "or", "is", "wumpus", "True", "False", "red", "blue"]
 MODEL_TOKENS = VOCAB_SIZE - 3  # the three markers bring it to VOCAB_SIZE
 
-# The tensors of these models are too small for threads to pay.
+# The tensors of these models are too small for threads to help.
 torch.set_num_threads(1)
 
 

@@ -81,8 +81,8 @@ def undisturbed(_folder):
 
 
 def killed_then_stopped(folder):
-    """Rank 1 dies in step 7; after the restart both agents are told to stop in step 8."""
-    # torchrun counts restarts for each agent by itself, so its count would not do.
+    """Rank 1 dies in step 7; after the restart both agents are asked to stop in step 8."""
+    # torchrun counts restarts for each agent separately, so its count cannot serve here.
     killed = Path(folder) / "killed"
 
     def die():

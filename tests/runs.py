@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 PROCESS_TIMEOUT_S = 120
 # What one process writes of a training state's tensors.
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
-# Measured, so never the same twice.
+# Measured, so different in every run.
 CLOCKS = ("train/tokens_per_second", "eval/seconds_per_record")
 CLOCKS += ("train/seconds", "eval/seconds", "time")
 
@@ -186,9 +186,9 @@ def assert_refused(capsys, experiment, *arguments, words):
 
 
 def free_port():
-    """A port that nobody listens on, below those that Linux hands out to anybody who asks for one.
+    """A free port below the range from which Linux assigns ephemeral ports.
 
-    Such a one could be gone again when a later run of the same processes comes to it.
+    An ephemeral port could be taken again before a later run of the same processes binds it.
     """
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
@@ -229,15 +229,15 @@ def signal_group(number):
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preload"])
-# Starting a process also asks after those that run. An exit status can be read but once: of two
-# threads that ask at the same time, one is told 255.
+# Starting a process also polls the running ones. An exit status can be read only once: of two
+# threads that poll at the same time, one gets 255.
 _ASKING = threading.Lock()
 
 
 class Ranks:
     """Processes that run `run.main` on each list of arguments in turn, as ranks of one group.
 
-    What they print lands in output_<rank>.txt in `folder`.
+    What they print is in output_<rank>.txt in `folder`.
     """
 
     def __init__(self, world_size, folder, commands, hook=None):

@@ -130,7 +130,7 @@ def test_lagged_questions_have_sizes_and_names_of_their_own(tmp_path, monkeypatc
         (["--steps", "1", "--modulus", "4"], r"20500 questions are wanted.*only 32; ask for fewer"),
         (["--task", "lagged", "--train", "20000"], "20500 questions .* there are only 15625"),
         (["--lag", "2"], "--lag: a clock has no lag; add --task lagged"),
-        (["--task", "lagged", "--lag", "6"], "--lag 6: with --steps 6 no sum .*; give a smaller"),
+        (["--task", "lagged", "--lag", "6"], "--lag 6: with --steps 6 no step .*; give a smaller"),
     ],
 )
 def test_impossible_questions_get_one_message_and_nothing_is_written(

@@ -51,7 +51,7 @@ def test_cached_passes_match_recompute(tiny_model, family, m, scope, align):
 
 @families
 @pytest.mark.parametrize("scope", SCOPES)
-def test_labels_may_stand_on_any_token_but_the_first(tiny_model, family, scope):
+def test_any_token_but_the_first_may_have_a_label(tiny_model, family, scope):
     """Labels on the question, on the markers and on latents are predicted by the column before."""
     rows = ragged_rows(seed=1)
     rng = random.Random(1)

@@ -150,7 +150,7 @@ def test_tokenizers_of_bytes_know_everything(options):
     assert tokenized.question_lengths.tolist() == [len((record["question"] + "\n").encode())]
 
 
-def test_a_tokenizer_that_puts_eos_before_a_text_by_itself_holds_none_in_it():
+def test_an_eos_that_the_tokenizer_puts_before_a_text_is_not_one_in_it():
     table = tokenize_records([GOOD], special_around(before=EOS), "a.json").table
     assert table["question_ids"][0][0] == 0
 
@@ -316,7 +316,7 @@ def test_a_prompt_ends_before_the_first_label(method, stage, prompt):
     assert labels[: len(prompt)] == [None] * len(prompt) and None not in labels[len(prompt) :]
 
 
-def test_each_record_stands_at_its_own_stage():
+def test_each_record_takes_its_own_stage():
     tokenizer = whole_text_tokenizer(*texts_of(GOOD))
     staged = stage_of(tokenise([GOOD] * 3, tokenizer), "coconut", [0, 2, 1])
     assert staged.dropped.tolist() == [0, 2, 1]

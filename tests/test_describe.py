@@ -63,8 +63,8 @@ def test_graph_figures_are_those_counted_by_hand():
         "distractor hops": [1],
         "in-degree": [0, 1, 1, 3, 1, 1, 1],
         "isolated nodes": [0],
-        "doubled edges": [0],
-        "steps are as many as hops?": [0],
+        "duplicate edges": [0],
+        "as many steps as hops?": [0],
         "target from the root only?": [1],
         "distractor from the other head only?": [1],
         "root is node 0?": [0],
@@ -77,7 +77,7 @@ def test_graph_figures_see_what_is_wrong():
     edges = [*GRAPH["edges"], [0, 7], [0, 3], [1, 7]]
     bad = {**GRAPH, "edges": edges, "idx_to_symbol": [*GRAPH["idx_to_symbol"], "lone"]}
     samples = describe.graph_samples([bad])
-    assert samples["doubled edges"] == samples["isolated nodes"] == [1]
+    assert samples["duplicate edges"] == samples["isolated nodes"] == [1]
     assert samples["target from the root only?"] == [0]
     assert samples["distractor from the other head only?"] == [0]
 
@@ -100,14 +100,14 @@ def test_table_counts_repetitions_blanks_and_answers(tmp_path, capsys):
     assert table["blank steps"] == ["2"]
     assert table["records without steps"] == ["2"]
     assert table["different answers"] == ["3"]
-    assert table["commonest answers"] == ["'2' 50.0%; '' 25.0%; '3' 25.0%"]
+    assert table["most common answers"] == ["'2' 50.0%; '' 25.0%; '3' 25.0%"]
     assert table["steps"] == ["0.75 sd 0.83 (0 to 2)"]
     assert table["steps, shares"] == ["0: 0.500, 1: 0.250, 2: 0.250"]
     assert table["words in the question"] == ["2.25 sd 1.79 (0 to 4)"]
     assert table["words in the whole record"] == ["6.00 sd 3.54 (1 to 11)"]
 
 
-def test_two_files_stand_side_by_side(tmp_path, capsys):
+def test_two_files_are_shown_side_by_side(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     first = write(tmp_path / "a.json", TEXTS)
     second = write(tmp_path / "other/a.json", [GRAPH, {**GRAPH, "question": "a"}])
@@ -151,7 +151,7 @@ def test_symbolic_questions_name_their_candidates_after_the_sign(tmp_path, capsy
     recipe = prosqa.Recipe(nodes=8, hops={2: 1.0}, exact=True, balanced=True, symbols=True)
     table = described(capsys, write(tmp_path / "a.json", prosqa.generate(recipe, 40, "any", set())))
     assert table["target named first?"] == ["50.0%"]
-    assert table["steps are as many as hops?"] == ["100.0%"]
+    assert table["as many steps as hops?"] == ["100.0%"]
 
 
 def test_tokens_are_those_of_the_named_tokenizer(tmp_path, capsys, word_tokenizer):
@@ -203,7 +203,7 @@ def test_png_draws_every_panel_of_both_files(tmp_path, capsys, monkeypatch, kind
         ]  # fmt: skip
     else:
         assert titles == [
-            "steps", "words in the question", "words in the whole record", "commonest answers"
+            "steps", "words in the question", "words in the whole record", "most common answers"
         ]  # fmt: skip
     counts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert counts == [f"{i}.json ({len(part)} records)" for i, part in enumerate(records)]

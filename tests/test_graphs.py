@@ -81,7 +81,7 @@ def test_features_and_differences_are_those_of_all_walks_upstream():
         assert graphs.feature_differences(record) == wanted
 
 
-def test_a_cycle_or_a_doubled_edge_changes_no_rule():
+def test_a_cycle_or_a_duplicate_edge_changes_no_rule():
     doubled = RECORD | {"edges": RECORD["edges"] * 2}
     assert graphs.feature_differences(doubled) == graphs.feature_differences(RECORD)
     cycle = {"idx_to_symbol": ["a", "b"], "edges": [[0, 1], [1, 0]]}
@@ -134,7 +134,7 @@ def log_likelihood(weights, differences):
 
 
 @pytest.mark.parametrize("num_features", [1, 2, 4])
-def test_fitted_weights_beat_every_weights_nearby(num_features):
+def test_fitted_weights_beat_all_nearby_weights(num_features):
     rng = random.Random(num_features)
     differences = [
         [rng.randint(-3, 3) + (rng.random() < 0.4) for _ in range(num_features)] for _ in range(80)

@@ -378,9 +378,7 @@ def test_transfer_cut_short_is_continued_by_the_next_attempt(tmp_path, server):
 
 @needs_curl
 @pytest.mark.parametrize("fault", ["cut short", "stall"])
-def test_broken_off_transfer_leaves_no_final_file_and_the_next_run_continues(
-    tmp_path, server, fault
-):
+def test_aborted_transfer_leaves_no_final_file_and_the_next_run_continues(tmp_path, server, fault):
     server.fault = fault
     wanted = {"cut short": "cut short", "stall": "stalled"}[fault]
     result = download(tmp_path, server, GSM_ICOT_STALL_S="2" if fault == "stall" else "20")
@@ -406,7 +404,7 @@ def test_error_status_is_one_message_and_a_refusal_is_not_repeated(tmp_path, ser
 
 @needs_curl
 @pytest.mark.parametrize("fault", ["html", "wrong file"])
-def test_another_content_is_refused_by_its_sum_and_removed(tmp_path, server, fault):
+def test_other_content_is_refused_by_its_checksum_and_removed(tmp_path, server, fault):
     server.fault = fault
     refused(download(tmp_path, server), "train.txt: sha256 is [0-9a-f]{64}, wanted [0-9a-f]{64}")
     assert not list(tmp_path.glob("data/gsm_train*"))
@@ -492,6 +490,6 @@ def test_missing_tool_is_one_message(tmp_path, tools, message):
 
 @needs_curl
 @pytest.mark.parametrize("name", ["GSM_ICOT_TRIES", "GSM_ICOT_STALL_S"])
-def test_setting_that_is_no_positive_number_is_refused(tmp_path, name):
+def test_setting_that_is_not_a_positive_number_is_refused(tmp_path, name):
     result = download(tmp_path, "http://127.0.0.1:9", **{name: "0"})
     refused(result, "GSM_ICOT_TRIES='.*', GSM_ICOT_STALL_S='.*': wanted whole numbers")

@@ -33,7 +33,7 @@ SOURCES = sorted(
     for path in ROOT.glob(pattern)
 )
 
-# What brings all else together; nothing but the next of them imports them.
+# The modules at the top of engine/ and run.py: each is imported only by later ones in this list.
 LAST = {"engine.failures", "engine.trainer", "engine.jobs", "run"}
 
 MAY_IMPORT = {
@@ -75,13 +75,13 @@ MAY_IMPORT = {
     "run": {"engine.config_file", "engine.jobs", "utils"},
 }  # fmt: skip
 
-# Imported in a function: it takes seconds, and what is checked before, or another command of the
-# same file, does without it.
+# Imported inside a function: it takes seconds, and earlier checks or other commands of the same
+# file do without it.
 LATE = {
     "run.py": {"engine"},
     "assets/make_quickstart_model.py": {"torch", "transformers"},
     "preprocessing/describe.py": {"matplotlib", "transformers"},
-    "engine/tracking.py": {"wandb"},  # and need not be installed
+    "engine/tracking.py": {"wandb"},  # may not be installed
 }
 
 # package -> the modules (or folders) that alone may import it
@@ -203,7 +203,7 @@ def test_only_coconut_class_is_imported_by_a_computed_name():
     assert users == {"engine/jobs.py"}
 
 
-def test_imports_stand_on_top_of_their_files():
+def test_imports_are_at_the_top_of_their_files():
     late = {}
     for source in SOURCES:
         functions = [n for n in ast.walk(parse(source)) if isinstance(n, ast.FunctionDef)]

@@ -230,7 +230,7 @@ def test_canonical_form_is_that_of_every_renumbering_and_of_no_other_graph(num_n
         assert networkx.is_isomorphic(graph, first_of.setdefault(form, graph)), edges
 
 
-def test_canonical_form_tells_a_moved_edge(small):
+def test_canonical_form_distinguishes_a_moved_edge(small):
     """An edge moved to another child gives another graph, so nothing is dropped for no reason."""
     for record in small["prosqa_train.json"]:
         num_nodes = len(record["idx_to_symbol"])

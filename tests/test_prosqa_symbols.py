@@ -126,7 +126,7 @@ def exchanged(record):
     return {**record, "root": 1 - record["root"], "target": target, "neg_target": distractor}
 
 
-def test_asked_about_the_other_head_a_balanced_question_is_as_good(balanced, larger):
+def test_a_balanced_question_about_the_other_head_is_as_valid(balanced, larger):
     """So the graph without the root says nothing about the answer."""
     for record in balanced[:500] + larger:
         assert graphs.graph_problem(exchanged(record)) is None

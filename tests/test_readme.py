@@ -1,4 +1,4 @@
-"""README keeps its word: its commands name what exists and load, its keys are the schema's."""
+"""README's claims hold: its commands name what exists and load, its keys are the schema's."""
 
 import re
 from pathlib import Path

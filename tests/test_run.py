@@ -24,7 +24,7 @@ from utils import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, FIRST_PROCESS_
 # Mistakes in the configuration
 
 
-def test_every_mistake_of_a_file_is_told_at_once(tmp_path, capsys):
+def test_every_mistake_of_a_file_is_reported_at_once(tmp_path, capsys):
     experiment = Experiment(tmp_path)
     with open(experiment.yaml, "a") as file:
         file.write("\nbatchsize_training: 2\nlr: fast\nlr: 1e-4\ncot: true\nseed: -1\n")
@@ -191,7 +191,7 @@ def evaluation_of(coconut, folder, **keys):
     return Experiment(folder, **keys)
 
 
-def test_a_checkpoint_that_does_not_serve_is_refused(coconut, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_used_is_refused(coconut, tmp_path, capsys):
     copy = tmp_path / "checkpoint_3"
     shutil.copytree(coconut.run_dir / "checkpoint_3", copy)
     weights = (copy / "model.safetensors").read_bytes()
@@ -255,7 +255,7 @@ def test_dry_run_shows_schedule_and_sizes_and_writes_nothing(tmp_path, capsys, c
     assert not (tmp_path / "e" / "exps").exists()
 
 
-def test_dry_run_knows_of_a_run_that_would_go_on(coconut, capsys):
+def test_dry_run_shows_where_a_run_would_resume(coconut, capsys):
     before = tree(coconut.folder)
     assert coconut.main("--dry-run", "num_epochs=5") == 0
     shown = capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_dry_run_knows_of_a_run_that_would_go_on(coconut, capsys):
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_what_stands_in_the_way_of_a_run_is_refused_dry_or_not(tmp_path, capsys, coconut, dry):
+def test_obstacles_to_a_run_are_refused_dry_or_not(tmp_path, capsys, coconut, dry):
     (tmp_path / "file").touch()
     words = ["file cannot be written (Not a directory)"]
     keys = {"save_path": tmp_path, "name": "file"}
@@ -329,7 +329,7 @@ def test_an_interrupt_while_loading_ends_cleanly(tmp_path, monkeypatch, capsys):
     assert not experiment.run_dir.exists()
 
 
-def test_one_process_of_each_machine_tells_of_mistakes_in_the_file(tmp_path, monkeypatch, capsys):
+def test_one_process_of_each_machine_reports_mistakes_in_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert Experiment(tmp_path).main("lr=fast") == EXIT_USER_ERROR
@@ -384,7 +384,7 @@ def test_only_eval_repeats_the_evaluation_of_the_run_and_leaves_it_alone(coconut
         assert path.read_bytes() == content
 
 
-def test_only_eval_tells_when_resume_implies_another_stage(coconut, tmp_path, capsys):
+def test_only_eval_logs_when_resume_implies_another_stage(coconut, tmp_path, capsys):
     evaluation = evaluation_of(coconut, tmp_path, resume=1)
     assert evaluation.main() == 0
     shown = capsys.readouterr().out
@@ -454,7 +454,7 @@ def test_a_full_disk_ends_an_evaluation_with_one_message(
     assert f": {what} could not be written (No space left on device)" in line
 
 
-def test_memory_that_runs_out_in_an_evaluation_is_told_with_the_fix(
+def test_running_out_of_memory_in_an_evaluation_is_reported_with_the_fix(
     coconut, tmp_path, monkeypatch, capsys
 ):
     def fail(*_):
@@ -513,7 +513,7 @@ def test_a_published_state_dict_evaluates_like_the_checkpoint(coconut, tmp_path)
     assert figures["eval/loss"] == coconut.metrics()[-1]["eval/loss"]
 
 
-def test_resume_without_weights_is_told(tmp_path, capsys):
+def test_resume_without_weights_is_logged(tmp_path, capsys):
     assert Experiment(tmp_path, resume=2).main() == 0
     assert "resume: 2 skips epochs, but load_model_path names no" in capsys.readouterr().out
 

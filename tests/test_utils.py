@@ -150,7 +150,7 @@ def test_sha256_reads_the_whole_file(tmp_path):
 # Lines
 
 
-def test_a_line_that_nobody_takes_ends_nothing(monkeypatch, capsys):
+def test_a_line_that_cannot_be_printed_does_not_end_a_run(monkeypatch, capsys):
     print_line("one")
     assert capsys.readouterr().out == "one\n"
     with open("/dev/full", "wb", buffering=0) as full:

@@ -334,7 +334,7 @@ def rank_kills(bench, parallel):
         wait_until(lambda ranks=ranks: "parallel: " in ranks.output(), "the ranks to meet")
         time.sleep(bench.rng.uniform(0, 0.6) * undisturbed.seconds)
         bench.rng.choice(ranks.processes).kill()
-        # With rank 0 goes the store by which rank 1 would hear of it.
+        # Rank 0 takes the store with it, by which rank 1 would learn of its death.
         got = ranks.wait()
         if -signal.SIGKILL not in got:
             disturbed = bench.experiment(parallel=parallel)
@@ -792,7 +792,7 @@ def main():
     options = parser.parse_args()
     folder = tempfile.mkdtemp(prefix="torture-")
     began = time.monotonic()
-    # Looking for the newest state may find a damaged one, which is no news here.
+    # Looking for the newest state logs damaged ones, which are expected here.
     log.addHandler(logging.NullHandler())
     bench = Bench(folder, options.quick, options.seed)
     bench.undisturbed()

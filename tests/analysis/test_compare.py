@@ -49,7 +49,7 @@ def test_the_page_gives_scipys_values(folder, capsys):
     assert row[9] == f"{stats.binomtest(2, 6).pvalue:.3f}"
 
 
-def test_last_stage_and_best_epoch_stand_apart(folder):
+def test_last_stage_and_best_epoch_are_listed_separately(folder):
     compare.main([str(folder)])
     with open(folder / "runs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -73,7 +73,7 @@ def test_a_single_seed_gets_no_interval_and_says_so(tmp_path, capsys):
     assert "on one seed, which supports no conclusion" in page
 
 
-def test_few_pairs_are_said_to_be_too_few_for_the_sign_test(folder):
+def test_few_pairs_are_reported_as_too_few_for_the_sign_test(folder):
     for seed in (5, 6):
         (folder / f"lag2.m3.seed{seed}.json").unlink()
     compare.main([str(folder)])

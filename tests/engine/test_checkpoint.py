@@ -285,7 +285,7 @@ def test_a_state_whose_description_is_broken_is_passed_over(training, tmp_path, 
         newest_state(tmp_path)
 
 
-def test_other_ranks_than_0_read_of_a_state_only_its_description(training, tmp_path, monkeypatch):
+def test_ranks_other_than_0_read_only_the_description_of_a_state(training, tmp_path, monkeypatch):
     *_, save = training
     save(1)
     found, read = newest_state(tmp_path), []

@@ -209,7 +209,7 @@ def test_a_file_is_its_differences_from_its_base(tmp_path):
     assert load_config(tmp_path / "more/middle.yaml").name == "gsm-cot"
 
 
-def test_a_problem_names_the_file_in_which_the_key_stands(tmp_path):
+def test_a_problem_names_the_file_that_holds_the_key(tmp_path):
     base = PUBLISHED_COT.replace("seed: 0", "seed: x") + "sede: 1\n"
     path = write_chain(tmp_path, top="base: cot.yaml\nlr: fast\nc_thought: 0\n", cot=base)
     cot = tmp_path / "cot.yaml"

@@ -24,7 +24,7 @@ from utils import configure_logging, log
 
 
 @pytest.fixture(autouse=True)
-def speaking():
+def as_rank_0():
     """This process prints, as rank 0 does."""
     configure_logging(0)
     yield
@@ -145,7 +145,7 @@ def test_the_best_of_a_stage_is_the_first_of_its_best_epochs():
     assert (position.best_epoch, position.stage_best_epoch) == (0, 2)
 
 
-def test_durations_are_read_at_a_glance():
+def test_durations_have_readable_units():
     assert [duration(s) for s in (0.4, 99, 100, 5999, 6000)] == [
         "0 s", "99 s", "2 min", "100 min", "1.7 h",
     ]  # fmt: skip

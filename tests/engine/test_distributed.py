@@ -33,7 +33,7 @@ CASES = (
 
 
 def gather_for_every_pass():
-    """Let run.py gather the parameters of an FSDP block anew for every pass, in float64."""
+    """Let run.py gather the parameters of an FSDP block again for every pass, in float64."""
     use_float64()
     choose = parallel.choose_parallel
     parallel.choose_parallel = lambda *given: dataclasses.replace(choose(*given), gathered=False)
@@ -221,7 +221,7 @@ def test_the_local_rank_picks_the_device(monkeypatch):
     assert distributed.device() == torch.device("cuda", 1)
 
 
-def test_ranks_draw_apart_and_rank_0_as_one_process(monkeypatch):
+def test_ranks_draw_different_numbers_and_rank_0_those_of_one_process(monkeypatch):
     draws = {}
     for seed in (0, 1):
         for rank in range(3):

@@ -1,4 +1,4 @@
-"""Laws of evaluation: every record once, as it would be answered alone, and its figures by hand.
+"""Laws of evaluation: every record once, answered as if alone, and figures computed by hand.
 
 Models are float64 and tiny; the textbook is oracle.py, one row at a time without a cache.
 """
@@ -210,7 +210,7 @@ def test_an_answer_is_judged_by_what_the_stage_leaves(
     assert row["num_thoughts"] == min(stage, 2)
 
 
-def test_commas_do_not_part_an_answer_from_the_gold_one(tokenizer, monkeypatch):
+def test_commas_in_an_answer_do_not_count(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: "1\n### 10")
     assert decode(tokenizer, ["1"], 0, [EOS])["correct"]
 

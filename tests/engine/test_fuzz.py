@@ -170,8 +170,8 @@ def test_any_values_under_the_keys_load_or_give_a_message(tmp_path, changes, com
     values = load_config(SHIPPED[0]).model_dump() if complete else {}
     refusal = check_config(tmp_path, to_text(values | changes))
     if refusal and complete:
-        told = [*changes, *map(repr, changes), "line 1: is nested too deeply"]
-        assert any(words in refusal for words in told)
+        expected = [*changes, *map(repr, changes), "line 1: is nested too deeply"]
+        assert any(words in refusal for words in expected)
 
 
 @fuzz(100)
@@ -290,8 +290,8 @@ def test_mangled_metadata_loads_or_name_file_and_field(evaluation, data):
         names = [field for field in path if isinstance(field, str)]
         metadata, refusal = outcome_of(lambda: Metadata.read(file.parent), file)
         if refusal:
-            told = [*names, "are not weights", "Invalid JSON"]
-            assert any(words in refusal for words in told)
+            expected = [*names, "are not weights", "Invalid JSON"]
+            assert any(words in refusal for words in expected)
         else:
             outcome_of(
                 lambda: config_with_metadata(config, metadata, "load_model_path"), "load_model_path"
@@ -501,7 +501,7 @@ def read_state(experiment):
 
 @fuzz(80)
 @given(st.data(), st.booleans())
-def test_a_mangled_position_is_taken_or_refused_by_name(again, data, repaired):
+def test_a_mangled_position_is_accepted_or_refused_by_name(again, data, repaired):
     experiment = again()
     file = state_folder(experiment) / "state.json"
     stored = json.loads(file.read_text())
@@ -547,7 +547,7 @@ def test_a_position_changed_by_hand_is_refused_by_field(again, capsys, path, val
 
 
 @pytest.mark.parametrize("wandb_id", ["gsm.1", "größer & (b)", ".."])
-def test_every_id_that_wandb_may_give_a_run_is_taken(again, wandb_id):
+def test_every_id_that_wandb_may_give_a_run_is_accepted(again, wandb_id):
     experiment = again()
     file = state_folder(experiment) / "state.json"
     stored = json.loads(file.read_text())
@@ -608,7 +608,7 @@ def test_weights_that_do_not_belong_to_a_state_damage_it(again, capsys):
 
 @fuzz(60)
 @given(st.data())
-def test_a_state_of_mangled_bytes_is_taken_or_refused_by_name(again, data):
+def test_a_state_of_mangled_bytes_is_accepted_or_refused_by_name(again, data):
     experiment = again()
     files = sorted(state_folder(experiment).iterdir())
     file = data.draw(st.sampled_from(files))

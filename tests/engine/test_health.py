@@ -1,4 +1,4 @@
-"""Laws of long runs: nothing grows, nothing is left behind, and no log ends a run.
+"""Laws of long runs: nothing grows, nothing is left behind, and logging never ends a run.
 
 The faults of a data worker are tested one by one in test_loader.py, those of a disk in
 test_tracking.py; here whole runs meet them.
@@ -104,10 +104,10 @@ def watch_memory(path):
         if "train/loss" not in metrics:
             return
         if step > WARM_UP + STEPS:
-            # Pages of its own: the heap may have room for it already.
+            # A mapping of its own, because the heap may have free space already.
             leak.append(mmap.mmap(-1, LEAK_BYTES))
             leak[-1].write(bytes(LEAK_BYTES))
-        # Else a leak would fill what loading the model freed, and not show.
+        # Otherwise a leak would first fill what loading the model freed, and stay hidden.
         libc.malloc_trim(0)
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
         num_files = len(os.listdir("/proc/self/fd"))

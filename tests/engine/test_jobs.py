@@ -27,7 +27,7 @@ def load(experiment, *overrides):
     return load_config(experiment.yaml, overrides)
 
 
-def test_jobs_are_called_from_python_and_return_what_came_of_them(tmp_path, caplog):
+def test_jobs_are_called_from_python_and_return_their_outcomes(tmp_path, caplog):
     experiment = Experiment(tmp_path, num_epochs=2)
     jobs.dry_run(load(experiment))
     assert "dry run: nothing trained or written" in caplog.messages
@@ -49,7 +49,7 @@ def test_jobs_are_called_from_python_and_return_what_came_of_them(tmp_path, capl
     assert measured["num_records"] == 7
 
 
-def test_mistakes_are_exceptions_for_who_calls_from_python(tmp_path):
+def test_mistakes_are_exceptions_for_callers_from_python(tmp_path):
     experiment = Experiment(tmp_path)
     experiment.train.unlink()
     with pytest.raises(UserError, match="cannot be read"):
@@ -89,7 +89,7 @@ class LastStateOnly(Coconut):
     def thought(self, hidden_states, attention_mask, is_first):
         return hidden_states[:, -1]
 
-class Stranger:
+class Unrelated:
     pass
 """
 
@@ -118,12 +118,14 @@ def test_a_class_that_the_configuration_names_trains_and_evaluates(tmp_path, my_
     assert words in capsys.readouterr().err
 
 
-def test_a_class_that_cannot_be_had_is_refused_before_anything_is_read(tmp_path, my_module, capsys):
+def test_a_class_that_cannot_be_imported_is_refused_before_anything_is_read(
+    tmp_path, my_module, capsys
+):
     experiment = Experiment(tmp_path, train_path="missing.json")
     for name, words in [
         ("no_such_module:Mine", "there is no module no_such_module in"),
         (f"{my_module}:Mine", f"{my_module}.py has no class Mine"),
-        (f"{my_module}:Stranger", "Stranger is not a subclass of Coconut"),
+        (f"{my_module}:Unrelated", "Unrelated is not a subclass of Coconut"),
     ]:
         words = [f"coconut_class: {name}: ", words]
         assert_refused(capsys, experiment, f"coconut_class={name}", words=words)

@@ -100,7 +100,7 @@ def test_a_worker_that_stalls_ends_loading(monkeypatch):
 
 @pytest.mark.parametrize("started", [0, 1])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_without_room_for_workers_loading_ends(collator, monkeypatch, started):
+def test_loading_ends_where_workers_cannot_start(collator, monkeypatch, started):
     calls, start = itertools.count(), multiprocessing.Process.start
 
     def start_or_refuse(process):

@@ -207,7 +207,7 @@ def test_only_what_acts_under_the_method_counts(configure, stored):
     assert settle(no_thoughts, metadata).epochs_per_stage == 4
 
 
-def test_weights_of_another_method_are_refused_where_they_cannot_serve(configure, stored):
+def test_weights_of_another_method_are_refused_where_they_cannot_be_used(configure, stored):
     for keys in ({"only_eval": False}, {}):
         with pytest.raises(UserError, match="was trained as coconut, but this run is cot"):
             settle(configure(cot=True, **keys), stored())
@@ -230,7 +230,7 @@ def test_a_class_is_recorded_by_module_and_name(configure, tokenizer, monkeypatc
     config = configure()
     assert Metadata.of(config, tokenizer, Coconut).coconut_class is None
     assert Metadata.of(config, tokenizer, Mine).coconut_class == "test_metadata:Mine"
-    # In a script that is run, the same class lies in a module of another name.
+    # In a script that is run, the module of the same class has another name.
     script = SimpleNamespace(__file__="/home/me/thoughts.py")
     monkeypatch.setitem(sys.modules, "__main__", script)
     monkeypatch.setattr(Mine, "__module__", "__main__")

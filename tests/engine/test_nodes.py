@@ -1,6 +1,6 @@
 """Laws of many nodes: two torchrun agents on this machine do what one process does.
 
-Each agent stands for a node: its one process has local rank 0, so only the global ranks differ.
+Each agent represents a node: its one process has local rank 0, so only the global ranks differ.
 node.py is what they run.
 """
 
@@ -111,7 +111,7 @@ def test_two_nodes_follow_the_trajectory_of_one_process(one, two):
 def test_only_rank_0_writes_shared_files(two):
     by_main = {path.removeprefix(f"{two.run_dir}/") for path in notes(two.folder, 0, "written")}
     left = {str(path.relative_to(two.run_dir)) for path in two.run_dir.rglob("*")}
-    # The watch sees what matters, weights included: all that is there now but what was renamed.
+    # The notes cover every file that exists now except renamed ones, weights included.
     assert {path for path in left if "/" not in path} <= by_main
     assert any(path.endswith("model.safetensors") for path in by_main)
     assert notes(two.folder, 1, "written") == []
@@ -149,7 +149,7 @@ def test_an_evaluation_alone_is_written_by_rank_0_too(two):
     assert notes(folder, 1, "written") == []
 
 
-def test_a_killed_and_a_stopped_run_go_on_with_other_numbers_of_nodes(one, tmp_path, monkeypatch):
+def test_killed_and_stopped_runs_resume_on_other_numbers_of_nodes(one, tmp_path, monkeypatch):
     experiment = make_experiment(tmp_path)
     statuses, output = run_agents(experiment, "killed_then_stopped", "--max-restarts", "1")
     assert 0 not in statuses
@@ -307,7 +307,7 @@ def test_the_slurm_script_starts_an_agent_on_each_node(tmp_path, cluster):
 
 
 def test_the_slurm_script_stops_the_agents_in_time_and_queues_itself_again(tmp_path, cluster):
-    # The step ends once it is told to, as a run that saves its state does.
+    # The step ends when asked to, as a run that saves its state does.
     job = submit(
         tmp_path, cluster(f"until [[ -e {tmp_path}/cancelled ]]; do sleep 0.1; done\nexit 1")
     )

@@ -41,7 +41,7 @@ def test_an_evaluation_is_not_sharded(tmp_path, monkeypatch, capsys):
     assert "parallel: none (an evaluation needs whole parameters)" in capsys.readouterr().out
 
 
-def test_sharding_is_chosen_where_one_device_has_too_little_room(monkeypatch):
+def test_sharding_is_chosen_where_one_device_has_too_little_memory(monkeypatch):
     def choose(kind, num_parameters, bf16=False):
         return dataclasses.astuple(parallel.choose_parallel(kind, num_parameters, bf16))
 

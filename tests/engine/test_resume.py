@@ -167,7 +167,7 @@ def test_a_run_killed_in_every_phase_resumes_as_if_never_stopped(straight, distu
         ("engine.tracking:Tracker.log", 9, []),  # mid-epoch, the step logged but not yet saved
         ("engine.trainer:evaluate", 1, []),  # between the end of the epoch's steps and evaluation
         ("engine.checkpoint:atomic_directory", 1, []),  # before the epoch's checkpoint
-        ("engine.checkpoint:update_trainer", 1, []),  # everything done but to say so
+        ("engine.checkpoint:update_trainer", 1, []),  # everything done but not logged
         ("engine.tracking:Tracker.log", 3, ["save_every_minutes=None"]),  # to the epoch's start
     ]
     disturbed.change(save_every_minutes=1e-9)

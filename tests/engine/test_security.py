@@ -422,7 +422,7 @@ def test_a_save_path_may_be_a_link_since_the_user_wrote_it(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "coconut.json", "tokenizer_config.json"])
-def test_a_message_that_quotes_a_file_gives_the_terminal_no_orders(tmp_path, capsys, file):
+def test_a_message_that_quotes_a_file_sends_no_control_characters(tmp_path, capsys, file):
     experiment = Experiment(tmp_path / "e")
     content = {"\x1b[2J": 1, "model_type": "\x1b]0;x\x07", "eos_token": {"\u009b2J": "\ud800"}}
     (experiment.model / file).write_text(json.dumps(content))

@@ -114,7 +114,7 @@ def test_epochs_end_with_the_first_stage_that_leaves_no_text(tmp_path, most_step
     assert prepare(load_config(experiment.yaml), None).config.num_epochs == num_epochs
 
 
-def test_the_first_records_alone_are_read(tmp_path):
+def test_only_the_first_records_are_read(tmp_path):
     experiment = Experiment(tmp_path, num_train=6, max_train_records=4)
     assert len(prepare(load_config(experiment.yaml), None).data.train) == 4
     experiment.change(debug=True)

@@ -169,7 +169,7 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tmp_path):
     assert [learning_rate(config, step, 10) for step in range(6)] == pytest.approx(
         [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
     )
-    # Steps 4 to 9 stand at 0, 1/6 .. 5/6 of the half circle: cos 60 degrees is a half.
+    # Steps 4 to 9 are at 0, 1/6 .. 5/6 of the half circle: cos 60 degrees is a half.
     assert learning_rate(cosine, 3, 10) == pytest.approx(0.8)
     assert learning_rate(cosine, 4, 10) == pytest.approx(0.8)
     assert learning_rate(cosine, 6, 10) == pytest.approx(0.6)

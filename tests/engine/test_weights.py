@@ -1,4 +1,4 @@
-"""Reading sources of weights: what is said of a broken one, and which file is at fault.
+"""Reading sources of weights: the message for a broken one, and which file is at fault.
 
 That nothing in a source is run is test_security.py's; mangled files are test_fuzz.py's.
 """
@@ -136,7 +136,7 @@ def test_a_folder_is_a_model_folder_or_says_what_it_lacks(tiny_folder):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """`hub(head)`: a hub whose answer to a request is what `head` does, asked anew."""
+    """`hub(head)`: a hub that answers requests as `head` does, asked again."""
 
     def replace(head):
         monkeypatch.setattr(weights.constants, "HF_HUB_OFFLINE", False)

@@ -102,7 +102,7 @@ def finish(results, run, **changes):
 
 
 def outcome(results):
-    """What results say, but for clocks."""
+    """Results without measured times."""
     found = []
     for run in read_results(results):
         epochs = [epoch.model_copy(update={"seconds": None}) for epoch in run.epochs]
