@@ -103,15 +103,6 @@ def wait_for_first_process() -> None:
         time.sleep(FIRST_PROCESS_TIMEOUT_S)
 
 
-def print_line(text: object) -> None:
-    """Print `text` on standard output and flush it.
-
-    A full disk or a closed pipe must not end a run, and there is nowhere to report it.
-    """
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
-
-
 def fsync_directory(path: Path) -> None:
     """Make the names inside directory `path` durable: a rename survives a power cut after this."""
     descriptor = os.open(path, os.O_RDONLY)

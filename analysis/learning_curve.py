@@ -8,7 +8,6 @@ and computes no figures of its own.
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.results import read_metrics
 from utils import UserError
 
 TRAIN, HELD_OUT, INK, NOTE = "#e69f00", "#0072b2", "#222222", "#5b616b"
@@ -45,12 +45,7 @@ def read_curve(run_dir: Path) -> Curve:
     Raises: UserError if metrics.jsonl is missing, unreadable or without an evaluation.
     """
     path = Path(run_dir) / "metrics.jsonl"
-    try:
-        entries = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name the folder of a training run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: broken ({error}); resume the run, which fixes it") from None
+    entries = read_metrics(Path(run_dir))
     evaluations = [entry for entry in entries if "eval/epoch" in entry]
     if not evaluations:
         raise UserError(f"{path}: no evaluation yet; let the run finish an epoch")

@@ -176,7 +176,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name the folder of a training run") from None
     except ValueError as error:
-        raise UserError(f"{path}: broken ({error}); resume the run, which repairs it") from None
+        raise UserError(f"{path}: broken ({error}); resume the run, which fixes it") from None
 
 
 def epochs_of(lines: Iterable[dict]) -> list[Epoch]:

@@ -39,7 +39,7 @@ MIN_POSITIONS = 128
 POSITIONS = {"llama": "rotary", "gpt2": "learned"}  # of each kind of model
 
 
-def model_config(
+def architecture(
     kind: str = "llama",
     width: int = 64,
     depth: int = 3,
@@ -97,7 +97,7 @@ def model_config(
     }
 
 
-MODEL_CONFIG = model_config()
+ARCHITECTURE = architecture()
 
 
 def tokenizer_config(num_positions: int) -> dict:
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.data:
             records = [record for path in options.data for record in read_records(path)]
             words, num_positions = vocabulary_of(records), positions_for(records)
-        config = model_config(
+        config = architecture(
             kind, options.width, options.depth, options.heads, len(words), num_positions
         )
     except InputError as error:

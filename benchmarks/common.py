@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from analysis.tables import markdown_table
 from benchmarks import environment
 from dataset import MARKERS
 from engine import distributed
@@ -204,12 +205,8 @@ def published_precision():
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a Markdown table whose columns are also aligned as plain text."""
-    cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    for row in cells:
-        line = " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(f"| {line} |", flush=True)
+    cells = [tuple(map(str, row)) for row in (head, *rows)]
+    print("\n".join(markdown_table(cells)), flush=True)
 
 
 def write_report(name: str, options: argparse.Namespace, rows: list[dict]) -> Path:

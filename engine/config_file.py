@@ -44,11 +44,11 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
     overrides: `key=value` texts, of which the last for a key counts, or Python values by key.
 
-    Raises: ConfigError with every problem, one a line as `source: key=value problem; fix`, where
-    the source is the file that holds the key, "command line" for texts, "overrides" for values by
+    Raises: ConfigError with every problem, one a line as `place: key=value problem; fix`, where the
+    place is the file that holds the key, "command line" for texts, "overrides" for values by
     key.
     """
-    values, sources, problems = read_file_and_bases(str(path))
+    values, places, problems = read_file_and_bases(str(path))
     outside = "overrides" if isinstance(overrides, Mapping) else "command line"
     if isinstance(overrides, Mapping):
         overridden = {k: str(v) if isinstance(v, Path) else v for k, v in overrides.items()}
@@ -56,24 +56,24 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         overridden, override_problems = read_overrides(overrides)
         problems += override_problems
     values |= overridden
-    sources |= dict.fromkeys(overridden, outside)
+    places |= dict.fromkeys(overridden, outside)
     # What the user wrote last comes first: overrides, then the file itself, then its bases.
-    nearest_first = [outside, *sources.values(), str(path)]
+    nearest_first = [outside, *places.values(), str(path)]
 
-    def source(keys: Sequence[str]) -> str:
-        return min((sources.get(key, str(path)) for key in keys), key=nearest_first.index)
+    def place_of(keys: Sequence[str]) -> str:
+        return min((places.get(key, str(path)) for key in keys), key=nearest_first.index)
 
     try:
         config = Config(**values)
     except ValidationError as error:
         typed = overridden if outside == "command line" else ()
-        problems += [f"{source(k)}: {text}" for k, text in _problems(error, values, typed)]
+        problems += [f"{place_of(k)}: {text}" for k, text in _problems(error, values, typed)]
     if "gradient_accumulation_steps" in overridden and "effective_batch_size" not in overridden:
         effective = values.get("effective_batch_size")
         if effective is not None:
             problems.append(
                 f"{outside}: gradient_accumulation_steps is overridden by effective_batch_size="
-                f"{effective} in {sources['effective_batch_size']}; write "
+                f"{effective} in {places['effective_batch_size']}; write "
                 "effective_batch_size=None as well"
             )
     if problems:
@@ -192,7 +192,7 @@ def read_file_and_bases(path: str) -> tuple[dict[str, Any], dict[str, str], list
     Raises: ConfigError where a file cannot be read, or is its own base.
     """
     values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+    places: dict[str, str] = {}
     problems: list[str] = []
     seen: list[str] = []
     while True:
@@ -200,13 +200,13 @@ def read_file_and_bases(path: str) -> tuple[dict[str, Any], dict[str, str], list
         own, own_problems = read_file(path)
         problems += own_problems
         base = own.pop("base", None)
-        sources |= dict.fromkeys(own.keys() - sources.keys(), path)
+        places |= dict.fromkeys(own.keys() - places.keys(), path)
         values = own | values
         if base is UNREADABLE or base is None:
-            return values, sources, problems
+            return values, places, problems
         named = f"{path}: base={_shown.repr(base)}"
         if not isinstance(base, str):
-            return values, sources, [*problems, f"{named} is not text; write base: other.yaml"]
+            return values, places, [*problems, f"{named} is not text; write base: other.yaml"]
         below = os.path.normpath(os.path.join(os.path.dirname(path), base))
         if not os.path.isfile(below):
             raise ConfigError(f"{named} is not a file; write its path relative to {path}")

@@ -57,7 +57,7 @@ def test_weights_depend_on_the_seed_and_embeddings_are_drawn_wider(tmp_path):
     assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
     embeddings, matrix = a["model.embed_tokens.weight"], a["lm_head.weight"]
     assert embeddings.std().item() == pytest.approx(maker.EMBEDDING_STD, rel=0.1)
-    wanted = maker.MODEL_CONFIG["initializer_range"]
+    wanted = maker.ARCHITECTURE["initializer_range"]
     assert matrix.std().item() == pytest.approx(wanted, rel=0.1)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import random
 import stat
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from engine.distributed import seed_everything
-from utils import atomic_write_text, fsync_file, print_line, sha256_file
+from utils import atomic_write_text, configure_logging, fsync_file, log, sha256_file
 
 
 def contents(folder):
@@ -151,8 +152,10 @@ def test_sha256_reads_the_whole_file(tmp_path):
 
 
 def test_a_line_that_cannot_be_printed_does_not_end_a_run(monkeypatch, capsys):
-    print_line("one")
+    configure_logging(0)
+    monkeypatch.setattr(log, "level", logging.INFO)
+    log.info("one")
     assert capsys.readouterr().out == "one\n"
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
-        print_line("two")
+        log.info("two")
