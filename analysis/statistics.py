@@ -47,6 +47,30 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(len(values), mean, deviation, mean - half, mean + half)
 
 
+def mean_interval(values: Sequence[float]) -> dict[str, float | int | None]:
+    """n, the mean of `values` and low and high, its interval by `summarize`; None without values.
+
+    low and high are None for a single value.
+    """
+    if len(values) == 0:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    summary = summarize(values)
+    return {"mean": summary.mean, "low": summary.low, "high": summary.high, "n": summary.n}
+
+
+def area_under_curve(scores: np.ndarray, is_positive: np.ndarray) -> float | None:
+    """The share of pairs (positive, other) in which the positive scores higher, ties as half.
+
+    scores, is_positive: (n,). None without a positive or without another.
+    """
+    num_positive = int(is_positive.sum())
+    num_other = len(is_positive) - num_positive
+    if num_positive == 0 or num_other == 0:
+        return None
+    rank_sum = stats.rankdata(scores)[is_positive].sum() - num_positive * (num_positive + 1) / 2
+    return float(rank_sum / (num_positive * num_other))
+
+
 @dataclass(frozen=True)
 class Paired:
     """Differences between two arms over the seeds they share.
