@@ -12,6 +12,8 @@ from torch import Tensor
 
 from coconut import Coconut
 
+# Numbers of one block of logits, 32 MB in float32: with GPT-2's vocabulary 167 rows.
+MAX_LOGITS = 2**23
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -42,3 +44,24 @@ def top_tokens(
         [(token_text(tokenizer, i), p) for i, p in zip(ids, probabilities, strict=True)]
         for ids, probabilities in rows
     ]
+
+
+@torch.no_grad()
+def token_log_probabilities(model: Coconut, states: Tensor, token_ids: Tensor) -> Tensor:
+    """(n,) float32 or wider: the natural logarithm of the probability of one token at each state.
+
+    states: (n, D); token_ids: (n,) long. The vocabulary is scored for a block of states at a time.
+    """
+    head = model.base_causallm.get_output_embeddings()
+    found = [states.new_zeros(0, dtype=torch.promote_types(states.dtype, torch.float32))]
+    for block, ids in zip(blocks(model, states), blocks(model, token_ids), strict=True):
+        logits = head(block)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        found.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1))
+    return torch.cat(found)
+
+
+def blocks(model: Coconut, rows: Tensor) -> tuple[Tensor, ...]:
+    """`rows` in parts whose logits over the vocabulary fill no more than MAX_LOGITS numbers."""
+    vocab_size = model.base_causallm.get_input_embeddings().num_embeddings
+    return rows.split(max(1, MAX_LOGITS // vocab_size))

@@ -81,9 +81,7 @@ def probe(features: np.ndarray, labels: np.ndarray, num_permutations: int = 0) -
     }
 
 
-def probe_steps(
-    thoughts: np.ndarray, labels: np.ndarray, own_steps: Sequence[int]
-) -> list[dict]:
+def probe_steps(thoughts: np.ndarray, labels: np.ndarray, own_steps: Sequence[int]) -> list[dict]:
     """A probe of every thought for every step that has one.
 
     thoughts: (n, K, D), nan where a record has no such thought; labels: (n, S) as in `probe`;

@@ -1,0 +1,163 @@
+"""How likely a model finds many continuations of one text, all scored in one pass.
+
+After each of several places of a text follow forced tokens, and then, one apart from the other,
+the continuations whose probability is wanted. All of them hang as a tree on the text's own columns,
+and a mask lets each column see its ancestors alone. So the text is read once for all places and
+continuations, and no cache is copied.
+
+The text comes as the embeddings that Coconut.read returned, thoughts in place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.lens import token_log_probabilities
+from coconut import Coconut
+from utils import UserError
+
+# Of a state's norm: how far two ways to read the same column may lie apart by rounding.
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Continuations of a text from one place.
+
+    column: the last column of the text that they see.
+    forced_ids: tokens that follow it.
+    continuations: the ids of each text to score after these, at least one id each.
+    """
+
+    column: int
+    forced_ids: list[int]
+    continuations: list[list[int]]
+
+
+@dataclass
+class _Tree:
+    """The columns of one row, text first: what each follows, reads and stands at."""
+
+    parents: list[int]  # of added columns
+    token_ids: list[int]
+    depths: list[int]  # position ids
+    # Of every token that is scored: the column that predicts it, its id, which continuation.
+    scored: list[tuple[int, int, tuple[int, int]]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def continuation_log_probabilities(
+    model: Coconut,
+    states: Tensor,
+    embeds: Tensor,
+    attention_mask: Tensor,
+    branches: Sequence[Sequence[Branch]],
+) -> list[list[np.ndarray]]:
+    """For each row and branch, (number of continuations,) natural logarithms of probabilities.
+
+    states, embeds: (B, T, D) as Coconut.read returned them; attention_mask: (B, T).
+    branches: those of each row.
+
+    Raises: UserError for a model that does not take such a mask, as one with a sliding window.
+    """
+    trees = [_grow(mask, row) for mask, row in zip(attention_mask.cpu(), branches, strict=True)]
+    width = embeds.size(1)
+    num_added = max(len(tree.parents) for tree in trees)
+    visible = np.stack([
+        _visible(mask, tree, num_added)
+        for mask, tree in zip(attention_mask.cpu().numpy(), trees, strict=True)
+    ])  # fmt: skip
+    device = embeds.device
+    tokens = _pad([tree.token_ids for tree in trees], num_added).to(device)
+    depths = _pad([tree.depths for tree in trees], num_added).to(device)
+    own = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    added = model.base_causallm.get_input_embeddings()(tokens).to(embeds.dtype)
+    read = _read_tree(
+        model,
+        torch.cat([embeds, added], 1),
+        torch.cat([own, depths], 1),
+        torch.from_numpy(visible).to(device),
+    )
+    _check_text(model, states, read[:, :width], attention_mask)
+    scored = [(row, *each) for row, tree in enumerate(trees) for each in tree.scored]
+    rows, columns, ids = (torch.tensor([each[i] for each in scored]) for i in range(3))
+    log_p = token_log_probabilities(model, read[rows, columns], ids.to(device)).tolist()
+    sums = [[np.zeros(len(b.continuations)) for b in row_branches] for row_branches in branches]
+    for (row, _, _, (branch, continuation)), value in zip(scored, log_p, strict=True):
+        sums[row][branch][continuation] += value
+    return sums
+
+
+def _grow(mask: Tensor, branches: Sequence[Branch]) -> _Tree:
+    """The tree that `branches` make on a text with this mask (T,)."""
+    width = len(mask)
+    depth_of = (mask.long().cumsum(0) - 1).tolist()  # of all columns, added ones included
+    tree = _Tree([], [], [])
+
+    def add(parent: int, token_id: int) -> int:
+        tree.parents.append(parent)
+        tree.token_ids.append(token_id)
+        tree.depths.append(depth_of[parent] + 1)
+        depth_of.append(depth_of[parent] + 1)
+        return width + len(tree.parents) - 1
+
+    for number, branch in enumerate(branches):
+        end = branch.column
+        for token_id in branch.forced_ids:
+            end = add(end, token_id)
+        for which, ids in enumerate(branch.continuations):
+            assert ids
+            column = end
+            for place, token_id in enumerate(ids):
+                tree.scored.append((column, token_id, (number, which)))
+                if place + 1 < len(ids):
+                    column = add(column, token_id)
+    return tree
+
+
+def _visible(mask: np.ndarray, tree: _Tree, num_added: int) -> np.ndarray:
+    """(C, C) bool: which columns each column sees. Padding sees itself: a softmax needs one."""
+    width = len(mask)
+    visible = np.eye(width + num_added, dtype=bool)
+    visible[:width, :width] |= np.tril(np.ones((width, width), dtype=bool)) & (mask != 0)
+    for column, parent in enumerate(tree.parents, start=width):
+        visible[column] |= visible[parent]
+    return visible
+
+
+def _pad(lists: Sequence[list[int]], length: int) -> Tensor:
+    return torch.tensor([each + [0] * (length - len(each)) for each in lists], dtype=torch.long)
+
+
+def _read_tree(model: Coconut, embeds: Tensor, position_ids: Tensor, visible: Tensor) -> Tensor:
+    """The states (B, C, D) of all columns under a mask of their own (B, C, C)."""
+    base = model.base_causallm
+    mask = torch.zeros(visible.shape, dtype=embeds.dtype, device=embeds.device)
+    mask = mask.masked_fill(~visible, torch.finfo(embeds.dtype).min)[:, None]  # (B, 1, C, C)
+    # Families whose positions are part of the mask fail in ways of their own.
+    try:
+        return base.base_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise _refusal(model) from error
+
+
+def _check_text(model: Coconut, states: Tensor, read: Tensor, attention_mask: Tensor) -> None:
+    """Refuse a model to which the mask did not mean what it says: the text reads differently."""
+    is_token = attention_mask != 0
+    expected, found = states[is_token], read[is_token]
+    norm = torch.linalg.vector_norm
+    if bool((norm(found - expected, dim=-1) > TOLERANCE * norm(expected, dim=-1)).any()):
+        raise _refusal(model)
+
+
+def _refusal(model: Coconut) -> UserError:
+    kind = model.base_causallm.config.model_type
+    return UserError(
+        f"{kind}: does not read texts under a mask of their own, which values of nodes need; use a"
+        " model with full attention in all layers, such as GPT-2 or Llama"
+    )
