@@ -206,6 +206,14 @@ def _finish(axes: Axes, title: str, xlabel: str = "thought", ylabel: str = "") -
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _legend_below(axes: Axes) -> None:
+    """Below the axes, where no curve can run through it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+        axes.legend(handles, labels, **place, ncols=2, fontsize=8, frameon=False)
+
+
 def _plot_means(
     axes: Axes, entries: Sequence[dict[str, Any]], label: str, colour: str, scale: float = 1.0
 ) -> None:
@@ -225,7 +233,7 @@ def _plot_means(
 def _draw_thoughts(found: dict[str, Any]):
     thoughts = found["thoughts"]
     ks = [entry["k"] for entry in thoughts]
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     words, options, cosines, windows = panels.flat
 
     def plot(axes: Axes, name: str, label: str, colour: str, scale: float = 1.0) -> None:
@@ -235,11 +243,11 @@ def _draw_thoughts(found: dict[str, Any]):
     plot(words, "gold_step_top1", "likeliest token of all", COLOURS[5], 100)
     words.set_ylim(-3, 103)
     _finish(words, "thought k reads as step k (%)")
-    options.plot(ks, [np.exp(e["entropy"]["mean"]) for e in thoughts], marker="o",
+    options.plot(ks, [np.exp(e["entropy"]["mean"]) for e in thoughts], marker="o", markersize=4,
                  color=COLOURS[0], label="options, exp(entropy)")  # fmt: skip
     plot(options, "norm_ratio", "norm / mean embedding norm", COLOURS[1])
     options.set_ylim(bottom=0)
-    _finish(options, "how many words, how long")
+    _finish(options, "number of options, and length")
     for name, label, colour in (
         ("cosine_last_state", "the state before it", COLOURS[0]),
         ("cosine_previous", "the thought before it", COLOURS[2]),
@@ -250,10 +258,9 @@ def _draw_thoughts(found: dict[str, Any]):
     cosines.set_ylim(top=1.05)
     _finish(cosines, "cosine with")
     _draw_windows(windows, thoughts)
-    for axes in (words, options, cosines):
-        axes.legend(fontsize=8, frameon=False)
     for axes in panels.flat:
         axes.set_xticks(ks)
+        _legend_below(axes)
     return figure
 
 
@@ -263,12 +270,10 @@ def _draw_windows(axes: Axes, thoughts: Sequence[dict[str, Any]]) -> None:
     for j in range(size):
         places = [entry["k"] + 0.8 * ((j + 0.5) / size - 0.5) for entry in thoughts]
         shares = [entry["window"][j] for entry in thoughts]
-        label = "nearest" if j == 0 else f"{j + 1} back"
+        label = "nearest" if j == 0 else f"{j + 1} columns back"
         axes.bar(places, shares, 0.8 / size, color=COLOURS[j % len(COLOURS)], label=label)
     axes.axhline(0, color=NOTE, linewidth=0.8)
     _finish(axes, "share of each state of the window" if size else "no window: pause thoughts")
-    if size:
-        axes.legend(fontsize=8, frameon=False, ncols=min(size, 3))
 
 
 def _heat_map(axes: Axes, values: np.ndarray, title: str, top: float | None, form: str) -> None:
@@ -296,7 +301,7 @@ def _draw_layers(found: dict[str, Any]):
         axes.set_xticks(range(num_thoughts), range(1, num_thoughts + 1))
         axes.set_xlabel("thought")
     panels[0].set_yticks(range(num_layers), ["input", *range(1, num_layers)])
-    panels[0].set_ylabel("layer, at the column before the thought")
+    panels[0].set_ylabel("layer, a column before")
     return figure
 
 
@@ -338,7 +343,7 @@ def _draw_confidence(found: dict[str, Any]):
     )
     curve.errorbar(x, acc, [acc - low, high - acc], color=RIGHT_COLOUR, marker="o", markersize=4,
                    linewidth=1, capsize=2, label="answers by confidence")  # fmt: skip
-    curve.set(xlim=(0, 100), ylim=(-3, 103))
+    curve.set(xlim=(-3, 103), ylim=(-3, 103))
     _finish(curve, "reliability", "", "right (%)")
     curve.legend(fontsize=8, frameon=False, loc="upper left")
     middles = [50 * (point["from"] + point["to"]) for point in points]
@@ -354,7 +359,7 @@ def _draw_confidence(found: dict[str, Any]):
 
 def _draw_graph(found: dict[str, Any]):
     graph = found["graph"]
-    figure, panels = plt.subplots(2, 2, figsize=(9.5, 6.4), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(9.5, 7.6), layout="constrained")
     values, curve, attention, heights = panels.flat
     for group, colour in GROUP_COLOURS.items():
         _plot_means(values, graph["groups"][group], group, colour, 100)
@@ -371,10 +376,11 @@ def _draw_graph(found: dict[str, Any]):
     curve.axhline(0.5, color=NOTE, linewidth=1, linestyle="--")
     curve.set_ylim(0, 1.05)
     _finish(curve, "how clear, how parallel", "thoughts")
+    _draw_heights(heights, graph["height"])
     for axes in (values, curve, attention):
         axes.set_xticks(ks)
-        axes.legend(fontsize=8, frameon=False)
-    _draw_heights(heights, graph["height"])
+    for axes in panels.flat:
+        _legend_below(axes)
     return figure
 
 
@@ -391,5 +397,4 @@ def _draw_heights(axes: Axes, entries: Sequence[dict[str, Any]]) -> None:
                   markersize=4, label=f"{kind} nodes of the frontier")  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8, frameon=False)
     _finish(axes, "value by height (%)", "edges to the nearest leaf")
