@@ -24,7 +24,7 @@ from analysis.confidence import describe_confidence
 from analysis.graph_values import Graph, describe_groups, describe_values, read_graphs
 from analysis.lens import token_text
 from analysis.linear_probes import probe_steps
-from analysis.output import heading, write_json
+from analysis.output import heading, make_folder, write_json
 from analysis.readings import MAX_DETAILED, Readings, read_thoughts, telling_steps
 from analysis.statistics import mean_interval
 from analysis.step_tokens import step_labels, step_of
@@ -226,9 +226,10 @@ def write_probes(
 
     folder: by default RUN/analysis/checkpoint_N.
 
-    Raises: UserError where `probe` does.
+    Raises: UserError where `probe` does, and for a folder that cannot be written.
     """
     folder = folder or output_folder(subject.folder, subject.data)
+    make_folder(folder)
     found = probe(subject, requires_graphs)
     probe_output.write_tables(found, folder)
     probe_output.draw(found, folder)

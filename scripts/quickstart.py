@@ -4,7 +4,7 @@ It makes the questions and a tiny untrained model, trains it with the same comma
 type (CoT, then Coconut; meanwhile, on a second core, the baseline that answers at once), and prints
 a summary. Everything but the questions goes into one folder. Started again, it resumes where it
 stopped. The runs are configured in cpu_args/quickstart_*.yaml; analysis/ablations.py,
-analysis/thoughts.py and analysis/learning_curve.py do the measuring.
+analysis/probes.py and analysis/learning_curve.py do the measuring.
 """
 
 import argparse
@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.ablation_output import IN_WORDS
 from analysis.ablations import write_ablations
 from analysis.learning_curve import Curve, read_curve, save_learning_curve
+from analysis.probes import write_probes
 from analysis.subject import open_subject, output_folder
-from analysis.thoughts import ThoughtReport, examine
 from dataset import read_records
 from engine.config_file import as_override, load_config
 from utils import ConfigError, UserError, atomic_write_text
@@ -153,9 +153,7 @@ def stage_section(evaluations: list[dict], num_steps: int) -> list[str]:
     return ["## Stage by stage, thoughts replace the written steps", "", *table(head, *rows)]
 
 
-def thought_section(
-    ablations: dict, thoughts: ThoughtReport, baseline: dict, share: float
-) -> list[str]:
+def thought_section(ablations: dict, probes: dict, baseline: dict, share: float) -> list[str]:
     """What the thoughts contribute, and what they encode."""
     rows = [("its own thoughts", *accuracy_cells(ablations["own"]))]
     rows += [
@@ -165,7 +163,9 @@ def thought_section(
     ]
     rows.append(("no thoughts: the baseline", *accuracy_cells(baseline)))
     readings = [
-        f"thought {i} is step {i} in {100 * a:.0f} %" for i, a in enumerate(thoughts.agreement, 1)
+        f"thought {entry['k']} is step {entry['step']} in"
+        f" {100 * entry['gold_step_word']['mean']:.0f} %"
+        for entry in probes["thoughts"]
     ]
     return [
         "## What the thoughts contribute",
@@ -201,13 +201,16 @@ def summarize(out: Path, began: float) -> str:
     """
     config = load_config(out / "coconut" / "config.yaml")
     checkpoint, plot = out / "coconut" / f"checkpoint_{config.num_epochs}", out / PLOT_NAME
-    ablations, thoughts = write_ablations(open_subject(checkpoint)), examine(checkpoint)
+    subject = open_subject(checkpoint)
+    ablations, probes = write_ablations(subject), write_probes(subject)
     curves = {run: read_curve(out / run) for run in RUNS}
     cot, coconut, baseline = (curves[run].evaluations[-1] for run in RUNS)
     epoch = coconut["eval/epoch"]
     predictions = out / "coconut" / f"predictions_{epoch}.jsonl"
     sample = json.loads(predictions.read_text(encoding="utf-8").partition("\n")[0])
     steps = read_records(config.val_path)[sample["index"]]["steps"]
+    # Predictions lie in file order, so the first of them has its details.
+    words = [thought["word"] for thought in probes["records"][sample["index"]]["thoughts"]]
     stages = [*last_of_each_stage(curves["cot"]), *last_of_each_stage(curves["coconut"])]
     share = baseline["step"] / (cot["step"] + coconut["step"])
     reference = ("answering at once", baseline["eval/acc"])
@@ -222,8 +225,8 @@ def summarize(out: Path, began: float) -> str:
             f" gives {100 * CHANCE:.0f} %.",
         ],
         stage_section(stages, len(steps)),
-        thought_section(ablations, thoughts, baseline, share),
-        sample_section(sample, thoughts.words[sample["index"]], steps),
+        thought_section(ablations, probes, baseline, share),
+        sample_section(sample, words, steps),
         [
             "## Files",
             "",

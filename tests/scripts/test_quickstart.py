@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import run
-from analysis import learning_curve, thoughts
+from analysis import learning_curve
 from assets import draw_method, make_quickstart_model
 from engine.config_file import load_config
 from engine.metrics import extract_answer
@@ -80,43 +80,13 @@ def test_the_summary_shows_every_figure_and_file(finished):
     for path in re.findall(r"^    (?:\S+ )+ +(/\S+)$", summary, flags=re.MULTILINE):
         assert Path(path).exists()
     assert summary.count(str(finished)) == 6
-
-
-def test_thoughts_are_read_as_words_at_the_stage_of_the_run(finished):
-    last = learning_curve.read_curve(finished / "coconut").evaluations[-1]
-    report = thoughts.examine(finished / "coconut" / "checkpoint_4")
-    assert report.stage == last["eval/stage"] == 3
-    assert [len(words) for words in report.words] == [3] * 20
-    assert len(report.agreement) == 3
-
-
-def test_agreement_counts_only_records_that_have_the_step():
-    # Two thoughts per step; the second record has one step, the third none.
-    word_ids = [[5, 5, 7, 8], [6, 5], []]
-    step_ids = [[[5, 1], [2, 7]], [[6]], []]
-    assert thoughts.agreement(word_ids, step_ids, c_thought=2) == [1.0, 0.5, 1.0, 0.0]
-
-
-def test_thoughts_are_decoded_to_words_in_which_answers_differ():
-    assert thoughts.differing_ids([[9, 4, 1], [9, 5, 1], [9, 4, 1]]) == [4, 5]
-    assert thoughts.differing_ids([[9, 4], [4, 9]]) == [4, 9]
-
-
-def test_checkpoints_without_thoughts_are_refused(finished, capsys):
-    for folder in (finished / "cot" / "checkpoint_1", finished / "model"):
-        with pytest.raises(UserError, match="is no Coconut checkpoint with thoughts"):
-            thoughts.examine(folder)
-    with pytest.raises(SystemExit) as stopped:
-        thoughts.main([str(finished)])
-    assert stopped.value.code == 2
-    assert "name a run's checkpoint_N" in capsys.readouterr().err
-
-
-def test_the_analysis_prints_every_thought(finished, capsys):
-    assert thoughts.main([str(finished / "coconut" / "checkpoint_4")]) == 0
-    printed = capsys.readouterr().out
-    for line in ("stage 3", "thought 3"):
-        assert line in printed
+    folder = finished / "coconut" / "analysis" / "checkpoint_4"
+    probes = json.loads((folder / "probes.json").read_text())
+    for k, entry in enumerate(probes["thoughts"], start=1):
+        share = 100 * entry["gold_step_word"]["mean"]
+        assert re.search(rf"thought {k} is step {k} in {share:.0f} %", summary)
+    words = " ".join(thought["word"] for thought in probes["records"][0]["thoughts"])
+    assert f"thoughts   {words}   (as numbers" in summary
 
 
 def test_stage_spans_merge_consecutive_equal_stages():
