@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from browser import find_chromium
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -28,6 +29,15 @@ MODEL_TOKENS = VOCAB_SIZE - 3  # the three markers bring it to VOCAB_SIZE
 
 # The tensors of these models are too small for threads to help.
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in the last lines what was left out because the machine has no browser."""
+    if find_chromium() is None:
+        terminalreporter.write_line(
+            "No Chromium was found: the report was not opened in a browser (apt install chromium)",
+            yellow=True,
+        )
 
 
 def build_tiny_model(family, dtype=torch.float64, dropout=0.0, vocab_size=VOCAB_SIZE, seed=0):
