@@ -69,24 +69,28 @@ def write_report(
     Raises: UserError as analysis.subject.open_subject does, and for a baseline that is no run.
     """
     checkpoint = find_checkpoint(path)
-    read_metadata(checkpoint)
     runs = [describe_baseline(Path(run)) for run in baselines]  # before anything takes long
-    folder = output_folder(checkpoint, data)
-    found = measure(checkpoint, folder, data, num_records, coconut_class)
+    found = measure(checkpoint, data, num_records, coconut_class)
     content = page_data(checkpoint, found["ablations"], found["probes"], runs)
-    target = folder / RESULT_FILE
+    target = output_folder(checkpoint, data) / RESULT_FILE
     atomic_write_text(target, fitting_page(content))
     return target
 
 
 def measure(
     checkpoint: Path,
-    folder: Path,
-    data: str | Path | None,
-    num_records: int | None,
-    coconut_class: str | None,
+    data: str | Path | None = None,
+    num_records: int | None = None,
+    coconut_class: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The content of ablations.json and probes.json in `folder`; what is not current is made."""
+    """What ablations.json and probes.json say of a checkpoint; one that is not current is made.
+
+    data, num_records, coconut_class: as `write_report` takes them.
+
+    Raises: UserError as analysis.subject.open_subject does.
+    """
+    read_metadata(checkpoint)
+    folder = output_folder(checkpoint, data)
     writers = {"ablations": write_ablations, "probes": write_probes}
     config = read_run_config(checkpoint)
     asked = data or (config and config.val_path)

@@ -2,9 +2,9 @@
 
 It makes the questions and a tiny untrained model, trains it with the same commands a user would
 type (CoT, then Coconut; meanwhile, on a second core, the baseline that answers at once), and prints
-a summary. Everything but the questions goes into one folder. Started again, it resumes where it
-stopped. The runs are configured in cpu_args/quickstart_*.yaml; analysis/ablations.py,
-analysis/probes.py and analysis/learning_curve.py do the measuring.
+a summary and where its report lies, a page to look into. Everything but the questions goes into one
+folder. Started again, it resumes where it stopped. The runs are configured in
+cpu_args/quickstart_*.yaml; analysis/report.py and analysis/learning_curve.py do the measuring.
 """
 
 import argparse
@@ -21,10 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.ablation_output import IN_WORDS
-from analysis.ablations import write_ablations
 from analysis.learning_curve import Curve, read_curve, save_learning_curve
-from analysis.probes import write_probes
-from analysis.subject import open_subject, output_folder
+from analysis.report import measure, write_report
 from dataset import read_records
 from engine.config_file import as_override, load_config
 from utils import ConfigError, UserError, atomic_write_text
@@ -201,8 +199,9 @@ def summarize(out: Path, began: float) -> str:
     """
     config = load_config(out / "coconut" / "config.yaml")
     checkpoint, plot = out / "coconut" / f"checkpoint_{config.num_epochs}", out / PLOT_NAME
-    subject = open_subject(checkpoint)
-    ablations, probes = write_ablations(subject), write_probes(subject)
+    measured = measure(checkpoint)
+    ablations, probes = measured["ablations"], measured["probes"]
+    report = write_report(checkpoint, baselines=[out / "cot", out / "no_cot"])
     curves = {run: read_curve(out / run) for run in RUNS}
     cot, coconut, baseline = (curves[run].evaluations[-1] for run in RUNS)
     epoch = coconut["eval/epoch"]
@@ -230,10 +229,10 @@ def summarize(out: Path, began: float) -> str:
         [
             "## Files",
             "",
+            f"    report (HTML)    {report}",
             f"    learning curve   {plot}",
             f"    last checkpoint  {checkpoint}",
             f"    predictions      {predictions}",
-            f"    what thoughts do {output_folder(checkpoint)}",
             f"    this summary     {out / 'summary.md'}",
             "",
             f"This took {minutes:.1f} minutes. Delete {out} to start over.",

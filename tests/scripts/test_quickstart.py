@@ -77,8 +77,9 @@ def test_the_summary_shows_every_figure_and_file(finished):
     )
     for row in ("its own thoughts", "zeros", "another question's", "the baseline"):
         assert re.search(rf"\| [^|]*{row}[^|]*\| \d+\.\d % +\|", summary)
-    for path in re.findall(r"^    (?:\S+ )+ +(/\S+)$", summary, flags=re.MULTILINE):
-        assert Path(path).exists()
+    paths = re.findall(r"^    (?:\S+ )+ +(/\S+)$", summary, flags=re.MULTILINE)
+    assert all(Path(path).exists() for path in paths)
+    assert str(finished / "coconut" / "analysis" / "checkpoint_4" / "report.html") in paths
     assert summary.count(str(finished)) == 6
     folder = finished / "coconut" / "analysis" / "checkpoint_4"
     probes = json.loads((folder / "probes.json").read_text())
