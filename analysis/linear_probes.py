@@ -19,8 +19,6 @@ import numpy as np
 
 NUM_FOLDS = 5
 NUM_PERMUTATIONS = 199
-# Of more records the first ones are probed: the matrix below has one row and one column for each.
-MAX_RECORDS = 1000
 
 
 def fold_predictor(features: np.ndarray, folds: np.ndarray) -> np.ndarray:
@@ -84,12 +82,12 @@ def probe(features: np.ndarray, labels: np.ndarray, num_permutations: int = 0) -
 def probe_steps(thoughts: np.ndarray, labels: np.ndarray, own_steps: Sequence[int]) -> list[dict]:
     """A probe of every thought for every step that has one.
 
-    thoughts: (n, K, D), nan where a record has no such thought; labels: (n, S) as in `probe`;
+    thoughts: (n, K, D), nan where a record has no such thought, and n so small that an (n, n)
+    matrix is; labels: (n, S) as in `probe`;
     own_steps: for each thought the step, from 0, that it stands for.
     Each entry: what `probe` returns, k and step from 1, and best_other_step, the highest accuracy
     of the same thoughts for a step that is not this one. Labels are shuffled for own steps alone.
     """
-    thoughts, labels = thoughts[:MAX_RECORDS], labels[:MAX_RECORDS]
     entries = []
     for k, own_step in enumerate(own_steps):
         has_thought = ~np.isnan(thoughts[:, k, 0])

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from analysis.graph_values import GROUPS
 from analysis.learning_curve import INK, NOTE
@@ -230,34 +231,42 @@ def _plot_means(
     axes.fill_between(ks, lows, highs, color=colour, alpha=0.2, linewidth=0)
 
 
-def _draw_thoughts(found: dict[str, Any]):
+def _draw_thoughts(found: dict[str, Any]) -> Figure:
     thoughts = found["thoughts"]
     ks = [entry["k"] for entry in thoughts]
-    figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
-    words, options, cosines, windows = panels.flat
+    figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    words, ranks, options, cosines, norms, windows = panels.flat
 
     def plot(axes: Axes, name: str, label: str, colour: str, scale: float = 1.0) -> None:
         _plot_means(axes, [{"k": e["k"]} | e[name] for e in thoughts], label, colour, scale)
 
     plot(words, "gold_step_word", "as a word of answers", COLOURS[0], 100)
-    plot(words, "gold_step_top1", "likeliest token of all", COLOURS[5], 100)
+    plot(words, "gold_step_top1", "as the likeliest token", COLOURS[5], 100)
     words.set_ylim(-3, 103)
-    _finish(words, "thought k reads as step k (%)")
-    options.plot(ks, [np.exp(e["entropy"]["mean"]) for e in thoughts], marker="o", markersize=4,
-                 color=COLOURS[0], label="options, exp(entropy)")  # fmt: skip
-    plot(options, "norm_ratio", "norm / mean embedding norm", COLOURS[1])
-    options.set_ylim(bottom=0)
-    _finish(options, "number of options, and length")
+    _finish(words, "thought k reads as its step (%)")
+    medians = [entry["gold_step_rank_median"] for entry in thoughts]
+    ranks.plot(ks, [np.nan if m is None else m for m in medians], marker="o", markersize=4)
+    ranks.yaxis.get_major_locator().set_params(integer=True)
+    _finish(ranks, "rank of its step among all tokens, median")
+    entropies = [entry["entropy"] for entry in thoughts]
+    _plot_means(options, [{"k": k, "n": e["n"]} | {key: None if e[key] is None else np.exp(e[key])
+                                     for key in ("mean", "low", "high")}
+                for k, e in zip(ks, entropies, strict=True)], "", COLOURS[0])  # fmt: skip
+    _finish(options, "number of options, exp(entropy)")
     for name, label, colour in (
         ("cosine_last_state", "the state before it", COLOURS[0]),
         ("cosine_previous", "the thought before it", COLOURS[2]),
-        ("cosine_other_records", "the same thought of other records", COLOURS[5]),
+        ("cosine_other_records", "other records' thought", COLOURS[5]),
         ("max_cosine", "the nearest embedding", COLOURS[3]),
     ):
         plot(cosines, name, label, colour)
-    cosines.set_ylim(top=1.05)
     _finish(cosines, "cosine with")
+    plot(norms, "norm_ratio", "", COLOURS[0])
+    norms.axhline(1, color=NOTE, linewidth=1, linestyle="--")
+    _finish(norms, "norm / mean norm of embeddings")
     _draw_windows(windows, thoughts)
+    for axes in (ranks, options, norms):
+        axes.set_ylim(bottom=0)
     for axes in panels.flat:
         axes.set_xticks(ks)
         _legend_below(axes)
@@ -288,7 +297,7 @@ def _heat_map(axes: Axes, values: np.ndarray, title: str, top: float | None, for
     axes.set_title(title, loc="left", color=INK, fontsize=10)
 
 
-def _draw_layers(found: dict[str, Any]):
+def _draw_layers(found: dict[str, Any]) -> Figure:
     tables_ = [np.array(found["layers"][name], dtype=float).T  # (L + 1, K)
                for name in ("gold_step_top1", "entropy")]  # fmt: skip
     num_layers, num_thoughts = tables_[0].shape
@@ -305,7 +314,7 @@ def _draw_layers(found: dict[str, Any]):
     return figure
 
 
-def _draw_linear(found: dict[str, Any]):
+def _draw_linear(found: dict[str, Any]) -> Figure:
     steps = sorted({entry["step"] for entry in found["linear"]})
     ks = [entry["k"] for entry in found["thoughts"]]
     values = np.full((len(steps), len(ks)), np.nan)
@@ -331,7 +340,7 @@ def _draw_linear(found: dict[str, Any]):
     return figure
 
 
-def _draw_confidence(found: dict[str, Any]):
+def _draw_confidence(found: dict[str, Any]) -> Figure:
     points = found["confidence"]["reliability"]
     figure, (curve, counts) = plt.subplots(
         2, 1, figsize=(5, 5), layout="constrained", sharex=True, height_ratios=(3, 1)
@@ -357,7 +366,7 @@ def _draw_confidence(found: dict[str, Any]):
     return figure
 
 
-def _draw_graph(found: dict[str, Any]):
+def _draw_graph(found: dict[str, Any]) -> Figure:
     graph = found["graph"]
     figure, panels = plt.subplots(2, 2, figsize=(9.5, 7.6), layout="constrained")
     values, curve, attention, heights = panels.flat

@@ -25,7 +25,7 @@ from analysis.graph_values import Graph, describe_groups, describe_values, read_
 from analysis.lens import token_text
 from analysis.linear_probes import probe_steps
 from analysis.output import heading, make_folder, write_json
-from analysis.readings import MAX_DETAILED, Readings, read_thoughts, telling_steps
+from analysis.readings import MAX_DETAILED, MAX_KEPT, Readings, read_thoughts, telling_steps
 from analysis.statistics import mean_interval
 from analysis.step_tokens import step_labels, step_of
 from analysis.subject import Subject, open_subject, output_folder
@@ -34,7 +34,8 @@ from engine.metrics import wilson_interval
 from utils import EXIT_INTERRUPTED, ReportedError, configure_logging, log
 
 RESULT_FILE = "probes.json"
-DIGITS = 4  # significant ones of details
+# Significant digits of details. There is an attention weight for every token of every question.
+DIGITS, ATTENTION_DIGITS = 4, 2
 
 
 def probe(subject: Subject, requires_graphs: bool = False) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def probe(subject: Subject, requires_graphs: bool = False) -> dict[str, Any]:
             "gold_step_top1": _by_layer(found.layer_rank == 1, ~np.isnan(found.layer_rank)),
             "entropy": _by_layer(found.layer_entropy, ~np.isnan(found.layer_entropy)),
         },
-        "linear": probe_steps(found.thoughts, labels, own_steps),
+        "linear": probe_steps(found.thoughts, labels[:MAX_KEPT], own_steps),
         "confidence": describe_confidence(found.log_p.astype(np.float64), found.is_correct),
         "graph": None if graphs is None else _graph(graphs, found, c_thought),
         "records": _records(subject, found, graphs),
@@ -74,8 +75,10 @@ def _thoughts(subject: Subject, found: Readings) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"k": k + 1, "step": step_of(k + 1, c_thought) + 1, "n": len(rows)}
         for name in ("entropy", "norm_ratio", "max_cosine", "cosine_last_state"):
             entry[name] = mean_interval(getattr(found, name)[rows, k].astype(np.float64))
-        entry["cosine_previous"] = mean_interval(_cosines_to_previous(found.thoughts[rows], k))
-        entry["cosine_other_records"] = mean_interval(_cosines_to_others(found.thoughts[rows, k]))
+        previous = found.cosine_previous[rows, k].astype(np.float64)
+        entry["cosine_previous"] = mean_interval(previous[~np.isnan(previous)])
+        kept = found.thoughts[rows[rows < MAX_KEPT], k]
+        entry["cosine_other_records"] = mean_interval(_cosines_to_others(kept))
         with_step = [row for row in rows if len(step_ids[row]) >= entry["step"]]
         own = [set(step_ids[row][entry["step"] - 1]) for row in with_step]
         words = found.word_ids[with_step, k].tolist()
@@ -96,15 +99,6 @@ def _share(hits: Sequence[bool]) -> dict[str, float | int | None]:
         return mean_interval([])
     low, high = wilson_interval(int(np.sum(hits)), len(hits))
     return {"mean": float(np.mean(hits)), "low": low, "high": high, "n": len(hits)}
-
-
-def _cosines_to_previous(thoughts: np.ndarray, k: int) -> np.ndarray:
-    """The cosine of thought k (from 0) and the one before in each record; none for the first."""
-    if k == 0:
-        return np.empty(0)
-    here, before = (thoughts[:, i].astype(np.float64) for i in (k, k - 1))
-    norms = np.linalg.norm(here, axis=-1) * np.linalg.norm(before, axis=-1)
-    return (here * before).sum(-1) / np.maximum(norms, 1e-12)
 
 
 def _cosines_to_others(thoughts: np.ndarray) -> np.ndarray:
@@ -197,7 +191,7 @@ def _thought(texts: _Texts, found: Readings, row: int, k: int) -> dict[str, Any]
         "nearest": [texts[found.nearest_ids[row, k]], _rounded(found.max_cosine[row, k])],
         "norm_ratio": _rounded(found.norm_ratio[row, k]),
         "window": None if np.isnan(window).any() else [_rounded(x) for x in window],
-        "attention": [_rounded(x) for x in found.question_attention[row][k]],
+        "attention": [_rounded(x, ATTENTION_DIGITS) for x in found.question_attention[row][k]],
     }
 
 
@@ -214,9 +208,9 @@ def _record_graph(graph: Graph, found: Readings, row: int) -> dict[str, Any]:
     }
 
 
-def _rounded(number: float) -> float | None:
-    """A number with DIGITS significant digits; None for nan."""
-    return None if np.isnan(number) else float(f"{number:.{DIGITS}g}")
+def _rounded(number: float, digits: int = DIGITS) -> float | None:
+    """A number with so many significant digits; None for nan."""
+    return None if np.isnan(number) else float(f"{number:.{digits}g}")
 
 
 def write_probes(

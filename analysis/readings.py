@@ -35,6 +35,8 @@ from utils import UserError
 NUM_TOP = 5
 # Records whose details are kept, with the attention to each token of the question.
 MAX_DETAILED = 200
+# Records whose thoughts are kept, to be compared with each other.
+MAX_KEPT = 1000
 # Numbers of one batch's attention weights, 256 MB in float32.
 MAX_ATTENTION = 2**26
 
@@ -43,11 +45,12 @@ MAX_ATTENTION = 2**26
 class Readings:
     """What was read, by record (n) and thought (K); nan, or -1 for ids, where there is no thought.
 
-    num_thoughts: (n,). thoughts: (n, K, D).
+    num_thoughts: (n,). thoughts: (n, K, D), of the first MAX_KEPT records alone.
     top_ids, top_p: (n, K, NUM_TOP), likeliest first. entropy: (n, K) in nats.
     gold_rank: (n, K) rank from 1 of the likeliest telling token of the thought's step.
     word_ids: (n, K) the likeliest of the tokens in which answers differ.
-    norm_ratio, max_cosine, cosine_last_state: (n, K); nearest_ids: (n, K).
+    norm_ratio, max_cosine, cosine_last_state, cosine_previous: (n, K), the last nan for the first
+        thought; nearest_ids: (n, K).
     window: (n, K, m) shares of the states, nearest first; nan for pause thoughts.
     layer_ids, layer_p, layer_entropy, layer_rank: (n, K, L + 1).
     question_attention: for each of the first MAX_DETAILED records (thoughts, question tokens).
@@ -67,6 +70,7 @@ class Readings:
     max_cosine: np.ndarray
     nearest_ids: np.ndarray
     cosine_last_state: np.ndarray
+    cosine_previous: np.ndarray
     window: np.ndarray
     layer_ids: np.ndarray
     layer_p: np.ndarray
@@ -87,17 +91,18 @@ class Readings:
         K, L = int(num_thoughts.max()), len(subject.model.blocks)
         width = base.get_input_embeddings().embedding_dim
 
-        def numbers(*shape: int) -> np.ndarray:
-            return np.full((n, *shape), np.nan, dtype=np.float32)
+        def numbers(*shape: int, rows: int = n) -> np.ndarray:
+            return np.full((rows, *shape), np.nan, dtype=np.float32)
 
         def ids(*shape: int) -> np.ndarray:
             return np.full((n, *shape), -1)
 
         return cls(
-            num_thoughts=num_thoughts, thoughts=numbers(K, width),
+            num_thoughts=num_thoughts, thoughts=numbers(K, width, rows=min(n, MAX_KEPT)),
             top_ids=ids(K, NUM_TOP), top_p=numbers(K, NUM_TOP), entropy=numbers(K),
             gold_rank=numbers(K), word_ids=ids(K), norm_ratio=numbers(K), max_cosine=numbers(K),
             nearest_ids=ids(K), cosine_last_state=numbers(K),
+            cosine_previous=numbers(K),
             window=numbers(K, subject.model.latent_window_size),
             layer_ids=ids(K, L + 1), layer_p=numbers(K, L + 1), layer_entropy=numbers(K, L + 1),
             layer_rank=numbers(K, L + 1), question_attention=[np.empty(0)] * min(n, MAX_DETAILED),
@@ -294,11 +299,15 @@ class _Reader:
     def _measure_geometry(self, batch: Batch) -> None:
         found, slots, thoughts = self.found, batch.slots, batch.thoughts
         norms = thoughts.norm(dim=-1)
-        found.thoughts[slots] = thoughts.cpu().numpy()
+        is_kept = slots[0] < MAX_KEPT
+        found.thoughts[slots[0][is_kept], slots[1][is_kept]] = thoughts.cpu().numpy()[is_kept]
         found.norm_ratio[slots] = (norms / self.embedding_norms.mean()).cpu().numpy()
         last = batch.states[batch.rows, batch.columns - 1]
         cosines = F.cosine_similarity(thoughts, last, dim=-1)
         found.cosine_last_state[slots] = cosines.cpu().numpy()
+        # The thoughts of a row follow each other.
+        cosines = F.cosine_similarity(thoughts, thoughts.roll(1, 0), dim=-1).cpu().numpy()
+        found.cosine_previous[slots] = np.where(slots[1] > 0, cosines, np.nan)
         for vectors, _, part in self._in_blocks(batch, thoughts):
             products = vectors @ self.embeddings[: self.num_words].T
             lengths = vectors.norm(dim=-1, keepdim=True) * self.embedding_norms

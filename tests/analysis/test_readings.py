@@ -192,6 +192,13 @@ def test_the_shares_of_the_window_are_those_of_the_formula(case):
             last = states[column - 1]
             cosine = (torch.dot(last, t) / last.norm() / t.norm()).item()
             assert found.cosine_last_state[row, k] == pytest.approx(cosine, abs=1e-6)
+            assert found.thoughts[row, k] == pytest.approx(t.detach().numpy(), rel=1e-5)
+            if k == 0:
+                assert np.isnan(found.cosine_previous[row, k])
+            else:
+                before = embeds[column - 1]
+                cosine = (torch.dot(before, t) / before.norm() / t.norm()).item()
+                assert found.cosine_previous[row, k] == pytest.approx(cosine, abs=1e-6)
 
 
 @torch.no_grad()
@@ -262,6 +269,16 @@ def test_confidence_is_the_probability_of_what_the_model_writes(case):
             if token == subject.model.eos_token_id:
                 break
         assert found.log_p[row] == pytest.approx(log_p, rel=1e-5)
+
+
+def test_no_more_thoughts_and_details_are_kept_than_allowed(case, monkeypatch):
+    subject, _, found, graphs = case
+    monkeypatch.setattr(readings, "MAX_KEPT", 1)
+    monkeypatch.setattr(readings, "MAX_DETAILED", 1)
+    fewer = read_thoughts(subject, graphs, NoBar)
+    assert len(fewer.thoughts) == len(fewer.question_attention) == 1
+    assert np.array_equal(fewer.thoughts, found.thoughts[:1])
+    assert len(fewer.values) == len(fewer.edge_attention) == 2
 
 
 def test_batches_hold_no_more_attention_than_allowed(case, monkeypatch):
