@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.layers import TOLERANCE
 from analysis.lens import token_log_probabilities
 from coconut import Coconut
 from utils import UserError
 
-# Of a state's norm: how far two ways to read the same column may lie apart by rounding.
-TOLERANCE = 0.01
+
+class NoBranches(UserError):
+    """The model cannot read a tree of continuations."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,19 @@ class _Tree:
 @torch.no_grad()
 def continuation_log_probabilities(
     model: Coconut,
-    states: Tensor,
     embeds: Tensor,
     attention_mask: Tensor,
     branches: Sequence[Sequence[Branch]],
 ) -> list[list[np.ndarray]]:
     """For each row and branch, (number of continuations,) natural logarithms of probabilities.
 
-    states, embeds: (B, T, D) as Coconut.read returned them; attention_mask: (B, T).
+    embeds: (B, T, D) as Coconut.read returned them; attention_mask: (B, T).
     branches: those of each row.
 
-    Raises: UserError for a model that does not take such a mask, as one with a sliding window.
+    Raises: NoBranches for a model to which a column's place among the columns means something
+        beside its mask and its position, as under a sliding window.
     """
     trees = [_grow(mask, row) for mask, row in zip(attention_mask.cpu(), branches, strict=True)]
-    width = embeds.size(1)
     num_added = max(len(tree.parents) for tree in trees)
     visible = np.stack([
         _visible(mask, tree, num_added)
@@ -75,16 +76,14 @@ def continuation_log_probabilities(
     depths = _pad([tree.depths for tree in trees], num_added).to(device)
     own = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     added = model.base_causallm.get_input_embeddings()(tokens).to(embeds.dtype)
-    read = _read_tree(
-        model,
-        torch.cat([embeds, added], 1),
-        torch.cat([own, depths], 1),
-        torch.from_numpy(visible).to(device),
+    embeds = torch.cat([embeds, added], 1)
+    states = _read_tree(
+        model, embeds, torch.cat([own, depths], 1), torch.from_numpy(visible).to(device)
     )
-    _check_text(model, states, read[:, :width], attention_mask)
+    _check_last_branch(model, states[0], embeds[0], attention_mask[0], trees[0])
     scored = [(row, *each) for row, tree in enumerate(trees) for each in tree.scored]
     rows, columns, ids = (torch.tensor([each[i] for each in scored]) for i in range(3))
-    log_p = token_log_probabilities(model, read[rows, columns], ids.to(device)).tolist()
+    log_p = token_log_probabilities(model, states[rows, columns], ids.to(device)).tolist()
     sums = [[np.zeros(len(b.continuations)) for b in row_branches] for row_branches in branches]
     for (row, _, _, (branch, continuation)), value in zip(scored, log_p, strict=True):
         sums[row][branch][continuation] += value
@@ -146,18 +145,30 @@ def _read_tree(model: Coconut, embeds: Tensor, position_ids: Tensor, visible: Te
         raise _refusal(model) from error
 
 
-def _check_text(model: Coconut, states: Tensor, read: Tensor, attention_mask: Tensor) -> None:
-    """Refuse a model to which the mask did not mean what it says: the text reads differently."""
-    is_token = attention_mask != 0
-    expected, found = states[is_token], read[is_token]
-    norm = torch.linalg.vector_norm
-    if bool((norm(found - expected, dim=-1) > TOLERANCE * norm(expected, dim=-1)).any()):
+def _check_last_branch(
+    model: Coconut, states: Tensor, embeds: Tensor, attention_mask: Tensor, tree: _Tree
+) -> None:
+    """Refuse a model that reads the last branch of a row in another way by itself.
+
+    states, embeds: (C, D) of the row's tree; attention_mask: (T,) of its text.
+    """
+    width = len(attention_mask)
+    column, path = width + len(tree.parents) - 1, []
+    while column >= width:
+        path.insert(0, column)
+        column = tree.parents[column - width]
+    text = attention_mask[: column + 1].nonzero().squeeze(1).tolist()
+    path = torch.tensor(text + path, device=embeds.device)
+    base = model.base_causallm.base_model
+    alone = base(inputs_embeds=embeds[path][None], use_cache=False).last_hidden_state[0]
+    distance = torch.linalg.vector_norm(states[path] - alone, dim=-1)
+    if bool((distance > TOLERANCE * torch.linalg.vector_norm(alone, dim=-1)).any()):
         raise _refusal(model)
 
 
-def _refusal(model: Coconut) -> UserError:
+def _refusal(model: Coconut) -> NoBranches:
     kind = model.base_causallm.config.model_type
-    return UserError(
-        f"{kind}: does not read texts under a mask of their own, which values of nodes need; use a"
-        " model with full attention in all layers, such as GPT-2 or Llama"
+    return NoBranches(
+        f"{kind}: its layers look at where a column stands beside its mask, so that values of nodes"
+        " cannot be read; use a model with full attention, such as GPT-2 or Llama"
     )

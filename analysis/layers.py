@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coconut import Coconut
+from utils import UserError
+
+# Of a state's norm: how far two ways to read the same column may lie apart by rounding.
+TOLERANCE = 0.01
 
 
 def window_shares(
@@ -59,7 +63,26 @@ def read_layers(
             use_cache=False,
         )
     weights = [layer[rows, :, columns].mean(1) for layer in output.attentions]  # (thoughts, T) each
-    return output.hidden_states, torch.stack(weights).mean(0)
+    # Some families list the last layer's states before the norm.
+    states = (*output.hidden_states[:-1], output.last_hidden_state)
+    return states, torch.stack(weights).mean(0)
+
+
+def check_states(model: Coconut, states: Tensor, again: Tensor, attention_mask: Tensor) -> None:
+    """Refuse a model that computes other states where its attention weights are asked for.
+
+    states, again: (B, T, D), of Coconut.read and of `read_layers`; attention_mask: (B, T).
+
+    Raises: UserError naming the family.
+    """
+    is_token = attention_mask != 0
+    distance = torch.linalg.vector_norm((again - states)[is_token], dim=-1)
+    if bool((distance > TOLERANCE * torch.linalg.vector_norm(states[is_token], dim=-1)).any()):
+        kind = model.base_causallm.config.model_type
+        raise UserError(
+            f"{kind}: this version of transformers computes other states where attention weights"
+            " are asked for; probe a model of another family, such as GPT-2 or Llama"
+        )
 
 
 @contextmanager

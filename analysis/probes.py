@@ -21,6 +21,7 @@ import numpy as np
 
 from analysis import probe_output
 from analysis.confidence import describe_confidence
+from analysis.continuations import NoBranches
 from analysis.graph_values import Graph, describe_groups, describe_values, read_graphs
 from analysis.lens import token_text
 from analysis.linear_probes import probe_steps
@@ -47,7 +48,13 @@ def probe(subject: Subject, requires_graphs: bool = False) -> dict[str, Any]:
     """
     began = time.monotonic()
     graphs = read_graphs(subject.raw, str(subject.data), requires_graphs)
-    found = read_thoughts(subject, graphs, progress_bar)
+    try:
+        found = read_thoughts(subject, graphs, progress_bar)
+    except NoBranches as error:
+        if requires_graphs:
+            raise
+        log.warning(f"{error}; graphs are left out")
+        graphs, found = None, read_thoughts(subject, None, progress_bar)
     c_thought = subject.metadata.c_thought
     num_thoughts = found.entropy.shape[1]
     labels = step_labels(telling_steps(subject))

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from analysis.continuations import continuation_log_probabilities
 from analysis.graph_values import Graph, Place, edge_spans, name_branch, next_place
-from analysis.layers import final_norm, read_layers, window_shares
+from analysis.layers import check_states, final_norm, read_layers, window_shares
 from analysis.lens import blocks, lens, token_log_probabilities, token_text
 from analysis.step_tokens import differing_ids, step_of, telling_ids
 from analysis.subject import Subject
@@ -88,7 +88,7 @@ class Readings:
         """Nothing read yet."""
         n, base = len(subject.records), subject.model.base_causallm
         num_thoughts = subject.staged.num_latents
-        K, L = int(num_thoughts.max()), len(subject.model.blocks)
+        K, L = int(num_thoughts.max()), base.config.get_text_config().num_hidden_layers
         width = base.get_input_embeddings().embedding_dim
 
         def numbers(*shape: int, rows: int = n) -> np.ndarray:
@@ -187,8 +187,9 @@ def read_thoughts(
 
     progress_bar: made with the number of batches and a description; its `update` is called.
 
-    Raises: UserError for a checkpoint whose stage has no thoughts, and where values of nodes cannot
-        be read.
+    Raises: UserError for a checkpoint whose stage has no thoughts, a model that `check_states`
+        refuses, and a text that names no node; NoBranches for a model of which values of nodes
+        cannot be read.
     """
     staged = subject.staged
     if staged.num_latents.max() == 0:
@@ -235,6 +236,8 @@ class _Reader:
             batch.rows,
             batch.columns,
         )
+        prompt = layers[-1][:, : batch.states.size(1)]
+        check_states(self.model, batch.states, prompt, batch.attention_mask)
         self._measure_confidence(batch, layers[-1], new_ids, new_mask)
         self._measure_words(batch)
         self._measure_geometry(batch)
@@ -382,7 +385,7 @@ class _Reader:
                 for place, column in zip(places, [before, *thoughts], strict=True)
             ])  # fmt: skip
         log_p = continuation_log_probabilities(
-            self.model, batch.states, batch.embeds, batch.attention_mask, branches
+            self.model, batch.embeds, batch.attention_mask, branches
         )
         for index, by_k in zip(batch.indices.tolist(), log_p, strict=True):
             self.found.values[index] = np.exp(by_k)

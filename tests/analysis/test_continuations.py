@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPTNeoConfig,
+    MistralConfig,
+    MptConfig,
+)
 
-from analysis.continuations import Branch, continuation_log_probabilities
+from analysis.continuations import Branch, NoBranches, continuation_log_probabilities
 from analysis.lens import blocks, token_log_probabilities
 from coconut import Coconut
-from utils import UserError
 
 LATENT = 38
 
@@ -31,7 +36,7 @@ def test_a_tree_gives_each_continuation_what_it_has_alone(family, tiny_model, mo
     # Rows of different lengths, padded on the left, with two and one thoughts.
     ids = torch.tensor([[5, 6, 7, 36, LATENT, LATENT], [0, 0, 9, 8, 36, LATENT]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
-    states, embeds, _ = model.read(ids, mask)
+    _, embeds, _ = model.read(ids, mask)
     branches = [
         [
             Branch(3, [37], [[4], [5, 6], [5, 7, 8]]),
@@ -40,7 +45,7 @@ def test_a_tree_gives_each_continuation_what_it_has_alone(family, tiny_model, mo
         ],
         [Branch(5, [], [[1], [2, 3]])],
     ]
-    found = continuation_log_probabilities(model, states, embeds, mask, branches)
+    found = continuation_log_probabilities(model, embeds, mask, branches)
     for row, first in enumerate([0, 2]):
         for branch, values in zip(branches[row], found[row], strict=True):
             moved = Branch(branch.column - first, branch.forced_ids, branch.continuations)
@@ -60,20 +65,29 @@ def test_blocks_of_the_vocabulary_change_no_probability(tiny_model, monkeypatch)
     assert len(blocks(model, states)) == 4
 
 
-@pytest.mark.parametrize("kind", ["window", "alibi"])
+@pytest.mark.parametrize("kind", ["window", "local", "alibi", "columns"])
 def test_models_that_need_more_than_a_mask_are_refused(kind):
-    sizes = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"hidden_size": 16, "bos_token_id": 0, "eos_token_id": 0}
-    if kind == "window":
-        config = MistralConfig(**sizes, intermediate_size=16, num_key_value_heads=2,
-                               sliding_window=3, initializer_range=0.5)  # fmt: skip
-        base = MistralForCausalLM(config)
-    else:
-        base = BloomForCausalLM(BloomConfig(**sizes, n_layer=2, n_head=2))
-    model = Coconut(base.eval(), LATENT, 36, 37, 0)
-    ids = torch.arange(1, 11)[None]
-    mask = torch.ones_like(ids)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "bos_token_id": 0, "eos_token_id": 0}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {
+        "window": lambda: MistralConfig(
+            **sizes, **layers, intermediate_size=16, num_key_value_heads=2, sliding_window=3
+        ),
+        "local": lambda: GPTNeoConfig(
+            **sizes, num_layers=2, num_heads=2, attention_types=[[["local"], 2]], window_size=5
+        ),
+        "alibi": lambda: BloomConfig(**sizes, n_layer=2, n_head=2),
+        "columns": lambda: MptConfig(vocab_size=40, d_model=16, n_layers=2, n_heads=2),
+    }[kind]()
+    base = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        states, embeds, _ = model.read(ids, mask)
-    with pytest.raises(UserError, match=rf"{base.config.model_type}: does not read texts"):
-        continuation_log_probabilities(model, states, embeds, mask, [[Branch(9, [], [[1]])]])
+        for parameter in base.parameters():
+            parameter.normal_(generator=torch.manual_seed(0))
+    model = Coconut(base, LATENT, 36, 37, 0)
+    ids = torch.arange(1, 5)[None]
+    with torch.no_grad():
+        _, embeds, _ = model.read(ids, torch.ones_like(ids))
+    # The local layers' window would hold each continuation alone, but not with the others' columns.
+    branch = Branch(3, [], [[1, 2]] * 6)
+    with pytest.raises(NoBranches, match=f"{config.model_type}: its layers look at where"):
+        continuation_log_probabilities(model, embeds, torch.ones_like(ids), [[branch]])

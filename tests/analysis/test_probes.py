@@ -11,6 +11,7 @@ from runs import Experiment
 from test_readings import SENTENCES, NoBar, add_markers, make_subject
 
 from analysis import probe_output, probes
+from analysis.continuations import NoBranches
 from coconut import Coconut
 from dataset import MARKERS
 
@@ -169,3 +170,20 @@ def test_pause_thoughts_have_no_window(tiny_model):
     assert np.isnan(readings.window).all()
     figure = probe_output._draw_thoughts({"thoughts": probes._thoughts(subject, readings)})
     plt.close(figure)
+
+
+def test_models_without_branches_leave_graphs_out(tiny_model, monkeypatch, caplog):
+    tokenizer = add_markers(build_word_tokenizer())
+    start, end, latent = tokenizer.convert_tokens_to_ids(list(MARKERS))
+    model = Coconut(tiny_model("gpt2").eval(), latent, start, end, 0)
+    subject = make_subject(model, tokenizer, SENTENCES)
+
+    def refuse(*_):
+        raise NoBranches("bloom: cannot")
+
+    monkeypatch.setattr("analysis.readings.continuation_log_probabilities", refuse)
+    monkeypatch.setattr(probes, "heading", lambda *_: {})
+    assert probes.probe(subject)["graph"] is None
+    assert "bloom: cannot; graphs are left out" in caplog.text
+    with pytest.raises(NoBranches):
+        probes.probe(subject, requires_graphs=True)

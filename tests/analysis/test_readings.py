@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 from conftest import build_tiny_model, build_word_tokenizer
+from transformers import FalconConfig, FalconForCausalLM
 
 from analysis import readings
 from analysis.graph_values import read_graphs
@@ -22,6 +23,7 @@ from analysis.readings import batches_of, read_thoughts
 from analysis.subject import Subject
 from coconut import Coconut
 from dataset import MARKERS, Curriculum, tokenize_records
+from utils import UserError
 
 # Names of one to three tokens; two heads, Tom and "red", of which Tom is the root.
 NAMES = ["Tom", "red", "5", "2+3", "4", "9", "6+7"]
@@ -288,6 +290,16 @@ def test_batches_hold_no_more_attention_than_allowed(case, monkeypatch):
     for allowed, sizes in ((2 * per_record, [2]), (2 * per_record - 1, [1, 1]), (1, [1, 1])):
         monkeypatch.setattr(readings, "MAX_ATTENTION", allowed)
         assert [len(batch) for batch in batches_of(subject, subject.staged)] == sizes
+
+
+def test_models_that_attend_otherwise_when_watched_are_refused():
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = FalconForCausalLM(FalconConfig(**sizes, initializer_range=0.5)).eval()
+    tokenizer = add_markers(build_word_tokenizer())
+    start, end, latent = tokenizer.convert_tokens_to_ids(list(MARKERS))
+    subject = make_subject(Coconut(base, latent, start, end, 0), tokenizer, SENTENCES)
+    with pytest.raises(UserError, match="falcon: this version of transformers computes other"):
+        read_thoughts(subject, None, NoBar)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
