@@ -58,7 +58,8 @@ def tables(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         {"answers": pairs, "n": found["transplant"][pairs]["n"], "now": name} | shares
         for pairs in ("unequal", "equal")
         for name, shares in ((found["transplant"] or {}).get(pairs) or {}).items()
-        if name != "n"
+        # With equal answers to follow is to keep.
+        if name not in ("n", "follows_donor" if pairs == "equal" else None)
     ]
     shortcuts = [
         {"rule": rule, "verdict": verdict} | figures
@@ -85,7 +86,7 @@ def page(found: dict[str, Any]) -> list[str]:
     own = found["own"]
     lines = [
         f"{found['checkpoint']} on {found['num_records']} records of {found['data']}, stage"
-        f" {found['stage']}, {found['num_thoughts']} thoughts",
+        f" {found['stage']}; thoughts of a record: {found['num_thoughts']}",
         f"accuracy with its own thoughts {100 * own['acc']:.1f} %, 95 % interval"
         f" {_interval(own['low'], own['high'])}",
     ]

@@ -56,6 +56,10 @@ def ablate(
     """
     began = time.monotonic()
     plan = Plan.of(subject, thoughts, positions)
+    options = {"thoughts": plan.thoughts, "positions": list(positions), "seed": SEED}
+    options |= {"max_new_tokens": subject.max_new_tokens, "batch_size": subject.batch_size}
+    # First, since a run that is still training may remove its older checkpoints.
+    head = heading(subject, options, seconds=0.0)
     verdicts = _verdicts(subject)
     asker = Asker(subject)
     num_times = 1 + len(plan.thoughts) + len(plan.replaced) + bool(plan.replaced)
@@ -69,9 +73,8 @@ def ablate(
     asker.bar.close()
     counts = subject.staged.num_latents.tolist()
     stops = early_stops(sweep, counts)
-    options = {"thoughts": plan.thoughts, "positions": list(positions), "seed": SEED}
-    options |= {"max_new_tokens": subject.max_new_tokens, "batch_size": subject.batch_size}
-    return heading(subject, options, time.monotonic() - began) | {
+    return head | {
+        "seconds": round(time.monotonic() - began, 1),
         "own": accuracy(right) | {"correct": [int(value) for value in right]},
         "sweep": [_sweep_entry(subject, k, rows, right, verdicts) for k, rows in sweep.items()],
         "early_stop": stops,

@@ -102,14 +102,14 @@ class Asker:
         )
         for indices, batch in self.batches(staged):
             prompts = prompts_of(batch)
-            if not check_replacement(model, *prompts):
+            thoughts = read_thoughts(model, *prompts)
+            if not check_replacement(model, *prompts, thoughts):
                 raise RunFailed(
                     f"{self.subject.folder}: replacing thoughts by themselves changes what the"
                     " model computes, so no figure could be trusted; a subclass of Coconut must"
                     " read what its `thought` returns"
                 )
-            thoughts = read_thoughts(model, *prompts).cpu()
-            values[indices, : thoughts.size(1)] = thoughts
+            values[indices, : thoughts.size(1)] = thoughts.cpu()
             self._advance("own thoughts")
         return OwnThoughts(values, counts)
 

@@ -13,6 +13,7 @@ t_k below, so it does not depend on what else is exchanged:
     permuted      t_j of the same record, j another of the exchanged positions
     placeholder   the embedding of the latent token, as pause tokens are read
 
+Thoughts that are not exchanged are made as ever, from what the model has read by then.
 `check_replacement` proves on the model at hand that a thought replaced by itself changes no bit.
 Shapes: n records, K most thoughts of a record, D width, B rows of a batch, T columns.
 """
@@ -95,12 +96,14 @@ def read_thoughts(model: Coconut, input_ids: Tensor, attention_mask: Tensor) -> 
 
 
 @torch.no_grad()
-def check_replacement(model: Coconut, input_ids: Tensor, attention_mask: Tensor) -> bool:
+def check_replacement(
+    model: Coconut, input_ids: Tensor, attention_mask: Tensor, thoughts: Tensor
+) -> bool:
     """Whether replacing works: own thoughts in place change no bit, and zeros are read as zeros.
 
     Bits are those of every state after the final norm and of every embedding that is read.
+    thoughts: (B, K, D), what `read_thoughts` returned for these rows.
     """
-    thoughts = read_thoughts(model, input_ids, attention_mask)
     is_latent = (input_ids == model.latent_token_id) & (attention_mask != 0)
     rows = torch.arange(len(thoughts), device=thoughts.device)
 

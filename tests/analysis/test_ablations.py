@@ -165,6 +165,20 @@ def test_results_lie_in_the_folder_of_the_run(copied, experiment):
     assert (copied / "analysis" / "checkpoint_3" / "ablations.json").is_file()
 
 
+def test_a_training_run_may_remove_the_checkpoint_meanwhile(copied, monkeypatch):
+    subject, ask = open_subject(copied, num_records=2), ablations.Asker.answers
+
+    def remove_and_ask(*arguments):
+        shutil.rmtree(subject.folder, ignore_errors=True)
+        return ask(*arguments)
+
+    monkeypatch.setattr(ablations.Asker, "answers", remove_and_ask)
+    ablations.write_ablations(subject, thoughts=["0"])
+    written = json.loads((copied / "analysis" / "checkpoint_3" / "ablations.json").read_text())
+    assert len(written["checkpoint_sha256"]) == 64
+    assert not subject.folder.exists()
+
+
 def test_records_with_graphs_are_split_by_class_and_by_shortcut(experiment, tmp_path):
     data = tmp_path / "graphs.json"
     questions = [f"0 2 : 2 4 : 1 3 : 3 5 : 0 5 ? 4 3 : 0 {extra}" for extra in "123"]

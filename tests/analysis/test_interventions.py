@@ -37,6 +37,11 @@ def own_thoughts(model, rows):
     return OwnThoughts(read_thoughts(model, **prompts), counts)
 
 
+def replacing_works(model):
+    prompts = prompts_of(ragged_rows())
+    return check_replacement(model, **prompts, thoughts=read_thoughts(model, **prompts))
+
+
 def states_of_row(base, row, exchanged):
     """States (T, D) of a row whose thought number k is exchanged[k] where that is given."""
     embeds, table, number = [], base.get_input_embeddings().weight, 0
@@ -153,7 +158,7 @@ def test_another_record_needs_another_question():
 @families
 def test_replacing_thoughts_by_themselves_changes_no_bit(tiny_model, family):
     model = wrap(tiny_model(family, dtype=torch.float32)).eval()
-    assert check_replacement(model, **prompts_of(ragged_rows()))
+    assert replacing_works(model)
 
 
 def test_the_gate_finds_a_model_that_does_not_read_its_thoughts(tiny_model):
@@ -166,7 +171,7 @@ def test_the_gate_finds_a_model_that_does_not_read_its_thoughts(tiny_model):
             finally:
                 self.thought = own
 
-    assert not check_replacement(wrap(tiny_model("gpt2"), kind=Deaf), **prompts_of(ragged_rows()))
+    assert not replacing_works(wrap(tiny_model("gpt2"), kind=Deaf))
 
 
 def test_a_model_whose_thoughts_are_drawn_draws_the_same_each_time(tiny_model):
@@ -177,7 +182,7 @@ def test_a_model_whose_thoughts_are_drawn_draws_the_same_each_time(tiny_model):
 
     model = wrap(tiny_model("gpt2"), kind=Noisy).eval()
     before = torch.random.get_rng_state()
-    assert check_replacement(model, **prompts_of(ragged_rows()))
+    assert replacing_works(model)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
