@@ -53,6 +53,9 @@ const plural = (count, word) => count.toLocaleString("en") + " " + word + (count
 
 const words = (name) => name.replaceAll("_", " ");
 
+// The states of layer 0 are embeddings.
+const layerName = (layer) => (layer ? `layer ${layer}` : "embedding");
+
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 // A table; cells are texts, or {value, text} for numbers, whose exact value stays readable.

@@ -174,7 +174,7 @@ function answerList(record, k) {
 function layerTable(record, isOpen) {
   const rows = record.thoughts.filter((thought) => thought.by_layer && thought.by_layer.length);
   if (!rows.length) return null;
-  const head = ["k", ...rows[0].by_layer.map((_, layer) => `layer ${layer}`)];
+  const head = ["k", ...rows[0].by_layer.map((_, layer) => layerName(layer))];
   return element("details", { id: "by-layer", open: isOpen },
     element("summary", {}, "Top token layer by layer"),
     heatMap("Top token of each thought, layer by layer", head, rows.map((thought) => ({

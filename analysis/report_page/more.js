@@ -82,7 +82,7 @@ function thoughtsPart(rows) {
 
 const layersPart = ({ gold_step_top1: shares }) => [
   element("p", { class: "lead" }, "Share of questions whose gold step is the top token at a thought, read at each layer."),
-  heatMap("Gold step on top, by thought and layer", ["k", ...shares[0].map((_, layer) => `layer ${layer}`)],
+  heatMap("Gold step on top, by thought and layer", ["k", ...shares[0].map((_, layer) => layerName(layer))],
     shares.map((row, place) => ({
       name: String(place + 1),
       cells: row.map((value) => ({ text: value === null ? "\u2013" : percent(value, 0), value })),

@@ -50,7 +50,7 @@ function headline({ curve, ablations, probes }) {
   if (curve) {
     const { last, best } = curve;
     tiles.push({
-      id: "tile-last", label: `accuracy at the end: stage ${last.stage}, epoch ${last.epoch}`,
+      id: "tile-last", label: `accuracy of this checkpoint: stage ${last.stage}, epoch ${last.epoch}`,
       text: percent(last.acc), note: `95\u00a0% interval ${range(last.low, last.high)}`,
     });
     tiles.push({

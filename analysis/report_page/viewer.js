@@ -38,6 +38,8 @@ class Viewer {
     window.addEventListener("hashchange", () => this.restore());
     this.filter();
     this.restore();
+    // A shared address is about its question, not about what stands above.
+    if (location.hash.includes("id=")) byId("viewer").scrollIntoView();
   }
 
   setUpControls(shortcuts) {
@@ -93,6 +95,7 @@ class Viewer {
       const isOpen = this.open && Number(link.dataset.index) === this.open.index;
       if (isOpen) link.setAttribute("aria-current", "true");
       else link.removeAttribute("aria-current");
+      if (isOpen && byId("list").contains(document.activeElement)) link.focus({ preventScroll: true });
       // Only the list moves: scrollIntoView would move the page as well.
       if (isOpen && isScrolled) {
         const list = byId("list"), top = link.offsetTop;
@@ -142,6 +145,9 @@ class Viewer {
       "/": () => byId("search").focus(), Escape: () => event.target.blur(),
     };
     if (!steps[event.key]) return;
+    // Above and below the questions, arrows scroll the page as usual.
+    const { top, bottom } = byId("viewer").getBoundingClientRect();
+    if (event.key.startsWith("Arrow") && (top > innerHeight || bottom < 0)) return;
     if (event.key !== "Escape") event.preventDefault();
     steps[event.key]();
   }

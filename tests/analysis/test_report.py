@@ -5,7 +5,9 @@ import hashlib
 import json
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import conftest
 import pytest
 from browser import Browser, find_chromium
 from runs import Experiment
@@ -133,6 +135,15 @@ def number_in(text):
 
 
 # Without a browser
+
+
+@pytest.mark.parametrize("browser_path", [None, "/usr/bin/chromium"])
+def test_a_run_of_the_tests_without_a_browser_says_so_at_its_end(monkeypatch, browser_path):
+    lines = []
+    reporter = SimpleNamespace(write_line=lambda line, **markup: lines.append(line))
+    monkeypatch.setattr(conftest, "find_chromium", lambda: browser_path)
+    conftest.pytest_terminal_summary(reporter)
+    assert ["No Chromium was found" in line for line in lines] == [True] * (browser_path is None)
 
 
 def test_the_page_stands_alone_and_holds_the_files(written):
@@ -354,7 +365,9 @@ def test_arrow_keys_step_questions_and_thoughts_and_the_address_follows(opened):
         assert title == f"Question {current}"
         return int(current), int(checked), opened.run("location.hash")
 
+    opened.press("ArrowDown")  # the questions are not in view: this scrolls
     assert place() == (0, 2, "")
+    opened.run("document.getElementById('viewer').scrollIntoView()")
     opened.press("ArrowDown")
     opened.press("ArrowDown")
     assert place() == (2, 2, "#id=2&k=2")
@@ -401,6 +414,9 @@ def test_the_address_restores_question_and_thought(browser, written, address, ex
         "[...document.querySelectorAll('table.thoughts tbody tr')].map(row =>"
         " [...row.querySelectorAll('.token b')].map(each => each.textContent))"
     )
+    # A shared address shows its question at once.
+    top = browser.run("document.getElementById('viewer').getBoundingClientRect().top")
+    assert -1 < top < 20
     assert rows == [[token.strip() for token, _ in t["top"]] for t in record["thoughts"]]
     assert browser.problems == []
 
