@@ -32,6 +32,8 @@ LOGIT_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "lo
 LOGIT_FIELDS += ("lm_head_multiplier", "output_multiplier")
 # The names that transformers' configurations have for the longest sequence.
 POSITION_FIELDS = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
+# Past it, rotary positions of the type longrope scale every position by another factor.
+ROTARY_LIMIT = "original_max_position_embeddings"
 # Sizes of the copy. Its attention window is shorter than the rows, so that it has an effect.
 VOCAB_SIZE = 48
 NUM_HEADS, HEAD_DIM = 4, 16
@@ -131,6 +133,12 @@ def examine(
     return _found[key]
 
 
+def rotary_parameters(config: PretrainedConfig) -> list[dict]:
+    """The parameters of rotary positions: one dictionary, or one for each kind of layer."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    return [rotary, *(part for part in rotary.values() if isinstance(part, dict))]
+
+
 # The copy
 
 
@@ -159,9 +167,12 @@ def _shrink_part(config: PretrainedConfig, head_dim: int | None) -> None:
     for name in WINDOW_FIELDS:
         if _get(config, name) is not None:
             _set(config, name, WINDOW_SIZE)
-    for name in POSITION_FIELDS:
+    for name in (*POSITION_FIELDS, ROTARY_LIMIT):
         if _get(config, name) is not None:
             _set(config, name, max(_get(config, name), MIN_POSITIONS))
+    for parameters in rotary_parameters(config):
+        if parameters.get(ROTARY_LIMIT) is not None:
+            parameters[ROTARY_LIMIT] = max(parameters[ROTARY_LIMIT], MIN_POSITIONS)
     _keep_first_layers(config)
     _move_special_tokens(config)
 

@@ -18,7 +18,12 @@ from transformers import (
 
 from coconut import Coconut
 from dataset import MARKERS
-from engine.architecture import POSITION_FIELDS, require_readable
+from engine.architecture import (
+    POSITION_FIELDS,
+    ROTARY_LIMIT,
+    require_readable,
+    rotary_parameters,
+)
 from engine.config import Config
 from engine.metadata import (
     EXTRA_WEIGHTS,
@@ -82,12 +87,10 @@ def model_outline(config: Config, source: ModelSource) -> ModelOutline:
 def max_positions(text_config: PretrainedConfig) -> int | None:
     """The longest sequence that a model of this configuration can read; None without a limit."""
     limits = [getattr(text_config, field, None) for field in POSITION_FIELDS]
-    # One dictionary, or one for each kind of layer.
-    rotary = getattr(text_config, "rope_parameters", None) or {}
-    for parameters in (rotary, *(part for part in rotary.values() if isinstance(part, dict))):
+    for parameters in rotary_parameters(text_config):
         # Past it the longest row of a batch changes how every row is read.
         if parameters.get("rope_type") == "longrope":
-            limits.append(parameters.get("original_max_position_embeddings"))
+            limits.append(parameters.get(ROTARY_LIMIT))
     return min((limit for limit in limits if limit is not None), default=None)
 
 

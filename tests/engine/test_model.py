@@ -816,7 +816,7 @@ def test_outline_is_the_size_of_the_loaded_model(configure, tiny_folder, tmp_pat
         (
             # A factor for each of the pairs of a head of 16.
             {"long_factor": [4.0] * 8, "short_factor": [1.0] * 8, "rope_type": "longrope"},
-            48,
+            8,
         ),
     ],
 )
@@ -824,7 +824,7 @@ def test_a_limit_of_positions_is_known_by_any_of_its_names(configure, tiny_folde
     folder = tiny_folder()
     if isinstance(other, dict):
         rotary = other | {"rope_theta": 10000.0}
-        positions = {"max_position_embeddings": 192, "original_max_position_embeddings": 48}
+        positions = {"max_position_embeddings": 192, "original_max_position_embeddings": 8}
         other = Phi3Config(**SMALL, **positions, rope_parameters=rotary)
     other.save_pretrained(folder)
     config = configure(folder, from_scratch=True)
