@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from coconut import IGNORE_INDEX, Coconut
-from utils import UserError
+from utils import UserError, quote
 
 REPLACEMENTS = (
     "zeros", "mean", "noise_added", "noise", "other_record", "permuted", "placeholder",
@@ -211,8 +211,8 @@ def partners(questions: Sequence[str], counts: Sequence[int], seed: int = SEED) 
                 break
         if found is None:
             raise UserError(
-                f"thoughts of another record need a second question, but all {len(questions)}"
-                " records ask the same; use more records"
+                "thoughts of another record need a second question, but there is only"
+                f" {quote(questions[0])}; use more records"
             )
         chosen[index] = found
     return chosen

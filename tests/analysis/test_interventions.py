@@ -151,7 +151,7 @@ def test_another_records_thoughts_answer_another_question_and_are_enough():
 
 
 def test_another_record_needs_another_question():
-    with pytest.raises(UserError, match="all 2 records ask the same"):
+    with pytest.raises(UserError, match="a second question, but there is only 'a'"):
         partners(["a", "a"], [1, 1])
 
 
