@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.plots import draw_study_curves
+from analysis.plots import draw_last_stage, draw_study_curves
 from analysis.results import RunResult, read_predictions, read_results
 from analysis.shortcuts import shortcut_table
 from analysis.statistics import MIN_PAIRS_FOR_SIGN_TEST, Paired, compare_pairs, holm, summarize
@@ -28,6 +28,9 @@ from engine.metrics import mcnemar, wilson_interval
 from utils import ReportedError, UserError, atomic_write_text, configure_logging, log
 
 DEFAULT_BASELINE = "m1"
+
+
+CURVES, LAST_STAGE = "learning_curves.png", "last_stage.png"
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,8 @@ def _describe_p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
-def study_page(comparison: Comparison, name: str, picture: str, data: Path | None) -> str:
-    """The Markdown page of a study."""
+def study_page(comparison: Comparison, name: str, data: Path | None) -> str:
+    """The Markdown page of a study, beside its pictures."""
     runs = [run for arms in comparison.runs.values() for s in arms.values() for run in s.values()]
     origins = sorted({(run.commit[:7], run.machine) for run in runs})
     lines = [f"# {name}", "", f"Rebuilt by `python -m analysis.compare results/{name}` from the"]
@@ -272,7 +275,9 @@ def study_page(comparison: Comparison, name: str, picture: str, data: Path | Non
     lines += [f"- commit {commit} on {machine}" for commit, machine in origins]
     lines += [
         "",
-        f"![Accuracy by epoch; a thin line for each seed, their mean thick]({picture})",
+        f"![Accuracy by epoch; a thin line for each seed, their mean thick]({CURVES})",
+        "",
+        f"![Accuracy after the last stage: a dot for each run, a line for each seed]({LAST_STAGE})",
         "",
     ]
     lines += ["## What the data support", "", describe_comparison(comparison), ""]
@@ -316,18 +321,19 @@ def runs_csv(comparison: Comparison) -> str:
 def compare_study(
     folder: Path, baseline: str, out: Path, allow_mixed: bool, data: Path | None
 ) -> None:
-    """Write README.md, runs.csv and learning_curves.png of a study into `out`."""
+    """Write a study's page with its pictures, and runs.csv, into `out`."""
     runs = read_results(folder)
     arms = [run for run in runs if not run.is_prerequisite]
     comparison = Comparison(arms, baseline, allow_mixed)
     out.mkdir(parents=True, exist_ok=True)
-    picture = "learning_curves.png"
-    draw_study_curves(comparison.runs, out / picture)
+    draw_study_curves(comparison.runs, out / CURVES)
+    draw_last_stage(comparison.runs, out / LAST_STAGE)
     atomic_write_text(out / "runs.csv", runs_csv(comparison))
-    page = study_page(comparison, folder.name, picture, data)
+    page = study_page(comparison, folder.name, data)
     atomic_write_text(out / "README.md", page)
     log.info(page)
-    log.info(f"written: {out / 'README.md'}, {out / 'runs.csv'}, {out / picture}")
+    names = ("README.md", "runs.csv", CURVES, LAST_STAGE)
+    log.info(f"written: {', '.join(str(out / name) for name in names)}")
 
 
 def compare_models(first: Path, second: Path, data: Path | None) -> str:

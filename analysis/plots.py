@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from analysis.learning_curve import BANDS, INK, NOTE, stage_spans
 from analysis.results import RunResult
+from analysis.statistics import summarize
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")
@@ -37,6 +38,54 @@ def draw_study_curves(
         _draw_condition(axes, condition, arms, colours)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def draw_last_stage(runs: Mapping[str, Mapping[str, Mapping[int, RunResult]]], path: Path) -> None:
+    """Accuracy after the last stage into a PNG: a dot for each run, a seed's joined by a line.
+
+    Each arm's mean stands beside its dots, with the 95 % interval of the mean.
+
+    runs: condition -> arm -> seed -> run.
+    """
+    colours = arm_colours({arm: None for arms in runs.values() for arm in arms})
+    num_arms = sum(map(len, runs.values()))
+    ratios = {"width_ratios": [len(arms) for arms in runs.values()]}
+    figure, panels = plt.subplots(
+        1, len(runs), figsize=(1.8 + 1.1 * num_arms, 3.8), dpi=130, squeeze=False, sharey=True,
+        layout="constrained", gridspec_kw=ratios,
+    )  # fmt: skip
+    for axes, (condition, arms) in zip(panels[0], runs.items(), strict=True):
+        _draw_last_accuracies(axes, arms, colours)
+        if condition != "all":
+            axes.set_title(condition, loc="left", color=INK, fontsize=11)
+    panels[0, 0].set_ylabel("accuracy after the last stage (%)")
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _draw_last_accuracies(
+    axes: Axes, arms: Mapping[str, Mapping[int, RunResult]], colours: dict
+) -> None:
+    for seed in sorted({seed for by_seed in arms.values() for seed in by_seed}):
+        points = [
+            (column, 100 * by_seed[seed].last.acc)
+            for column, by_seed in enumerate(arms.values())
+            if seed in by_seed
+        ]
+        axes.plot(*zip(*points, strict=True), color=NOTE, linewidth=0.5, alpha=0.5, zorder=1)
+    for column, (arm, by_seed) in enumerate(arms.items()):
+        accuracies = [100 * run.last.acc for run in by_seed.values()]
+        axes.scatter([column] * len(accuracies), accuracies, color=colours[arm], s=16, alpha=0.7)
+        summary = summarize(accuracies)
+        low, high = (summary.mean if x is None else x for x in (summary.low, summary.high))
+        axes.errorbar(
+            [column + 0.25], [summary.mean], [[summary.mean - low], [high - summary.mean]],
+            fmt="D", color=colours[arm], markersize=5, capsize=3, linewidth=1.8,
+        )  # fmt: skip
+    labels = [f"{arm}\nn = {len(by_seed)}" for arm, by_seed in arms.items()]
+    axes.set_xticks(range(len(arms)), labels, fontsize=9)
+    axes.set(ylim=(-3, 103), xlim=(-0.5, len(arms) - 0.3))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_condition(

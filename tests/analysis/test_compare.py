@@ -2,13 +2,15 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from scipy import stats
 from study_results import make_epoch, make_run
 
-from analysis import compare
+from analysis import compare, plots
 from analysis.results import read_result, read_results, write_result
 
 SEEDS = range(7)
@@ -47,6 +49,26 @@ def test_the_page_gives_scipys_values(folder, capsys):
     assert row[7] == "7 (2, 4)"
     assert row[8] == f"{stats.ttest_rel(m3, m1).pvalue:.3f}"
     assert row[9] == f"{stats.binomtest(2, 6).pvalue:.3f}"
+
+
+def test_the_pictures_show_every_run(folder, monkeypatch):
+    """A dot for each run in one, a thin line for each and a thick one for each arm in the other."""
+    shown = {}
+    close = plots.plt.close
+
+    def look(figure):
+        (axes,) = figure.axes
+        dots = [len(x.get_offsets()) for x in axes.collections if isinstance(x, PathCollection)]
+        shown[axes.get_ylabel()] = (len(axes.lines), dots)
+        close(figure)
+
+    monkeypatch.setattr(plots.plt, "close", look)
+    compare.main([str(folder)])
+    assert shown["held-out accuracy (%)"][0] == 2 * 7 + 2
+    assert shown["accuracy after the last stage (%)"][1] == [7, 7]
+    page = (folder / "README.md").read_text()
+    for name in re.findall(r"!\[.+?\]\((.+?)\)", page):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_last_stage_and_best_epoch_are_listed_separately(folder):
