@@ -328,15 +328,15 @@ def _draw_linear(found: dict[str, Any]) -> Figure:
         layout="constrained",
     )  # fmt: skip
     _heat_map(axes, np.hstack([values, majority]), "accuracy of linear probes (%)", 100, ".0f")
-    axes.axvline(len(ks) - 0.5, color="white", linewidth=4)
+    axes.axvline(len(ks) - 0.5, color="white", linewidth=4, zorder=1)
     axes.set_xticks(range(len(ks) + 1), [*ks, "largest\nclass"])
     axes.set_yticks(range(len(steps)), steps)
     axes.set(xlabel="thought", ylabel="step")
     for column, thought in enumerate(found["thoughts"]):
         if thought["step"] in steps:
             row = steps.index(thought["step"])
-            axes.add_patch(plt.Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fill=False,
-                                         edgecolor=WRONG_COLOUR, linewidth=1.6))  # fmt: skip
+            outline = {"fill": False, "edgecolor": WRONG_COLOUR, "linewidth": 1.6, "zorder": 2}
+            axes.add_patch(plt.Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, **outline))
     return figure
 
 
@@ -350,7 +350,7 @@ def _draw_confidence(found: dict[str, Any]) -> Figure:
         100 * np.array([point[name] for point in points])
         for name in ("confidence", "acc", "low", "high")
     )
-    curve.errorbar(x, acc, [acc - low, high - acc], color=RIGHT_COLOUR, marker="o", markersize=4,
+    curve.errorbar(x, acc, [acc - low, high - acc], fmt="o", color=RIGHT_COLOUR, markersize=4,
                    linewidth=1, capsize=2, label="answers by confidence")  # fmt: skip
     curve.set(xlim=(-3, 103), ylim=(-3, 103))
     _finish(curve, "reliability", "", "right (%)")
@@ -386,8 +386,8 @@ def _draw_graph(found: dict[str, Any]) -> Figure:
     curve.set_ylim(0, 1.05)
     _finish(curve, "how clear, how parallel", "thoughts")
     _draw_heights(heights, graph["height"])
-    for axes in (values, curve, attention):
-        axes.set_xticks(ks)
+    for axes, first in ((values, 0), (curve, 0), (attention, 1)):
+        axes.set_xticks(ks[first:])
     for axes in panels.flat:
         _legend_below(axes)
     return figure
