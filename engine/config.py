@@ -58,7 +58,7 @@ Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 MIN_FIRST_WEIGHT = 1e-9
 
 
-def _expand_path(path: str) -> str:
+def expand_path(path: str) -> str:
     """`path` with `~` and `$VARIABLE` replaced.
 
     Raises: ValueError for an unknown user or variable; the text continues after `key=value`.
@@ -95,7 +95,7 @@ def _text_or_number(value: Any) -> str:
 
 # The format is what docs/configuration.md calls the type.
 FilePath = Annotated[
-    Text, AfterValidator(_expand_path), Field(json_schema_extra={"format": "path"})
+    Text, AfterValidator(expand_path), Field(json_schema_extra={"format": "path"})
 ]
 WeightsName = Annotated[
     str, Field(json_schema_extra={"format": "`uniform`, `exponential:R` or `learned`"})

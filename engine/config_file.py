@@ -26,6 +26,7 @@ from engine.config import (
     as_yaml,
     combination_problems,
     example,
+    expand_path,
 )
 from utils import ConfigError, log
 
@@ -207,7 +208,10 @@ def read_file_and_bases(path: str) -> tuple[dict[str, Any], dict[str, str], list
         named = f"{path}: base={_shown.repr(base)}"
         if not isinstance(base, str):
             return values, places, [*problems, f"{named} is not text; write base: other.yaml"]
-        below = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        try:
+            below = os.path.normpath(os.path.join(os.path.dirname(path), expand_path(base)))
+        except ValueError as error:
+            return values, places, [*problems, f"{named} {error}"]
         if not os.path.isfile(below):
             raise ConfigError(f"{named} is not a file; write its path relative to {path}")
         if os.path.realpath(below) in seen:

@@ -209,6 +209,16 @@ def test_a_file_is_its_differences_from_its_base(tmp_path):
     assert load_config(tmp_path / "more/middle.yaml").name == "gsm-cot"
 
 
+def test_home_and_variables_are_expanded_in_base(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MINE", str(tmp_path))
+    path = write_chain(tmp_path, top="base: $MINE/a.yaml\nseed: 2\n", a="base: ~/cot.yaml\nlr: 0.5")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/cot.yaml").write_text(PUBLISHED_COT)
+    config = load_config(path)
+    assert (config.seed, config.lr, config.num_epochs) == (2, 0.5, 25)
+
+
 def test_a_problem_names_the_file_that_holds_the_key(tmp_path):
     base = PUBLISHED_COT.replace("seed: 0", "seed: x") + "sede: 1\n"
     path = write_chain(tmp_path, top="base: cot.yaml\nlr: fast\nc_thought: 0\n", cot=base)
@@ -239,6 +249,11 @@ def test_a_wrong_base_is_named(tmp_path):
     assert problems(path) == [
         f"{path}: base='none.yaml' is not a file; write its path relative to {path}"
     ]
+    write_chain(tmp_path, a="base: $NO_SUCH/b.yaml")
+    assert problems(path)[0] == (
+        f"{path}: base='$NO_SUCH/b.yaml' uses $NO_SUCH, which is not set; export NO_SUCH or write"
+        " the path out"
+    )
     write_chain(tmp_path, a="base: [b.yaml]\n" + PUBLISHED_COT)
     assert problems(path) == [f"{path}: base=['b.yaml'] is not text; write base: other.yaml"]
     write_chain(tmp_path, a="base: b.yaml", b="- 1")
