@@ -36,6 +36,8 @@ CLASS_COLOURS = dict(
     zip(CLASSES, ("#009e73", "#56b4e9", "#d55e00", "#e69f00", "#0072b2", "#b0b5bd"), strict=True)
 )
 OWN_COLOUR, OTHER_COLOUR = "#0072b2", "#b0b5bd"
+# More numbers than this would run into each other.
+MAX_TICKS = 16
 SHARES = {"acc", "share", *CLASSES}
 
 
@@ -159,13 +161,14 @@ def draw_sweep(found: dict[str, Any]) -> plt.Figure:
     axes.set(ylim=(-3, 103), ylabel="accuracy (%)")
     tokens = [entry["mean_tokens"] for entry in sweep]
     bars = panels["tokens"].bar(counts, tokens, width=0.5, color=OTHER_COLOUR)
-    panels["tokens"].bar_label(bars, fmt="%.1f", fontsize=8, color=INK, padding=2)
+    if len(counts) <= MAX_TICKS:
+        panels["tokens"].bar_label(bars, fmt="%.1f", fontsize=8, color=INK, padding=2)
     panels["tokens"].set(ylim=(0, 1.35 * max(*tokens, 1)), ylabel="tokens\nwritten")
     if "classes" in panels:
         _draw_classes(panels["classes"], counts, [entry["classes"] for entry in sweep])
     last = list(panels.values())[-1]
     last.set_xlabel("thoughts before the answer")
-    last.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+    last.xaxis.set_major_locator(MaxNLocator(nbins=MAX_TICKS, integer=True))
     _tidy(list(panels.values()))
     return figure
 

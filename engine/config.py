@@ -94,9 +94,7 @@ def _text_or_number(value: Any) -> str:
 
 
 # The format is what docs/configuration.md calls the type.
-FilePath = Annotated[
-    Text, AfterValidator(expand_path), Field(json_schema_extra={"format": "path"})
-]
+FilePath = Annotated[Text, AfterValidator(expand_path), Field(json_schema_extra={"format": "path"})]
 WeightsName = Annotated[
     str, Field(json_schema_extra={"format": "`uniform`, `exponential:R` or `learned`"})
 ]
