@@ -36,6 +36,7 @@ from analysis.subject import (
 from utils import (
     EXIT_INTERRUPTED,
     ReportedError,
+    UserError,
     atomic_write_text,
     configure_logging,
     log,
@@ -66,14 +67,20 @@ def write_report(
     num_records: ask only the first so many.
     coconut_class: "module:Class", needed where the checkpoint was trained with one.
 
-    Raises: UserError as analysis.subject.open_subject does, and for a baseline that is no run.
+    Raises: UserError as analysis.subject.open_subject does, for a baseline that is no run, and
+        where the page cannot be written; the one that was there then stays.
     """
     checkpoint = find_checkpoint(path)
     runs = [describe_baseline(Path(run)) for run in baselines]  # before anything takes long
     found = measure(checkpoint, data, num_records, coconut_class)
     content = page_data(checkpoint, found["ablations"], found["probes"], runs)
     target = output_folder(checkpoint, data) / RESULT_FILE
-    atomic_write_text(target, fitting_page(content))
+    try:
+        atomic_write_text(target, fitting_page(content))
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror}); make room or give the right to"
+        ) from None
     return target
 
 

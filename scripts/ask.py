@@ -189,7 +189,7 @@ def answer_all(thinker: Thinker, options: argparse.Namespace) -> None:
     """Reply to every question typed; one that cannot be read ends nothing."""
     if sys.stdin.isatty():
         example = f", such as {EXAMPLE}" if options.checkpoint == SHIPPED else ""
-        print(f"Type a question{example}; an empty input (Ctrl-D) or `exit` ends.")
+        print(f"Type a question{example}; Ctrl-D or `exit` ends.")
     for question in questions_typed():
         try:
             reply_to(thinker, question, options)

@@ -75,7 +75,8 @@ function headline({ curve, ablations, probes }) {
   }
   const named = probes.thoughts.map((row) => row.gold_step_word && row.gold_step_word.mean)
     .filter((value) => typeof value === "number");
-  if (named.length) {
+  // Pause tokens, which are all alike, can be read as words as well, but hold no thoughts.
+  if (named.length && strongest) {
     tiles.push({
       id: "tile-named", label: "of the thoughts, read as a word, name their step",
       text: percent(named.reduce((sum, value) => sum + value) / named.length),

@@ -255,8 +255,11 @@ def test_an_interrupted_report_leaves_the_old_one(copied, monkeypatch, capsys):
 
 
 def test_mistakes_are_one_message_and_status_2(copied, tmp_path, capsys):
-    run, _ = copied
+    run, path = copied
+    path.unlink()
+    path.mkdir()
     for arguments, words in (
+        ([run], "report.html: cannot be written"),
         ([tmp_path / "nowhere"], "does not exist"),
         ([run, "--baselines", tmp_path], "name the folder of a training run"),
         ([run, "--data", tmp_path / "none.json"], "cannot be read"),
