@@ -1,4 +1,4 @@
-"""Asking a checkpoint all records at once, with more thoughts, fewer, or others in their place.
+"""Asking a checkpoint all records at once, with more, fewer, or replaced thoughts.
 
 `Plan` says what is asked, `Asker` asks it. What the answers show is left to ablations.py.
 Shapes: n records, K most thoughts of a record, D width.
@@ -73,8 +73,8 @@ class Asker:
     ) -> list[dict]:
         """The answers to all records, in their order, as evaluation describes them.
 
-        what: what is being asked, in words.
-        vectors: are read in the place of thoughts.
+        what: what is being asked, for the progress bar.
+        vectors: read in place of thoughts.
         """
         subject = self.subject
         decoder = Decoder(subject.model, subject.tokenizer, staged, subject.max_new_tokens)

@@ -1,4 +1,4 @@
-"""How sure a model is of its answers, and whether it is right as often as it is sure.
+"""How confident a model is of its answers, and whether it is right as often as it is confident.
 
 Confidence is the probability that the model gave to all it wrote: the product over its tokens, the
 end included. A calibrated model is right in a share p of the answers whose confidence is p.

@@ -1,8 +1,8 @@
-"""How likely a model finds many continuations of one text, all scored in one pass.
+"""The probabilities of many continuations of one text, all scored in one pass.
 
-After each of several places of a text follow forced tokens, and then, one apart from the other,
-the continuations whose probability is wanted. All of them hang as a tree on the text's own columns,
-and a mask lets each column see its ancestors alone. So the text is read once for all places and
+Each of several places in a text is followed by forced tokens and then by separate continuations,
+whose probabilities are wanted. All of them form a tree on the text's own columns, and a mask lets
+each column see only its ancestors. So the text is read once for all places and
 continuations, and no cache is copied.
 
 The text comes as the embeddings that Coconut.read returned, thoughts in place.
@@ -41,7 +41,7 @@ class Branch:
 
 @dataclass
 class _Tree:
-    """The columns of one row, text first: what each follows, reads and stands at."""
+    """The columns of one row, text first: the parent, token and position of each added one."""
 
     parents: list[int]  # of added columns
     token_ids: list[int]
@@ -62,8 +62,8 @@ def continuation_log_probabilities(
     embeds: (B, T, D) as Coconut.read returned them; attention_mask: (B, T).
     branches: those of each row.
 
-    Raises: NoBranches for a model to which a column's place among the columns means something
-        beside its mask and its position, as under a sliding window.
+    Raises: NoBranches for a model that depends on where a column is besides its mask and position,
+        as under a sliding window.
     """
     trees = [_grow(mask, row) for mask, row in zip(attention_mask.cpu(), branches, strict=True)]
     num_added = max(len(tree.parents) for tree in trees)
@@ -132,11 +132,11 @@ def _pad(lists: Sequence[list[int]], length: int) -> Tensor:
 
 
 def _read_tree(model: Coconut, embeds: Tensor, position_ids: Tensor, visible: Tensor) -> Tensor:
-    """The states (B, C, D) of all columns under a mask of their own (B, C, C)."""
+    """The states (B, C, D) of all columns under the mask `visible` (B, C, C)."""
     base = model.base_causallm
     mask = torch.zeros(visible.shape, dtype=embeds.dtype, device=embeds.device)
     mask = mask.masked_fill(~visible, torch.finfo(embeds.dtype).min)[:, None]  # (B, 1, C, C)
-    # Families whose positions are part of the mask fail in ways of their own.
+    # Families whose positions are part of the mask fail in various ways.
     try:
         return base.base_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
@@ -148,7 +148,7 @@ def _read_tree(model: Coconut, embeds: Tensor, position_ids: Tensor, visible: Te
 def _check_last_branch(
     model: Coconut, states: Tensor, embeds: Tensor, attention_mask: Tensor, tree: _Tree
 ) -> None:
-    """Refuse a model that reads the last branch of a row in another way by itself.
+    """Refuse a model that reads the last branch of a row differently on its own.
 
     states, embeds: (C, D) of the row's tree; attention_mask: (T,) of its text.
     """
@@ -169,6 +169,6 @@ def _check_last_branch(
 def _refusal(model: Coconut) -> NoBranches:
     kind = model.base_causallm.config.model_type
     return NoBranches(
-        f"{kind}: its layers look at where a column stands beside its mask, so that values of nodes"
+        f"{kind}: its layers depend on where a column is besides its mask, so values of nodes"
         " cannot be read; use a model with full attention, such as GPT-2 or Llama"
     )

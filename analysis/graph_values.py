@@ -1,4 +1,4 @@
-"""What a model makes of the nodes of a record's graph after k thoughts.
+"""The values that a model gives the nodes of a record's graph after k thoughts.
 
 The value of a node after k thoughts is the probability of its name where the text that follows
 these thoughts names a node: the product over the name's tokens after the end marker and the words
@@ -8,9 +8,9 @@ there is d edges from the root: d = k in sentences, whose steps begin with their
 d = k + 1 in symbols. With c_thought above 1, k counts steps that the thoughts have replaced.
 
 Nodes are grouped by their distance from the root: unreachable; reached, at most d; frontier, d;
-optimal, the frontier's nodes on a shortest path to the target. The last three lie within each
-other. Edges are grouped as the node they start from, at d = k; an optimal edge ends on a shortest
-path too.
+optimal, the frontier's nodes on a shortest path to the target. Each of the last three contains
+the next. Edges are grouped like the node they start from, at d = k; an optimal edge also ends on a
+shortest path.
 Source: Hao et al. 2024, arXiv 2412.06769, section 5; Zhu et al. 2025, arXiv 2505.12514, groups.
 """
 
@@ -59,7 +59,7 @@ class Graph:
 
     @classmethod
     def of(cls, record: dict) -> "Graph":
-        """That of a record in which `graph_problem` finds nothing wrong."""
+        """The graph of a record in which `graph_problem` finds nothing wrong."""
         children, parents = child_lists(record), parent_lists(record)
         root, target = record["root"], record["target"]
         nodes = range(len(children))
@@ -90,7 +90,7 @@ class Graph:
         }
 
     def edge_members(self, depth: int) -> dict[str, list[int]]:
-        """The same of edges, by their place in `edges`."""
+        """The same for edges, by their index in `edges`."""
         nodes = self.members(depth)
         found = {
             group: [i for i, (start, _) in enumerate(self.edges) if start in nodes[group]]
@@ -149,7 +149,7 @@ def next_place(graph: Graph, steps: Sequence[str], answer: str, num_replaced: in
     is_step = num_replaced < len(steps)
     text = steps[num_replaced] if is_step else f"### {answer}"
     mentions = find_names(graph, text)
-    # The first node of a step is where it goes on from; an answer ends with the target.
+    # A step begins with the node that it continues from; an answer ends with the target.
     begin, end, node = mentions[0 if is_step else -1] if mentions else (0, 0, None)
     if node is None or graph.distances[node] is None:
         where = f"step {num_replaced + 1}" if is_step else "the answer"
@@ -159,7 +159,7 @@ def next_place(graph: Graph, steps: Sequence[str], answer: str, num_replaced: in
 
 
 def find_names(graph: Graph, text: str) -> list[tuple[int, int, int]]:
-    """(begin, end, node) of each name of a node that stands in `text` as a word, in order."""
+    """(begin, end, node) of each name of a node that occurs in `text` as a word, in order."""
     node_of = {name: node for node, name in enumerate(graph.names)}
     names = "|".join(re.escape(name) for name in sorted(node_of, key=len, reverse=True))
     found = re.finditer(rf"(?<!\w)(?:{names})(?!\w)", text)
@@ -182,7 +182,7 @@ def name_branch(
     words, *whole = tokenize([place.before, *(f"{before}{n}{place.after}" for n in graph.names)])
     shared = len(words)
     for ids in whole:
-        # Some tokenizers cut the last word before a name in another way than alone.
+        # Some tokenizers split the last word before a name differently than on its own.
         shared = min(shared, _num_equal(words, ids))
     return Branch(column, marker_ids + words[:shared], [ids[shared:] for ids in whole])
 

@@ -1,9 +1,9 @@
 """Reading other vectors in the place of thoughts: do(t_k := v), and the vectors v to choose from.
 
-The model computes what it always does, except that chosen thoughts are exchanged just before they
-are read. A thought is named by its record and its position k = 0, 1, ... among the record's latent
-positions. What stands in its place comes from the model's own thoughts in an undisturbed reading,
-t_k below, so it does not depend on what else is exchanged:
+The model computes as usual, except that chosen thoughts are exchanged just before they are read. A
+thought is named by its record and its position k = 0, 1, ... among the record's latent positions.
+Its replacement comes from the model's own thoughts in an undisturbed reading, t_k below, so it does
+not depend on what else is exchanged:
 
     zeros         0
     mean          the mean of t_k over the records that have a thought k
@@ -13,7 +13,7 @@ t_k below, so it does not depend on what else is exchanged:
     permuted      t_j of the same record, j another of the exchanged positions
     placeholder   the embedding of the latent token, as pause tokens are read
 
-Thoughts that are not exchanged are made as ever, from what the model has read by then.
+Thoughts that are not exchanged are made as usual, from what the model has read by then.
 `check_replacement` proves on the model at hand that a thought replaced by itself changes no bit.
 Shapes: n records, K most thoughts of a record, D width, B rows of a batch, T columns.
 """
@@ -41,7 +41,7 @@ Replacement = Callable[[Tensor, Tensor], Tensor]
 
 @contextmanager
 def replaced_thoughts(model: Coconut, replacement: Replacement) -> Iterator[None]:
-    """Within, `model` reads what `replacement` makes of each thought."""
+    """Within this context `model` reads what `replacement` returns for each thought."""
     own_read, own_thought = model.read, model.thought
     coming: Iterator[Tensor] = iter(())
 
@@ -108,7 +108,7 @@ def check_replacement(
     rows = torch.arange(len(thoughts), device=thoughts.device)
 
     def own(thought: Tensor, positions: Tensor) -> Tensor:
-        # What the model makes of it now must not matter.
+        # What the model computes for it now must not matter.
         return thoughts[rows, positions.clamp(min=0)]
 
     with seeded():
@@ -123,7 +123,7 @@ def check_replacement(
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Within, what a subclass of Coconut draws is the same each time, and nobody else's."""
+    """Fix the random numbers that a subclass of Coconut draws, and leave all others unaffected."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(SEED)
@@ -131,7 +131,7 @@ def seeded() -> Iterator[None]:
 
 
 def zeros(thought: Tensor, positions: Tensor) -> Tensor:
-    """Nothing: the position stays, its content goes."""
+    """Zeros: the position stays, its content is removed."""
     return torch.zeros_like(thought)
 
 

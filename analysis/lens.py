@@ -12,14 +12,14 @@ from torch import Tensor
 
 from coconut import Coconut
 
-# Numbers of one block of logits, 32 MB in float32: with GPT-2's vocabulary 167 rows.
+# Entries of one block of logits, 32 MB in float32: with GPT-2's vocabulary 167 rows.
 MAX_LOGITS = 2**23
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_text(tokenizer, token_id: int) -> str:
-    """What a token stands for in text, blanks included; the tokenizer's own name for it where it
-    is no text by itself, as a byte of a longer character."""
+    """The text of a token, spaces included; the tokenizer's own name for it where it is not text
+    on its own, such as one byte of a longer character."""
     text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     if text and REPLACEMENT not in text:
         return text
@@ -36,8 +36,8 @@ def lens(model: Coconut, vectors: Tensor) -> Tensor:
 def top_tokens(
     model: Coconut, tokenizer, vectors: Tensor, num_tokens: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """The likeliest tokens at each of `vectors` (n, D): (text, probability), likeliest first."""
-    # Rows past the tokenizer's end pad the vocabulary and mean nothing.
+    """The most probable tokens at each of `vectors` (n, D): (text, probability), best first."""
+    # Rows past the tokenizer's end only pad the vocabulary.
     best = lens(model, vectors)[:, : len(tokenizer)].topk(num_tokens, dim=-1)
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [

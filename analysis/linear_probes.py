@@ -1,4 +1,4 @@
-"""Linear probes of thoughts, with the controls that say what their accuracy is worth.
+"""Linear probes of thoughts, with the controls without which their accuracy means little.
 
 A probe predicts the label of a step from a thought by ridge regression on one-hot labels,
 
@@ -84,7 +84,7 @@ def probe_steps(thoughts: np.ndarray, labels: np.ndarray, own_steps: Sequence[in
 
     thoughts: (n, K, D), nan where a record has no such thought, and n so small that an (n, n)
     matrix is; labels: (n, S) as in `probe`;
-    own_steps: for each thought the step, from 0, that it stands for.
+    own_steps: for each thought the step, from 0, that it replaces.
     Each entry: what `probe` returns, k and step from 1, and best_other_step, the highest accuracy
     of the same thoughts for a step that is not this one. Labels are shuffled for own steps alone.
     """

@@ -1,7 +1,7 @@
-"""Files that analyses write, whole or not at all: JSON with its origin, CSV tables, pictures.
+"""Files that analyses write, atomically: JSON with its origin, CSV tables, pictures.
 
 A result begins with `heading`, by which a reader, or the report, sees whether it still belongs to
-the checkpoint and the data that lie there now.
+the current checkpoint and data.
 """
 
 import csv

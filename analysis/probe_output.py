@@ -1,4 +1,4 @@
-"""Tables and pictures of what probes.py measured, from the content of probes.json alone."""
+"""Tables and pictures of what probes.py measured, from the content of probes.json only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ from analysis.tables import markdown_table
 
 HEADINGS = {
     "thoughts": "Thoughts read as words",
-    "geometry": "Where thoughts lie",
-    "linear": "What a linear map tells from a thought (accuracy in %, own step in brackets)",
+    "geometry": "Where thoughts are among embeddings and states",
+    "linear": "What a linear map reads from a thought (accuracy in %, own step in brackets)",
     "confidence": "Confidence in the answers",
     "graph": "Values of nodes after k thoughts (probability of a name, in %)",
     "attention": "Attention from thought k to an edge (in %)",
@@ -110,7 +110,7 @@ def _number(value: float | None) -> str:
 
 def _word_rows(thoughts: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = [("thought", "as a word of answers in its step %", "95 % interval",
-             "likeliest token in its step %", "median rank", "options exp(H)")]  # fmt: skip
+             "top token in its step %", "median rank", "options exp(H)")]  # fmt: skip
     for entry in thoughts:
         word, rank = entry["gold_step_word"], entry["gold_step_rank_median"]
         interval = f"{_percent(word['low'])} to {_percent(word['high'])}" if word["n"] else ""
@@ -241,7 +241,7 @@ def _draw_thoughts(found: dict[str, Any]) -> Figure:
         _plot_means(axes, [{"k": e["k"]} | e[name] for e in thoughts], label, colour, scale)
 
     plot(words, "gold_step_word", "as a word of answers", COLOURS[0], 100)
-    plot(words, "gold_step_top1", "as the likeliest token", COLOURS[5], 100)
+    plot(words, "gold_step_top1", "as the top token", COLOURS[5], 100)
     words.set_ylim(-3, 103)
     _finish(words, "thought k reads as its step (%)")
     medians = [entry["gold_step_rank_median"] for entry in thoughts]
@@ -303,14 +303,14 @@ def _draw_layers(found: dict[str, Any]) -> Figure:
     num_layers, num_thoughts = tables_[0].shape
     size = (max(7, 2 + 1.1 * num_thoughts), max(3, 1.4 + 0.32 * num_layers))
     figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    titles = ("likeliest token is in its step (%)", "entropy (nats)")
+    titles = ("top token is in its step (%)", "entropy (nats)")
     for axes, values, title, top in zip(panels, tables_, titles, (100, None), strict=True):
         scale = 100 if top else 1
         _heat_map(axes, scale * values, title, top, ".0f" if top else ".1f")
         axes.set_xticks(range(num_thoughts), range(1, num_thoughts + 1))
         axes.set_xlabel("thought")
     panels[0].set_yticks(range(num_layers), ["input", *range(1, num_layers)])
-    panels[0].set_ylabel("layer, a column before")
+    panels[0].set_ylabel("layer, one column before")
     return figure
 
 

@@ -46,16 +46,16 @@ class Readings:
     """What was read, by record (n) and thought (K); nan, or -1 for ids, where there is no thought.
 
     num_thoughts: (n,). thoughts: (n, K, D), of the first MAX_KEPT records alone.
-    top_ids, top_p: (n, K, NUM_TOP), likeliest first. entropy: (n, K) in nats.
-    gold_rank: (n, K) rank from 1 of the likeliest telling token of the thought's step.
-    word_ids: (n, K) the likeliest of the tokens in which answers differ.
+    top_ids, top_p: (n, K, NUM_TOP), best first. entropy: (n, K) in nats.
+    gold_rank: (n, K) rank from 1 of the most probable telling token of the thought's step.
+    word_ids: (n, K) the most probable of the tokens in which answers differ.
     norm_ratio, max_cosine, cosine_last_state, cosine_previous: (n, K), the last nan for the first
         thought; nearest_ids: (n, K).
     window: (n, K, m) shares of the states, nearest first; nan for pause thoughts.
     layer_ids, layer_p, layer_entropy, layer_rank: (n, K, L + 1).
     question_attention: for each of the first MAX_DETAILED records (thoughts, question tokens).
     edge_attention: for each record (thoughts, edges), of all tokens that name an edge, else None.
-    values: for each record (thoughts + 1, nodes), else None; places: where these names stand.
+    values: for each record (thoughts + 1, nodes), else None; places: where these names occur.
     log_p: (n,) natural logarithm of the probability of what the model wrote; is_correct: (n,).
     """
 
@@ -166,7 +166,7 @@ def batches_of(subject: Subject, staged: StagedRecords) -> list[np.ndarray]:
 
 
 def telling_steps(subject: Subject) -> list[list[list[int]]]:
-    """For each record and step the ids that tell it from other records' steps."""
+    """For each record and step the ids that distinguish it from other records' steps."""
 
     def is_word(token_id: int) -> bool:
         return any(character.isalnum() for character in token_text(subject.tokenizer, token_id))
@@ -174,7 +174,7 @@ def telling_steps(subject: Subject) -> list[list[list[int]]]:
     return telling_ids(subject.records.table["step_ids"][:], is_word)
 
 
-def likeliest(probabilities: Tensor, candidates: list[int]) -> Tensor:
+def most_probable(probabilities: Tensor, candidates: list[int]) -> Tensor:
     """(n,) long: which of `candidates` has the largest of (n, V) probabilities."""
     ids = torch.tensor(candidates, device=probabilities.device)
     return ids[probabilities[:, ids].argmax(-1)]
@@ -288,7 +288,7 @@ class _Reader:
             found.top_p[slots] = top.values.cpu().numpy()
             found.entropy[slots] = entropy(p).cpu().numpy()
             found.gold_rank[slots] = ranks(p, golds[part])
-            found.word_ids[slots] = likeliest(p, self.words).cpu().numpy()
+            found.word_ids[slots] = most_probable(p, self.words).cpu().numpy()
 
     def _gold_ids(self, batch: Batch) -> list[list[int]]:
         """For each thought the telling ids of its step; none where the record has no such step."""
@@ -329,7 +329,7 @@ class _Reader:
         found, golds = self.found, self._gold_ids(batch)
         for layer, states in enumerate(layers):
             before = states[batch.rows, batch.columns - 1]
-            # The last of them have passed the final norm already.
+            # The last layer's states are after the final norm already.
             before = before if layer == len(layers) - 1 else self.norm(before)
             for vectors, part, slots in self._in_blocks(batch, before):
                 p = lens(self.model, vectors)
@@ -358,7 +358,7 @@ class _Reader:
         question, tokenizer = self.questions[index], self.subject.tokenizer
         spans = edge_spans(self.graphs[index], question)
         attention = np.full((len(to_question), len(spans)), np.nan, dtype=np.float32)
-        if not tokenizer.is_fast:  # such tokenizers do not know which token came from where
+        if not tokenizer.is_fast:  # such tokenizers do not record offsets
             return attention
         encoded = tokenizer(question + "\n", add_special_tokens=False, return_offsets_mapping=True)
         begins, ends = np.array(encoded["offset_mapping"]).T
@@ -409,7 +409,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def ranks(probabilities: Tensor, ids: Sequence[Sequence[int]]) -> np.ndarray:
-    """(n,) rank from 1 of the likeliest of each row's ids among (n, V); nan for a row without."""
+    """(n,) rank from 1 of the most probable of each row's ids in (n, V); nan for a row without."""
     found = np.full(len(ids), np.nan)
     for row, own in enumerate(ids):
         if own:

@@ -5,7 +5,7 @@ them.
 
 The page is report.html beside the ablations.json and probes.json that it shows (analysis/ablations,
 analysis/probes); whichever of them is missing, or belongs to another state of checkpoint or data,
-is made first. It stands alone: style, script and data are in the one file, nothing is fetched, and
+is made first. It is self-contained: style, script and data are in one file, nothing is fetched, and
 its content security policy lets no other script run. All figures are those of the JSON files and
 of metrics.jsonl; only the numbers of single questions are rounded, to NUM_DIGITS digits.
 
@@ -60,15 +60,15 @@ def write_report(
     num_records: int | None = None,
     coconut_class: str | None = None,
 ) -> Path:
-    """Write the page of a checkpoint, or of a run's last one, and return where it lies.
+    """Write the page of a checkpoint, or of a run's last one, and return its path.
 
     baselines: folders of runs to show beside it.
     data: the file of the questions; by default the val_path of the checkpoint's run.
     num_records: ask only the first so many.
     coconut_class: "module:Class", needed where the checkpoint was trained with one.
 
-    Raises: UserError as analysis.subject.open_subject does, for a baseline that is no run, and
-        where the page cannot be written; the one that was there then stays.
+    Raises: UserError as analysis.subject.open_subject does, for a baseline that is not a run, and
+        where the page cannot be written; an earlier one then stays.
     """
     checkpoint = find_checkpoint(path)
     runs = [describe_baseline(Path(run)) for run in baselines]  # before anything takes long
@@ -171,7 +171,7 @@ def page(content: dict) -> str:
 
 
 def embedded_json(content: dict) -> str:
-    """JSON to stand in a script element: nothing in it ends the element or begins a comment."""
+    """JSON for a script element: nothing in it ends the element or begins a comment."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -183,7 +183,7 @@ def read_part(name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page and print where it lies; returns the exit status."""
+    """Write the page and print its path; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("path", type=Path, help="a checkpoint, or a run: its last checkpoint")
     parser.add_argument(

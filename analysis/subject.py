@@ -1,7 +1,7 @@
 """What the analyses look at: one Coconut checkpoint, the data it answers, and where output goes.
 
 `ablations`, `probes`, `report` and `scripts/ask.py` open checkpoints with these functions, so they
-refuse the same things in the same words. Everything is checked before the weights load that can be.
+refuse the same things with the same messages. All that can be is checked before the weights load.
 """
 
 import os
@@ -36,7 +36,7 @@ DEFAULT_BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint and the records that it is asked, ready to be run.
+    """A checkpoint and the records that it is asked, ready to run.
 
     folder: the checkpoint's.
     model: in evaluation mode, float32, on this process's device.
@@ -109,7 +109,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
 
 def read_run_config(checkpoint: Path) -> Config | None:
-    """The configuration of the run that a checkpoint lies in; None for one that lies alone.
+    """The configuration of the run that holds the checkpoint; None where no run does.
 
     Raises: ConfigError where it is broken.
     """
@@ -218,7 +218,7 @@ def _sizes(config: Config | None) -> tuple[int, int]:
 
 
 def _with_fitting_answers(subject: Subject) -> Subject:
-    """The same with no longer answers than the model has positions for."""
+    """The same with answers limited to the model's positions."""
     if subject.max_positions is None:
         return subject
     free = subject.max_positions - int(subject.staged.prompt_lengths.max())
@@ -230,13 +230,13 @@ def _choose_data(checkpoint: Path, config: Config | None, data: str | Path | Non
         return Path(data)
     if config is None:
         raise UserError(
-            f"{checkpoint}: lies in no run's folder whose {CONFIG_FILE} would name its data; add"
-            " --data FILE"
+            f"{checkpoint}: is not in the folder of a run, whose {CONFIG_FILE} would name its data;"
+            " add --data FILE"
         )
     if not os.path.exists(config.val_path):
         raise UserError(
             f"{checkpoint}: the val_path of its run, {config.val_path}, does not exist here; make"
-            " it, start where it lies, or add --data FILE"
+            " it, start from the folder where it is, or add --data FILE"
         )
     return Path(config.val_path)
 

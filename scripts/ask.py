@@ -1,4 +1,4 @@
-"""Ask a trained model a question, and see what it thinks before it answers.
+"""Ask a trained model a question, and see its thoughts before it answers.
 
     python scripts/ask.py "3 + 4 - 2 + 5 ="
     python scripts/ask.py --checkpoint exps/quickstart/coconut --explain
@@ -84,7 +84,7 @@ class Thinker:
             raise UserError("the question is blank; write one, such as those the model learned")
         for special in (*MARKERS, tokenizer.eos_token):
             if special in question:
-                raise UserError(f"the question holds {special}, which the model reads as a sign")
+                raise UserError(f"the question holds {special}, which is reserved for the model")
         ids = tokenizer(question + "\n", add_special_tokens=False).input_ids
         if tokenizer.unk_token_id in ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
             raise UserError(
@@ -118,14 +118,14 @@ class Thinker:
         (text,) = decode(self.tokenizer, [new])
         _, embeds, _ = model.read(input_ids, mask)
         thoughts = embeds[0, len(prompt) + 1 : len(row) - 1]
-        # Pause tokens hold no thoughts: every one is the same embedding.
+        # Pause tokens hold no thoughts: all of them are the same embedding.
         if count == 0 or model.thought_kind != "continuous":
             return text.strip(), []
         return text.strip(), top_tokens(model, self.tokenizer, thoughts, NUM_TOKENS)
 
 
 def load_thinker(checkpoint: Path, coconut_class: str | None = None) -> Thinker:
-    """What answers for a checkpoint or the last one of a run.
+    """The Thinker of a checkpoint or of the last one of a run.
 
     Raises: UserError where analysis.subject.open_model does.
     """
@@ -144,7 +144,7 @@ def check_num_thoughts(num_thoughts: int | None, trained: int) -> None:
 
 
 def describe(reply: dict) -> str:
-    """A reply as lines to read."""
+    """A reply as text."""
     lines = []
     for thought in reply["thoughts"]:
         top = "   ".join(f"{_shown(text)} {100 * p:.0f} %" for text, p in thought["top"])
@@ -160,7 +160,7 @@ def describe(reply: dict) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text on one line; blank and unprintable ones as Python writes them."""
+    """A text on one line; blank and unprintable ones as Python literals."""
     text = " ".join(text.splitlines()) if text.strip() else text
     return text.strip() if text.strip() and text.isprintable() else repr(text)
 
@@ -186,7 +186,7 @@ def reply_to(thinker: Thinker, question: str, options: argparse.Namespace) -> No
 
 
 def answer_all(thinker: Thinker, options: argparse.Namespace) -> None:
-    """Reply to every question typed; one that cannot be read ends nothing."""
+    """Reply to every question typed; one that cannot be read does not end the session."""
     if sys.stdin.isatty():
         example = f", such as {EXAMPLE}" if options.checkpoint == SHIPPED else ""
         print(f"Type a question{example}; Ctrl-D or `exit` ends.")
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         "--checkpoint", type=Path, default=SHIPPED, metavar="FOLDER",
         help="a checkpoint_N folder, or a run for its last one (default: the shipped weights)",
     )  # fmt: skip
-    parser.add_argument("--thoughts", type=int, metavar="K", help="think so many thoughts")
+    parser.add_argument("--thoughts", type=int, metavar="K", help="number of thoughts")
     parser.add_argument(
         "--explain", action="store_true", help="also show what it writes after fewer thoughts"
     )

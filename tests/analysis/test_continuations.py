@@ -89,5 +89,5 @@ def test_models_that_need_more_than_a_mask_are_refused(kind):
         _, embeds, _ = model.read(ids, torch.ones_like(ids))
     # The local layers' window would hold each continuation alone, but not with the others' columns.
     branch = Branch(3, [], [[1, 2]] * 6)
-    with pytest.raises(NoBranches, match=f"{config.model_type}: its layers look at where"):
+    with pytest.raises(NoBranches, match=f"{config.model_type}: its layers depend on where"):
         continuation_log_probabilities(model, embeds, torch.ones_like(ids), [[branch]])

@@ -16,7 +16,7 @@ def test_the_lens_is_the_models_own_next_token_distribution(family, tiny_model):
     assert torch.allclose(lens(model, states), expected, atol=1e-12)
 
 
-def test_top_tokens_are_the_likeliest_and_known_to_the_tokenizer(tiny_model, word_tokenizer):
+def test_top_tokens_are_the_most_probable_and_known_to_the_tokenizer(tiny_model, word_tokenizer):
     model = Coconut(tiny_model("gpt2").eval(), 38, 36, 37, 0)  # 40 rows, 37 words
     vectors = torch.randn(3, 32, dtype=torch.float64, generator=torch.manual_seed(0))
     vectors[0] = 50 * model.base_causallm.get_output_embeddings().weight[39]  # a row without a word

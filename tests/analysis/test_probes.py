@@ -131,7 +131,7 @@ def test_the_page_shows_every_thought_and_group(with_graphs):
     text = "\n".join(lines)
     for heading in (
         "Thoughts read as words",
-        "Where thoughts lie",
+        "Where thoughts are among embeddings and states",
         "Confidence",
         "Values of nodes",
     ):
