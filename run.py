@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from engine.config_file import fields_help, load_config
@@ -43,11 +44,19 @@ def parse_arguments(arguments: Sequence[str] | None, is_silent: bool) -> argpars
     parser.add_argument(
         "--dry-run", action="store_true", help="show configuration, schedule and sizes, then stop"
     )
+    parser.add_argument(
+        "--lengths",
+        metavar="QUESTION,STEPS,ANSWER",
+        help="with --dry-run: for records of so many tokens, such as 64,3x8,5; needs no data",
+    )
     with contextlib.ExitStack() as silenced:
         if is_silent:
             for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
                 silenced.enter_context(redirect(io.StringIO()))
-        return parser.parse_intermixed_args(arguments)
+        options = parser.parse_intermixed_args(arguments)
+        if options.lengths is not None and not options.dry_run:
+            parser.error("--lengths is for --dry-run; write both, or neither")
+        return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     job = jobs.dry_run if options.dry_run else jobs.evaluate if config.only_eval else jobs.train
+    if options.lengths is not None:
+        job = partial(jobs.dry_run_of_lengths, lengths=options.lengths)
     return jobs.exit_status_of(job, config)
 
 

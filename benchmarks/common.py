@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from analysis.tables import markdown_table
 from benchmarks import environment
@@ -22,11 +29,13 @@ from utils import atomic_write_text
 DEFAULT_FOLDER = Path("exps/benchmarks")
 NUM_WORDS = 100
 EOS = "<|endoftext|>"
+SHAPES = Path(__file__).parent / "shapes"
 # GPT-2's vocabulary and shape with the three markers, and a tiny model for trial runs.
 MODELS = {
     "gpt2": {"vocab_size": 50260},
     "tiny": {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
 }
+LLAMA = "smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
     parser.add_argument("--bf16", action="store_true", help="all but published in bf16")
     parser.add_argument(
-        "--model", choices=tuple(MODELS), default="gpt2", help="shape; weights are random"
+        "--model", choices=(*MODELS, LLAMA), default="gpt2", help="shape; weights are random"
     )
     parser.add_argument("--repeats", type=positive, default=3, help="turns of each contender")
     parser.add_argument("--out", type=Path, help=f"JSON file (default: in {DEFAULT_FOLDER})")
@@ -106,15 +115,25 @@ def check_prompt(parser: argparse.ArgumentParser, question: int) -> None:
 # Model and batch
 
 
-def build_model(name: str, **shape) -> GPT2LMHeadModel:
-    """The named model with seeded random weights and GPT-2's dropout, on the CPU.
+def architecture_of(name: str, **shape) -> PretrainedConfig:
+    """The named model's, with rows for the markers. shape: fields that override its own."""
+    if name in MODELS:
+        fields = MODELS[name] | shape
+        end = fields["vocab_size"] - len(MARKERS) - 1
+        return GPT2Config(**fields, bos_token_id=end, eos_token_id=end)
+    config = AutoConfig.from_pretrained(SHAPES / name, **shape)
+    config.vocab_size += len(MARKERS)
+    return config
 
-    shape: fields of GPT2Config that override the named model's.
+
+def build_model(name: str, **shape) -> PreTrainedModel:
+    """The named model with seeded random weights and its own dropout, on the CPU.
+
+    shape: as `architecture_of` takes it.
     """
-    fields = MODELS[name] | shape
-    end = fields["vocab_size"] - len(MARKERS) - 1
+    config = architecture_of(name, **shape)
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**fields, bos_token_id=end, eos_token_id=end))
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -44,12 +44,15 @@ def add_options(parser: ArgumentParser) -> None:
     )
 
 
-def wrap(base: PreTrainedModel, window: int = 1) -> Coconut:
-    """Coconut around a copy of `base`, with a plain average over `window` states."""
+def coconut_around(base: PreTrainedModel, window: int = 1) -> Coconut:
+    """Coconut that uses `base` itself, with a plain average over `window` states."""
     ids = token_ids(build_tokenizer(base.config.vocab_size))
-    return Coconut(
-        copy.deepcopy(base), **ids, latent_window_size=window, latent_weights=[1.0] * window
-    )
+    return Coconut(base, **ids, latent_window_size=window, latent_weights=[1.0] * window)
+
+
+def wrap(base: PreTrainedModel, window: int = 1) -> Coconut:
+    """Coconut around a copy of `base`."""
+    return coconut_around(copy.deepcopy(base), window)
 
 
 def make_trainer(base: PreTrainedModel, bf16: bool, window: int = 1) -> Trainer:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from coconut import Coconut
-from dataset import StagedRecords, TokenizedRecords
-from engine import checkpoint, distributed, evaluation, parallel, run_dir
+from dataset import SpecialIds, StagedRecords, TokenizedRecords
+from engine import checkpoint, distributed, evaluation, memory, parallel, run_dir
 from engine.config import Config
 from engine.config_file import dump_config
 from engine.console import closing_lines, describe_device, opening_lines, progress_bar
 from engine.failures import report_failure
+from engine.memory import Lengths
 from engine.metadata import Metadata, Position
-from engine.model import build_coconut, load_backbone
+from engine.model import build_coconut, load_backbone, model_shape
 from engine.provenance import provenance_lines, run_provenance
 from engine.setup import (
     Data,
@@ -36,6 +38,7 @@ from engine.setup import (
     make_curriculum,
     newest_state,
     prepare,
+    with_num_epochs,
 )
 from engine.tracking import Tracker
 from engine.trainer import Trainer
@@ -124,6 +127,34 @@ def dry_run(config: Config) -> None:
         _log_opening(prepared, prepared.outline.num_parameters, position)
         if prepared.data.train:
             log.info(schedule_table(prepared.config, prepared.data.train))
+            ids = SpecialIds.of(prepared.source.tokenizer)
+            parts = prepared.config, prepared.source, prepared.data.train, ids, coconut_class
+            log.info("\n".join(_memory_lines(*parts)))
+        log.info(NOTHING_WRITTEN)
+
+
+def dry_run_of_lengths(config: Config, lengths: str) -> None:
+    """Show schedule and memory for records of these lengths; needs neither data nor a tokenizer.
+
+    lengths: as memory.Lengths.parse reads them.
+
+    Raises: UserError for lengths of another form, for a model_id without config.json, and where
+    `config` only evaluates.
+    """
+    if config.only_eval:
+        raise UserError("--lengths shows what training needs; name the file of a training run")
+    lengths = Lengths.parse(lengths)
+    with _all_ranks(config):
+        coconut_class = find_coconut_class(config)
+        source = ModelSource("model_id", config.model_id, config.model_id, has_weights=False)
+        records = lengths.records(config.records_per_step(distributed.world_size()))
+        if config.num_epochs is None:
+            config = with_num_epochs(config, records)
+        # Rows for the markers, whose number alone counts.
+        size = source.architecture.get_text_config().vocab_size
+        ids = SpecialIds(size, size + 1, size + 2, eos=0)
+        log.info(schedule_table(config, records))
+        log.info("\n".join(_memory_lines(config, source, records, ids, coconut_class)))
         log.info(NOTHING_WRITTEN)
 
 
@@ -221,7 +252,7 @@ def _train_from(
 ) -> TrainingResult:
     """Build the model and run the training, from `state` where there is one."""
     config, data, tokenizer = prepared.config, prepared.data, prepared.source.tokenizer
-    model = _build_model(config, prepared.source, coconut_class)
+    model = _build_model(prepared, coconut_class)
     saves = not config.debug
     if saves and parallel.is_sharded(model):
         checkpoint.require_shared(config.run_dir)
@@ -274,7 +305,7 @@ def _evaluate(
 ) -> dict[str, float | int | None]:
     """Build the model, evaluate it, write and log the outcome."""
     config, (stage, epoch) = prepared.config, prepared.evaluated
-    model = _build_model(config, prepared.source, coconut_class)
+    model = _build_model(prepared, coconut_class)
     folder = None if config.debug else evaluation_folder(config)
     if folder is not None:
         distributed.run_on_all_ranks(lambda: distributed.is_main() and run_dir.create(folder))
@@ -321,10 +352,9 @@ def _evaluate(
     return figures
 
 
-def _build_model(
-    config: Config, source: ModelSource, coconut_class: type[Coconut] | None
-) -> nn.Module:
-    """Coconut with the weights of `source`, on this rank's device, wrapped for the ranks."""
+def _build_model(prepared: Prepared, coconut_class: type[Coconut] | None) -> nn.Module:
+    """Coconut with its weights, on this rank's device, wrapped for the ranks."""
+    config, source = prepared.config, prepared.source
 
     def build() -> Coconut:
         if config.bf16 and not source.is_state and not distributed.computes_bf16_natively():
@@ -340,8 +370,7 @@ def _build_model(
     if config.only_eval:
         plan = parallel.Parallel("none", False, "an evaluation needs whole parameters")
     else:
-        num_parameters = _num_parameters(model)
-        plan = parallel.choose_parallel(config.parallel, num_parameters, config.bf16)
+        plan = parallel.choose_parallel(config.parallel, _peak_bytes(prepared, coconut_class))
     log.info(f"parallel: {plan.kind} ({plan.reason})")
     if config.compile:
         model.base_causallm.base_model.compile(dynamic=True)
@@ -390,6 +419,39 @@ def _log_opening(prepared: Prepared, num_parameters: int, position: Position | N
         position=position,
     )
     log.info("\n".join(lines))
+
+
+def _peak_bytes(
+    prepared: Prepared, coconut_class: type[Coconut] | None
+) -> Callable[[str, bool], int]:
+    """What choose_parallel asks for, computed once it does."""
+
+    @cache
+    def peak_function() -> Callable[[str, bool], int]:
+        config, source, ranks = prepared.config, prepared.source, distributed.world_size()
+        ids = SpecialIds.of(source.tokenizer)
+        batches = memory.largest_micro_batches(
+            config, prepared.data.train, make_curriculum(config), ids, ranks
+        )
+        shape = model_shape(config, source, ids, coconut_class)
+        return memory.peak_function(config, shape, batches, ranks)
+
+    return lambda kind, gathered: peak_function()(kind, gathered)
+
+
+def _memory_lines(
+    config: Config,
+    source: ModelSource,
+    records: TokenizedRecords,
+    ids: SpecialIds,
+    coconut_class: type[Coconut] | None,
+) -> list[str]:
+    """What a training step needs of a device; DDP and FSDP on two ranks where there is one."""
+    ranks = distributed.world_size()
+    curriculum = make_curriculum(config)
+    batches = memory.largest_micro_batches(config, records, curriculum, ids, ranks)
+    shape = model_shape(config, source, ids, coconut_class)
+    return memory.memory_lines(config, shape, batches, max(ranks, 2))
 
 
 def schedule_table(config: Config, records: TokenizedRecords) -> str:

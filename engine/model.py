@@ -5,7 +5,8 @@ files of weights is left to weights.py, coconut.json to metadata.py, devices and
 distributed.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from coconut import Coconut
-from dataset import MARKERS
+from dataset import MARKERS, SpecialIds
 from engine.architecture import (
     POSITION_FIELDS,
     ROTARY_LIMIT,
@@ -25,6 +26,7 @@ from engine.architecture import (
     rotary_parameters,
 )
 from engine.config import Config
+from engine.memory import ModelShape
 from engine.metadata import (
     EXTRA_WEIGHTS,
     METADATA_FILE,
@@ -75,13 +77,40 @@ def model_outline(config: Config, source: ModelSource) -> ModelOutline:
 
     Raises: UserError when the source is missing or broken, or a model that Coconut cannot read.
     """
-    architecture = source.architecture
     _unreached(source, config.attn_implementation)
+    architecture = source.architecture
     text_config = architecture.get_text_config()
     if config.method == "coconut":
         text_config.vocab_size = max(text_config.vocab_size, len(source.tokenizer))
     num_parameters = empty_model(source, architecture).num_parameters()
     return ModelOutline(num_parameters, text_config.vocab_size, max_positions(text_config))
+
+
+def model_shape(
+    config: Config,
+    source: ModelSource,
+    ids: SpecialIds,
+    coconut_class: type[Coconut] | None = None,
+) -> ModelShape:
+    """What the configured model is built of, from its config.json alone.
+
+    Raises: UserError when that is missing or broken.
+    """
+    architecture = source.architecture
+    text_config = architecture.get_text_config()
+    if config.method == "coconut":
+        text_config.vocab_size = max(text_config.vocab_size, 1 + max(astuple(ids)))
+    if config.attn_implementation is not None:
+        architecture._attn_implementation = config.attn_implementation
+    wrap = partial(
+        coconut_class or Coconut,
+        latent_token_id=ids.latent,
+        start_latent_id=ids.start_latent,
+        end_latent_id=ids.end_latent,
+        eos_token_id=ids.eos,
+        **{field: getattr(config, field) for field in THOUGHT_FIELDS},
+    )
+    return ModelShape(source.model_class, architecture, wrap)
 
 
 def max_positions(text_config: PretrainedConfig) -> int | None:

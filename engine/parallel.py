@@ -8,7 +8,7 @@ passes would wait for each other forever; so under FSDP all ranks take the same 
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -25,10 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed
 
-# Parameter, gradient and two AdamW moments in fp32.
-TRAINING_BYTES_PER_PARAMETER = 16
-# Above this share of a device's memory, activations would not fit beside the training state.
-STATE_SHARE_OF_DEVICE = 0.6
+# The rest of a device is for its runtime, and for what its allocator cannot use.
+USABLE_SHARE_OF_DEVICE = 0.9
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,11 @@ class Parallel:
     reason: str
 
 
-def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
-    """Resolve `parallel`: `auto` shards where one device has too little memory for everything.
+def choose_parallel(parallel: str, peak_bytes: Callable[[str, bool], int]) -> Parallel:
+    """What `parallel` means here: `auto` shards where a step does not fit one device.
+
+    peak_bytes: (kind, gathered) -> what a training step needs of a device; called on GPUs alone,
+        for several ranks.
 
     The smallest device decides for all; every rank must call.
     """
@@ -56,24 +57,22 @@ def choose_parallel(parallel: str, num_parameters: int, bf16: bool) -> Parallel:
     if not torch.cuda.is_available():
         reason = "processes on CPUs share their memory" if parallel == "auto" else "as configured"
         return Parallel("ddp" if parallel == "auto" else parallel, True, reason)
-    # Ranks that chose differently would wait for each other forever.
+    if parallel == "ddp":
+        return Parallel("ddp", False, "as configured")
+    # Ranks that chose differently would wait for each other for ever.
     memory_bytes = distributed.min_over_ranks(
         torch.cuda.get_device_properties(distributed.device()).total_memory
     )
-    limit = STATE_SHARE_OF_DEVICE * memory_bytes
-    state_bytes = num_parameters * TRAINING_BYTES_PER_PARAMETER
-    gib = 2**30
-    sizes = f"training state {state_bytes / gib:.1f} GiB, limit {limit / gib:.1f} GiB per device"
+    limit = USABLE_SHARE_OF_DEVICE * memory_bytes
+    reason = "as configured"
     if parallel == "auto":
-        kind, reason = ("ddp" if state_bytes < limit else "fsdp"), sizes
-    else:
-        kind, reason = parallel, "as configured"
-    if kind == "ddp":
-        return Parallel(kind, False, reason)
-    whole_bytes = num_parameters * (2 if bf16 else 4)
-    gathered = whole_bytes + state_bytes / distributed.world_size() < limit
+        needed = peak_bytes("ddp", False)
+        reason = f"a step needs {needed / 2**30:.1f} GiB, limit {limit / 2**30:.1f} GiB per device"
+        if needed < limit:
+            return Parallel("ddp", False, reason)
+    gathered = peak_bytes("fsdp", True) < limit
     held = "held whole through a step" if gathered else "gathered for every pass of a block"
-    return Parallel(kind, gathered, f"{reason}; parameters {held}")
+    return Parallel("fsdp", gathered, f"{reason}; parameters {held}")
 
 
 def parallelize(

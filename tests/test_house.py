@@ -52,9 +52,10 @@ MAY_IMPORT = {
     "engine.metadata": {"coconut", "dataset", "engine.config", "utils"},
     "engine.weights": {"dataset", "engine.config", "engine.metadata", "utils"},
     "engine.architecture": {"coconut", "utils"},
+    "engine.memory": {"coconut", "dataset", "engine.config", "utils"},
     "engine.model": {
-        "coconut", "dataset", "engine.architecture", "engine.config", "engine.metadata",
-        "engine.weights", "utils",
+        "coconut", "dataset", "engine.architecture", "engine.config", "engine.memory",
+        "engine.metadata", "engine.weights", "utils",
     },
     "engine.run_dir": {"utils"},
     "engine.checkpoint": {
@@ -88,7 +89,7 @@ LATE = {
 OWNERS = {
     "yaml": {"engine.config_file"},
     "wandb": {"engine.tracking"},
-    "datasets": {"dataset"},
+    "datasets": {"dataset", "engine.memory"},
     "filelock": {"engine.run_dir"},
     "matplotlib": {"analysis", "assets", "benchmarks", "preprocessing"},
     "torch.distributed": {"engine.distributed", "engine.parallel", "engine.checkpoint"},

@@ -41,28 +41,29 @@ def test_an_evaluation_is_not_sharded(tmp_path, monkeypatch, capsys):
     assert "parallel: none (an evaluation needs whole parameters)" in capsys.readouterr().out
 
 
-def test_sharding_is_chosen_where_one_device_has_too_little_memory(monkeypatch):
-    def choose(kind, num_parameters, bf16=False):
-        return dataclasses.astuple(parallel.choose_parallel(kind, num_parameters, bf16))
+def test_sharding_is_chosen_where_a_step_does_not_fit_one_device(monkeypatch):
+    def choose(kind, **needed_gib):
+        def peak_bytes(kind, gathered):
+            return needed_gib["whole" if kind == "fsdp" and gathered else kind] * 2**30
+
+        return dataclasses.astuple(parallel.choose_parallel(kind, peak_bytes))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose("fsdp", 10) == ("none", False, "one process")
+    assert choose("fsdp") == ("none", False, "one process")
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    assert choose("fsdp", 10) == ("fsdp", True, "as configured")
-    assert choose("auto", 10) == ("ddp", True, "processes on CPUs share their memory")
+    assert choose("fsdp") == ("fsdp", True, "as configured")
+    assert choose("auto") == ("ddp", True, "processes on CPUs share their memory")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device = type("Device", (), {"total_memory": 100 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    # 16 bytes per parameter and 60 % of 100 GiB: 32 GiB of state fit, 80 GiB do not.
-    fits, shards = (f"training state {n}.0 GiB, limit 60.0 GiB per device" for n in (32, 80))
-    assert choose("auto", 2 * 2**30) == ("ddp", False, fits)
-    # On two ranks 40 GiB of state, and 20 GiB of whole parameters or 10 GiB in bf16.
+    fits, shards = (f"a step needs {n}.0 GiB, limit 90.0 GiB per device" for n in (89, 91))
+    assert choose("auto", ddp=89) == ("ddp", False, fits)
     every = "parameters gathered for every pass of a block"
     held = "parameters held whole through a step"
-    assert choose("auto", 5 * 2**30) == ("fsdp", False, f"{shards}; {every}")
-    assert choose("auto", 5 * 2**30, True) == ("fsdp", True, f"{shards}; {held}")
-    assert choose("ddp", 5 * 2**30) == ("ddp", False, "as configured")
-    assert choose("fsdp", 2**30) == ("fsdp", True, f"as configured; {held}")
+    assert choose("auto", ddp=91, whole=91) == ("fsdp", False, f"{shards}; {every}")
+    assert choose("auto", ddp=91, whole=89) == ("fsdp", True, f"{shards}; {held}")
+    assert choose("ddp") == ("ddp", False, "as configured")
+    assert choose("fsdp", whole=1) == ("fsdp", True, f"as configured; {held}")
 
 
 def count_collectives():
