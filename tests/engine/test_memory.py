@@ -14,6 +14,9 @@ from dataset import Curriculum, SpecialIds, StagedRecords
 from engine import memory
 from engine.config_file import load_config
 from engine.memory import Lengths, ModelShape, StepMemory
+from engine.model import model_shape
+from engine.setup import make_curriculum
+from engine.weights import ModelSource
 from run import main
 
 IDS = SpecialIds(start_latent=97, end_latent=98, latent=99, eos=0)
@@ -154,6 +157,33 @@ def test_the_largest_micro_batch_is_found(tmp_path):
     staged = StagedRecords.of(records, curriculum, np.full(40, 0))
     longest = int((staged.prompt_lengths + staged.num_labels).max())
     assert found[0]["input_ids"].shape == (config.batch_size_training, longest)
+
+
+@pytest.mark.parametrize(
+    ("file", "lengths"),
+    # Records as in the largest micro-batches that were met (docs/scale.md), or longer.
+    [
+        ("gsm_cot", "190,10x20,6"),
+        ("gsm_coconut", "190,10x20,6"),
+        ("prontoqa_coconut", "250,6x14,6"),
+        ("prosqa_coconut", "450,4x20,12"),
+    ],
+)
+def test_the_files_for_two_small_gpus_fit_them(file, lengths):
+    path = ROOT / "cpu_args" / f"{file}.yaml"
+    config = load_config(path, [f"model_id={ROOT / 'benchmarks/shapes/gpt2'}", "num_epochs=50"])
+    records = Lengths.parse(lengths).records(config.records_per_step(2))
+    curriculum = make_curriculum(config)
+    source = ModelSource("model_id", config.model_id, config.model_id, has_weights=False)
+    ids = SpecialIds(50257, 50258, 50259, 50256)
+    shape = model_shape(config, source, ids)
+    # The first stage has most labels, the last most passes.
+    for epoch in (config.resume, config.num_epochs - 1):
+        part = {"resume": epoch, "num_epochs": epoch + 1, "uniform_prob": 0.0}
+        at = config.model_copy(update=part)
+        batches = memory.largest_micro_batches(at, records, curriculum, ids, 2)
+        peak = memory.peak_function(at, shape, batches, 2)("ddp", False)
+        assert 2 * 2**30 < peak < 10 * 2**30
 
 
 def test_a_dry_run_shows_what_a_step_needs_by_stage(tmp_path, capsys):
