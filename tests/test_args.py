@@ -57,7 +57,7 @@ def test_the_rates_and_the_effective_batch_are_the_papers(path):
     if config.coconut:
         assert config.latent_window_size == (1 if is_paper else 3)
     processes, effective = (4, 128) if is_paper else (2, 64)
-    rows = 32 if is_paper or path.stem.startswith("prosqa") else 8
+    rows = 32 if is_paper else 16 if path.stem.startswith("prosqa") else 8
     assert config.batch_size_training == rows
     assert rows * config.gradient_accumulation_steps * processes == effective
     assert config.effective_batch_size == effective
