@@ -17,12 +17,20 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from analysis.plots import draw_last_stage, draw_study_curves
 from analysis.results import RunResult, read_predictions, read_results
 from analysis.shortcuts import shortcut_table
-from analysis.statistics import MIN_PAIRS_FOR_SIGN_TEST, Paired, compare_pairs, holm, summarize
+from analysis.statistics import (
+    MIN_PAIRS_FOR_SIGN_TEST,
+    Paired,
+    Summary,
+    compare_pairs,
+    holm,
+    summarize,
+)
 from analysis.tables import markdown_table
 from engine.metrics import mcnemar, wilson_interval
 from utils import ReportedError, UserError, atomic_write_text, configure_logging, log
@@ -192,7 +200,9 @@ def summary_table(comparison: Comparison, condition: str, outcome: Outcome) -> l
         if not values:
             continue
         s = summarize(values)
-        cells = (arm, str(s.n), _show(s.mean, outcome), _show(s.deviation, outcome), _interval(s))
+        possible = (0.0, 100.0) if outcome.unit == "%" else (-inf, inf)
+        shown = _show(s.mean, outcome), _show(s.deviation, outcome)
+        cells = (arm, str(s.n), *shown, _interval(s, possible))
         if arm in paired:
             cells += _pair_cells(paired[arm], t_p[arm], sign_p[arm], outcome)
         rows.append(cells + ("",) * (len(head) - len(cells)))
@@ -226,8 +236,11 @@ def _show_p(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _interval(summary) -> str:
-    return "one seed" if summary.low is None else f"{summary.low:.1f} to {summary.high:.1f}"
+def _interval(summary: Summary, possible: tuple[float, float] = (-inf, inf)) -> str:
+    """The interval, as far as values are `possible`."""
+    if summary.low is None:
+        return "one seed"
+    return f"{max(summary.low, possible[0]):.1f} to {min(summary.high, possible[1]):.1f}"
 
 
 def describe_comparison(comparison: Comparison) -> str:
@@ -271,7 +284,10 @@ def study_page(comparison: Comparison, name: str, data: Path | None) -> str:
     origins = sorted({(run.commit[:7], run.machine) for run in runs})
     lines = [f"# {name}", "", f"Rebuilt by `python -m analysis.compare results/{name}` from the"]
     lines += [f"{len(runs)} result files beside this page; all p-values are of paired tests over"]
-    lines += ["seeds, adjusted by Holm's method over the arms of one outcome and condition.", ""]
+    lines += [
+        "seeds, adjusted by Holm's method over the arms of one outcome and condition. Intervals"
+    ]
+    lines += ["are Student's, those of an accuracy cut at 0 and 100 %.", ""]
     lines += [f"- commit {commit} on {machine}" for commit, machine in origins]
     lines += [
         "",

@@ -78,6 +78,7 @@ def _draw_last_accuracies(
         axes.scatter([column] * len(accuracies), accuracies, color=colours[arm], s=16, alpha=0.7)
         summary = summarize(accuracies)
         low, high = (summary.mean if x is None else x for x in (summary.low, summary.high))
+        low, high = max(low, 0), min(high, 100)
         axes.errorbar(
             [column + 0.25], [summary.mean], [[summary.mean - low], [high - summary.mean]],
             fmt="D", color=colours[arm], markersize=5, capsize=3, linewidth=1.8,

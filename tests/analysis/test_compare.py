@@ -43,6 +43,8 @@ def test_the_page_gives_scipys_values(folder, capsys):
     assert capsys.readouterr().out.startswith(page.rstrip())
     m1, m3 = map(np.array, ACCURACY.values())
     row = cells(page, "m3")[0]
+    low, _ = stats.t.interval(0.95, 6, loc=m3.mean(), scale=stats.sem(m3))
+    assert row[4] == f"{low:.1f} to 100.0"  # cut: the interval itself ends above
     low, high = stats.t.interval(0.95, 6, loc=(m3 - m1).mean(), scale=stats.sem(m3 - m1))
     assert row[1:4] == ["7", f"{m3.mean():.1f}", f"{m3.std(ddof=1):.1f}"]
     assert row[5:7] == [f"{(m3 - m1).mean():+.1f}", f"{low:.1f} to {high:.1f}"]
