@@ -1,7 +1,7 @@
-"""What lies behind a model's thoughts: states by layer, attention, and the states of the window.
+"""What a model's thoughts are made from: states by layer, attention, and the window's states.
 
-Coconut.read keeps the states of the last layer alone, and its kernels no attention weights; one
-pass of the base model over the embeddings that it returned gives both (docstring of Coconut.read).
+Coconut.read keeps only the last layer's states, and its kernels keep no attention weights; one pass
+of the base model over the embeddings that it returned gives both (docstring of Coconut.read).
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from coconut import Coconut
 from utils import UserError
 
-# Of a state's norm: how far two ways to read the same column may lie apart by rounding.
+# The distance by rounding between two ways to read a column, as a share of the state's norm.
 TOLERANCE = 0.01
 
 
@@ -69,7 +69,7 @@ def read_layers(
 
 
 def check_states(model: Coconut, states: Tensor, again: Tensor, attention_mask: Tensor) -> None:
-    """Refuse a model that computes other states where its attention weights are asked for.
+    """Refuse a model that computes different states when its attention weights are requested.
 
     states, again: (B, T, D), of Coconut.read and of `read_layers`; attention_mask: (B, T).
 
@@ -80,8 +80,8 @@ def check_states(model: Coconut, states: Tensor, again: Tensor, attention_mask: 
     if bool((distance > TOLERANCE * torch.linalg.vector_norm(states[is_token], dim=-1)).any()):
         kind = model.base_causallm.config.model_type
         raise UserError(
-            f"{kind}: this version of transformers computes other states where attention weights"
-            " are asked for; probe a model of another family, such as GPT-2 or Llama"
+            f"{kind}: this version of transformers computes different states when attention weights"
+            " are requested; probe a model of another family, such as GPT-2 or Llama"
         )
 
 

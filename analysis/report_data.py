@@ -67,7 +67,7 @@ def _without_records(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _val_sha256(metadata: Metadata | None) -> str | None:
-    """The sum of the file that a run evaluated itself on; None where its checkpoint records none.
+    """The checksum of the file that a run was evaluated on; None where it records none.
 
     metadata: of one of its checkpoints.
     """
@@ -164,7 +164,7 @@ def _evaluation(epoch: Epoch) -> dict[str, Any]:
 def describe_baseline(run: Path) -> dict[str, Any]:
     """What the page shows of another run: its last accuracy and its best.
 
-    Raises: UserError where it is no run with an evaluation.
+    Raises: UserError where it is not a run with an evaluation.
     """
     epochs = epochs_of(read_metrics(run))
     if not epochs:
@@ -181,8 +181,8 @@ def describe_baseline(run: Path) -> dict[str, Any]:
 
 
 def _records(ablations: dict[str, Any], probes: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each question what both analyses know of it; where one knows no details, it is left
-    out."""
+    """For each question the details from both analyses; those that only one of them details are
+    left out."""
     asked = {record["index"]: record for record in ablations["records"]}
     probed = {record["index"]: record for record in probes["records"]}
     return [_rounded(probed[index] | asked[index]) for index in probed if index in asked]

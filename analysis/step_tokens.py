@@ -1,7 +1,7 @@
-"""Tokens that tell the steps and answers of one record from those of the others.
+"""Tokens that distinguish the steps and answers of one record from those of the others.
 
 A step holds signs, and words that most records have there, such as "is". A thought that reads as
-one of them says what kind of token comes next, not which, so hits are counted on the others alone.
+one of them says what kind of token comes next, not which, so hits count only on others.
 """
 
 from collections import Counter
@@ -38,7 +38,7 @@ def telling_ids(
 
 
 def step_labels(telling: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-    """(n, S): the last telling id of each step, by which probes class it; -1 without such a step.
+    """(n, S): the last telling id of each step, its class for probes; -1 without such a step.
 
     telling: what `telling_ids` returns.
     """
@@ -55,5 +55,5 @@ def differing_ids(answers: Iterable[Sequence[int]]) -> list[int]:
 
 
 def step_of(k: int, c_thought: int) -> int:
-    """The step, from 0, that thought k (from 1) stands for."""
+    """The step, from 0, that thought k (from 1) replaces."""
     return (k - 1) // c_thought

@@ -298,7 +298,7 @@ def test_models_that_attend_otherwise_when_watched_are_refused():
     tokenizer = add_markers(build_word_tokenizer())
     start, end, latent = tokenizer.convert_tokens_to_ids(list(MARKERS))
     subject = make_subject(Coconut(base, latent, start, end, 0), tokenizer, SENTENCES)
-    with pytest.raises(UserError, match="falcon: this version of transformers computes other"):
+    with pytest.raises(UserError, match="falcon: this version of transformers computes different"):
         read_thoughts(subject, None, NoBar)
 
 
