@@ -1,7 +1,7 @@
 """Tokens that distinguish the steps and answers of one record from those of the others.
 
 A step holds signs, and words that most records have there, such as "is". A thought that reads as
-one of them says what kind of token comes next, not which, so hits count only on others.
+one of them says what kind of token comes next, not which, so only hits on other tokens count.
 """
 
 from collections import Counter
