@@ -43,7 +43,7 @@ def draw_study_curves(
 def draw_last_stage(runs: Mapping[str, Mapping[str, Mapping[int, RunResult]]], path: Path) -> None:
     """Accuracy after the last stage into a PNG: a dot for each run, a seed's joined by a line.
 
-    Each arm's mean stands beside its dots, with the 95 % interval of the mean.
+    Each arm's mean is drawn beside its dots, with its 95 % interval.
 
     runs: condition -> arm -> seed -> run.
     """
