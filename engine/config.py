@@ -166,7 +166,8 @@ class Config(BaseModel):
     learned token embedding; pause_multipass: the same, read in as many passes as continuous
     thoughts take. Coconut only."""
     latent_window_size: PositiveCount = 3
-    """Number m of hidden states that are averaged into a thought; 1 is the original Coconut."""
+    """Number m of hidden states that are averaged into a thought; 1 is the original Coconut. No
+    benefit of 3 over 1 has been shown (docs/window.md)."""
     latent_weights: LatentWeights = (0.6, 0.3, 0.1)
     """Weights of the window: a list, nearest state first, of which the first m count; uniform;
     exponential:R, R^(j-1) for state j; or learned, the softmax of m parameters that start at
