@@ -121,7 +121,7 @@ def architecture_of(name: str, **shape) -> PretrainedConfig:
         fields = MODELS[name] | shape
         end = fields["vocab_size"] - len(MARKERS) - 1
         return GPT2Config(**fields, bos_token_id=end, eos_token_id=end)
-    config = AutoConfig.from_pretrained(SHAPES / name, **shape)
+    config = AutoConfig.from_pretrained(SHAPES / name, trust_remote_code=False, **shape)
     config.vocab_size += len(MARKERS)
     return config
 

@@ -423,7 +423,7 @@ def test_more_passes_than_the_thoughts_need_change_nothing(tiny_model, family, k
         plain = model(**batch)
     for num_passes in (needed - 1, width + 1):
         with pytest.raises(
-            ValueError, match=rf"num_passes={num_passes}: thoughts need {needed} pa"
+            ValueError, match=rf"num_passes={num_passes}: thoughts need at least {needed} pa"
         ):
             model.layout(**batch, num_passes=num_passes)
 
