@@ -21,7 +21,7 @@ from analysis.subject import Subject
 from engine.provenance import provenance
 from utils import UserError, atomic_write_text, sha256_file
 
-FORMAT = 1
+FORMAT = 2
 HASHED_SUFFIXES = (".safetensors", ".json")
 DOTS_PER_INCH = 130
 

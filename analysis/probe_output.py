@@ -110,12 +110,14 @@ def _number(value: float | None) -> str:
 
 def _word_rows(thoughts: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = [("thought", "as a word of answers in its step %", "95 % interval",
-             "top token in its step %", "median rank", "options exp(H)")]  # fmt: skip
+             "in another record's %", "top token in its step %", "median rank",
+             "options exp(H)")]  # fmt: skip
     for entry in thoughts:
         word, rank = entry["gold_step_word"], entry["gold_step_rank_median"]
         interval = f"{_percent(word['low'])} to {_percent(word['high'])}" if word["n"] else ""
         rows.append((
             str(entry["k"]), _percent(word["mean"]), interval,
+            _percent(entry["other_step_word"]["mean"]),
             _percent(entry["gold_step_top1"]["mean"]), "" if rank is None else f"{rank:g}",
             f"{np.exp(entry['entropy']['mean']):.1f}",
         ))  # fmt: skip

@@ -91,6 +91,9 @@ def _thoughts(subject: Subject, found: Readings) -> list[dict[str, Any]]:
         words = found.word_ids[with_step, k].tolist()
         entry["gold_step_top1"] = _share(found.gold_rank[with_step, k] == 1)
         entry["gold_step_word"] = _share([w in ids for w, ids in zip(words, own, strict=True)])
+        # The control: where steps are long, or alike, a word may be in a step by chance.
+        others = own[1:] + own[:1]
+        entry["other_step_word"] = _share([w in ids for w, ids in zip(words, others, strict=True)])
         entry["gold_step_rank_median"] = (
             float(np.median(found.gold_rank[with_step, k])) if with_step else None
         )

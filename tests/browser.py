@@ -36,7 +36,8 @@ class Browser:
     def __enter__(self) -> "Browser":
         self.problems: list[str] = []
         self.number, self.session = 0, None
-        self.profile = tempfile.TemporaryDirectory()
+        # A process of Chromium's may still write there when the browser has gone.
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         commands_out, self.commands = os.pipe()
         self.replies, replies_in = os.pipe()
         # A shell puts the pipes where Chromium looks for them.

@@ -73,18 +73,25 @@ function headline({ curve, ablations, probes }) {
       note: `95\u00a0% interval ${points(strongest.difference_low)} to ${points(strongest.difference_high)}`,
     });
   }
-  const named = probes.thoughts.map((row) => row.gold_step_word && row.gold_step_word.mean)
-    .filter((value) => typeof value === "number");
+  const named = meansOf(probes.thoughts, "gold_step_word");
+  const byChance = meansOf(probes.thoughts, "other_step_word");
   // Pause tokens, which are all alike, can be read as words as well, but hold no thoughts.
   if (named.length && strongest) {
     tiles.push({
       id: "tile-named", label: "of the thoughts, read as a word, name their step",
-      text: percent(named.reduce((sum, value) => sum + value) / named.length),
-      note: `by thought ${named.map((value) => (100 * value).toFixed(1)).join(", ")}`,
+      text: percent(mean(named)),
+      note: `another question’s step: ${percent(mean(byChance))}; by thought `
+        + named.map((value) => (100 * value).toFixed(1)).join(", "),
     });
   }
   return tiles;
 }
+
+const mean = (values) => values.reduce((sum, value) => sum + value) / values.length;
+
+// A figure's means over records, thought by thought, where it has one.
+const meansOf = (thoughts, name) => thoughts.map((row) => row[name] && row[name].mean)
+  .filter((value) => typeof value === "number");
 
 // The replacements of all thoughts at once.
 const whole = (ablations) => ablations.replacements.filter((row) => row.positions === "all");

@@ -81,6 +81,18 @@ def test_words_in_their_step_are_counted(with_graphs):
         assert entry["gold_step_word"]["mean"] == pytest.approx(np.mean(hits))
 
 
+def test_words_are_looked_for_in_another_records_step_as_a_control(with_graphs):
+    found = read_json(with_graphs)
+    for entry in found["thoughts"]:
+        with_step = [r for r in found["records"] if len(r["steps"]) >= entry["step"]]
+        hits = []
+        for number, record in enumerate(with_step):
+            other = with_step[(number + 1) % len(with_step)]
+            words = other["steps"][entry["step"] - 1].replace("+", " ").replace(".", " ").split()
+            hits.append(record["thoughts"][entry["k"] - 1]["word"] in words)
+        assert entry["other_step_word"]["mean"] == pytest.approx(np.mean(hits))
+
+
 def test_cosines_with_other_records_are_means_over_pairs():
     thoughts = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     directions = thoughts / np.linalg.norm(thoughts, axis=1, keepdims=True)
