@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.ablation_output import IN_WORDS
 from analysis.learning_curve import Curve, read_curve, save_learning_curve
 from analysis.report import measure, write_report
+from analysis.tables import markdown_table
 from dataset import read_records
 from engine.config_file import as_override, load_config
 from utils import ConfigError, UserError, atomic_write_text
@@ -122,16 +123,6 @@ def last_of_each_stage(curve: Curve) -> list[dict]:
     return list({line["eval/stage"]: line for line in curve.evaluations}.values())
 
 
-def table(*rows: tuple[str, ...]) -> list[str]:
-    """A Markdown table, also aligned as plain text; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = (rows[0], tuple("-" * width for width in widths), *rows[1:])
-    return [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-
-
 def accuracy_cells(figures: dict) -> tuple[str, str]:
     """Accuracy and its interval, from a line of metrics.jsonl or of ablations.json."""
     names = ("eval/acc", "eval/acc_low", "eval/acc_high")
@@ -148,7 +139,11 @@ def stage_section(evaluations: list[dict], num_steps: int) -> list[str]:
         stage = line["eval/stage"]
         rows.append((str(stage), str(num_steps - stage), str(stage), *accuracy_cells(line)))
     head = ("stage", "steps written", "thoughts", "accuracy", "95 % interval")
-    return ["## Stage by stage, thoughts replace the written steps", "", *table(head, *rows)]
+    return [
+        "## Stage by stage, thoughts replace the written steps",
+        "",
+        *markdown_table([head, *rows]),
+    ]
 
 
 def thought_section(ablations: dict, probes: dict, baseline: dict, share: float) -> list[str]:
@@ -168,7 +163,7 @@ def thought_section(ablations: dict, probes: dict, baseline: dict, share: float)
     return [
         "## What the thoughts contribute",
         "",
-        *table(("the final model reads", "accuracy", "95 % interval"), *rows),
+        *markdown_table([("the final model reads", "accuracy", "95 % interval"), *rows]),
         "",
         "The baseline is the same model, trained to answer at once, without steps or thoughts. It",
         f"trained for about the same time, on {share:.1f} times as many examples.",
