@@ -10,9 +10,9 @@ states before it, so a batch whose rows hold at most K latents is read in K + 1 
 one key-value cache, and gradients flow back through thoughts and cache. That is all: read
 `Coconut.thought`, then `read`, then `forward`, `answer` and `generate`.
 
-To change the idea, subclass and override `thought`. With passes.py, which only makes the passes
-cheap, this file needs torch and transformers alone and can be lifted out. It knows nothing of
-tokenizers, configuration, ranks or logging.
+To change the idea, subclass and override `thought`. With passes.py and layers.py, which only make
+the passes cheap, this file needs torch and transformers alone and can be lifted out. It knows
+nothing of tokenizers, configuration, ranks or logging.
 Source: Hao et al. 2024, arXiv 2412.06769, section 3; docs/specification.md, sections 5 to 7.
 
 Shapes: B batch, T tokens, D width, V vocabulary, N labelled positions, K latents, m window.
@@ -29,17 +29,8 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from passes import (
-    PassCache,
-    add_starts,
-    argmax_tokens,
-    deferred_weight_gradients,
-    find_tokens,
-    is_checkpointed,
-    make_cache,
-    prepare,
-    read_pass,
-)
+from layers import deferred_weight_gradients, is_checkpointed, prepare
+from passes import PassCache, add_starts, argmax_tokens, find_tokens, make_cache, read_pass
 
 IGNORE_INDEX = -100
 WINDOW_SCOPES = ("sequence", "pass")

@@ -1,18 +1,17 @@
 """What makes many short passes over one batch cheap, for Hugging Face models of any kind.
 
-Coconut reads a batch in K + 1 passes (coconut.py), and most of them hold one column. Three things
-keep their cost near that of the arithmetic; they change results by rounding at most:
+Coconut reads a batch in K + 1 passes (coconut.py), and most of them hold one column. Two things
+here keep their cost near that of the arithmetic, as does layers.py; they change results by rounding
+at most:
 
 - `PassCache` lets the layers see the tokens of a pass without padding: (1, n, D) in place of
   (B, C, D). Attention puts them back into rows. The keys of the first pass stay one tensor that
   all later passes read; concatenating them again in each pass would keep K + 1 copies.
-- `deferred_weight_gradients` computes one product per weight matrix for all passes, once the
-  backward pass is done with them, in place of one per pass that reads and writes the whole
-  gradient. Where the head is the embedding table, its rows' gradients are added to the head's.
 - Without gradients `PassCache` writes new keys into buffers with spare columns, one for every token
   of an answer, and drops finished rows. `argmax_tokens` scores the vocabulary in blocks.
 
-Like coconut.py, which defines what a thought is, this needs torch and transformers alone.
+Like coconut.py, which defines what a thought is, this needs torch and transformers alone, with
+layers.py.
 
 Shapes: B rows, n tokens of a pass, C columns of a pass, L columns so far, its own included;
 H query heads, G key heads (H a multiple of it), E width of a head.
@@ -20,14 +19,13 @@ H query heads, G key heads (H a multiple of it), E width of a head.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.activations import NewGELUActivation
-from transformers.pytorch_utils import Conv1D
+
+from layers import is_checkpointed, is_compiled
 
 ATTENTION = "coconut_passes"
 # Queries of a first pass per chunk on the CPU, where no kernel applies: each chunk skips the keys
@@ -37,33 +35,6 @@ QUERY_CHUNK = 96
 BUFFER_GROWTH = 64
 # Rows of the head's table that the CPU multiplies at once, so that they stay in its caches.
 VOCABULARY_BLOCK = 1024
-
-
-def prepare(model: PreTrainedModel) -> None:
-    """Let a model's layers take part in `deferred_weight_gradients`; fuse GPT-2's activation.
-
-    Transformers computes `gelu_new` by eight operations where torch has one.
-    """
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = getattr(head, "weight", None) is table.weight
-    if is_tied and type(table) is nn.Embedding and _has_plain_gradient(table):
-        table.__class__ = _DeferredEmbedding
-    for module in model.modules():
-        if type(module) in _DEFERRED:
-            module.__class__ = _DEFERRED[type(module)]
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-
-
-def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether the model runs under torch.compile, whose tracing loses what is done here."""
-    return model.base_model._compiled_call_impl is not None
-
-
-def is_checkpointed(model: PreTrainedModel) -> bool:
-    """Whether activation checkpointing is on, which in training mode drops the cache."""
-    return getattr(model.base_model, "gradient_checkpointing", False)
 
 
 def can_pack(model: PreTrainedModel) -> bool:
@@ -381,217 +352,3 @@ def attend_over_parts(
 def _causal_mask(C: int, L: int, device: torch.device) -> Tensor:
     """(C, L) bool: each of the last C columns sees itself and those before it."""
     return torch.ones(C, L, dtype=torch.bool, device=device).tril(L - C)
-
-
-# --- One product per weight for all passes ----------------------------------------------------
-
-
-@contextmanager
-def deferred_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Passes of `model` within share one product per weight matrix in their backward pass.
-
-    For models that `prepare` changed; without effect where gradients are off, under torch.compile,
-    and under activation checkpointing, which would recompute the layers outside this context.
-
-    Raises: RuntimeError in a backward pass with create_graph=True.
-    """
-    if not torch.is_grad_enabled() or is_compiled(model) or is_checkpointed(model):
-        yield
-        return
-    layers = [module for module in model.modules() if isinstance(module, _DeferredLayer)]
-    deferred: dict = {}
-    for layer in layers:
-        layer.deferred = deferred
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.deferred = None
-
-
-@dataclass
-class _Pending:
-    """What the backward passes through one weight leave for its gradient.
-
-    is_transposed: whether the weight is (out, in).
-    has_bias: whether a bias needs its gradient as well.
-    weight_grad, bias_grad: of the uses that were multiplied already, None where none was.
-    short_uses: (input, gradient of the output) of the others as matrices, (n, in) and (n, out).
-    row_uses: (ids, gradient of these rows) of each use as a table, (n,) and (n, D).
-    """
-
-    is_transposed: bool
-    has_bias: bool
-    weight_grad: Tensor | None = None
-    bias_grad: Tensor | None = None
-    short_uses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    row_uses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def add_use(self, x: Tensor, gradient: Tensor) -> None:
-        """Record one use. A long one is multiplied at once, since keeping it would cost more."""
-        if x.numel() + gradient.numel() > x.size(1) * gradient.size(1):
-            self.multiply(x, gradient)
-        else:
-            self.short_uses.append((x, gradient))
-
-    def multiply(self, x: Tensor, gradient: Tensor) -> None:
-        """Add the product of one use, or of several concatenated."""
-        left, right = (gradient.t(), x) if self.is_transposed else (x.t(), gradient)
-        if self.weight_grad is None:
-            self.weight_grad = left @ right
-        else:
-            self.weight_grad.addmm_(left, right)
-        if self.has_bias:
-            bias_grad = gradient.sum(0)
-            self.bias_grad = bias_grad if self.bias_grad is None else self.bias_grad + bias_grad
-
-    def pop(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradients of weight, in its own dtype, and bias; nothing stays here."""
-        if self.short_uses:
-            self.multiply(*map(torch.cat, zip(*self.short_uses, strict=True)))
-        weight_grad, bias_grad, row_uses = self.weight_grad, self.bias_grad, self.row_uses
-        self.weight_grad, self.bias_grad, self.short_uses, self.row_uses = None, None, [], []
-        weight_grad = torch.zeros_like(weight) if weight_grad is None else weight_grad.to(weight)
-        for ids, gradient in row_uses:
-            weight_grad.index_add_(0, ids, gradient.to(weight.dtype))
-        return weight_grad, bias_grad
-
-
-class _DeferredLayer:
-    """A layer whose weight gradients of several passes can be computed together.
-
-    deferred: within `deferred_weight_gradients`, by weight and bias what `_DeferGradient` returned
-        for them and their `_Pending`, for all layers of the model; else None.
-    """
-
-    deferred: dict[tuple, tuple[Tensor, Tensor | None, _Pending]] | None = None
-    is_transposed = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.deferred is None or not self.weight.requires_grad:
-            return super().forward(x)
-        bias = getattr(self, "bias", None)
-        # Layers that share a weight share its gradient.
-        key = self.weight, bias
-        if key not in self.deferred:
-            has_bias = bias is not None and bias.requires_grad
-            pending = _Pending(self.is_transposed, has_bias)
-            self.deferred[key] = *_DeferGradient.apply(self.weight, bias, pending), pending
-        return self.use(x, *self.deferred[key])
-
-    def use(self, x: Tensor, weight: Tensor, bias: Tensor | None, pending: _Pending) -> Tensor:
-        """The layer's output; its weights' gradient is left to `pending`."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _LinearUse.apply(x, weight, bias, pending)
-
-
-class _DeferredLinear(_DeferredLayer, nn.Linear):
-    """torch's linear layer: weight (out, in)."""
-
-
-class _DeferredConv1D(_DeferredLayer, Conv1D):
-    """GPT-2's linear layer: weight (in, out)."""
-
-    is_transposed = False
-
-
-class _DeferredEmbedding(_DeferredLayer, nn.Embedding):
-    """A table of embeddings that is the head's weight too: (V, D)."""
-
-    def use(self, x: Tensor, weight: Tensor, bias: None, pending: _Pending) -> Tensor:
-        """The rows `x` of the table itself: `weight` may be a copy of less precision."""
-        return _EmbeddingUse.apply(weight, x, self.weight.detach(), pending)
-
-
-_DEFERRED = {nn.Linear: _DeferredLinear, Conv1D: _DeferredConv1D}
-
-
-def _has_plain_gradient(table: nn.Embedding) -> bool:
-    """Whether a row's gradient is the sum of those of its uses."""
-    is_special = table.scale_grad_by_freq or table.sparse
-    return table.padding_idx is None and table.max_norm is None and not is_special
-
-
-class _DeferGradient(torch.autograd.Function):
-    """Passes a layer's weights to its uses; backward returns their gradient over all uses.
-
-    Autograd calls `backward` after all uses that contribute, whatever their order.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, bias, pending):
-        ctx.pending = pending
-        ctx.set_materialize_grads(False)
-        ctx.weight, ctx.bias_dtype = weight.detach(), None if bias is None else bias.dtype
-        if not torch.is_autocast_enabled(weight.device.type):
-            return weight.view_as(weight), None if bias is None else bias.view_as(bias)
-        dtype = torch.get_autocast_dtype(weight.device.type)
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-    @staticmethod
-    def backward(ctx, *_):
-        _refuse_second_order()
-        weight_grad, bias_grad = ctx.pending.pop(ctx.weight)
-        return weight_grad, None if bias_grad is None else bias_grad.to(ctx.bias_dtype), None
-
-
-class _LinearUse(torch.autograd.Function):
-    """One pass through a linear layer; its backward pass leaves the weights' gradient for later."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, pending):
-        ctx.save_for_backward(x, weight)
-        ctx.pending = pending
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight if pending.is_transposed else weight.t(), bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        _refuse_second_order()
-        x, weight = ctx.saved_tensors
-        if _will_run(ctx.next_functions[1]):
-            ctx.pending.add_use(x.flatten(0, -2), gradient.flatten(0, -2))
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = gradient @ (weight if ctx.pending.is_transposed else weight.t())
-        return x_grad, None, None, None
-
-
-class _EmbeddingUse(torch.autograd.Function):
-    """Rows of a table; the backward pass leaves the table's gradient for later.
-
-    weight: what `_DeferGradient` returned for the table; it links this use to the table's gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, ids, table, pending):
-        ctx.save_for_backward(ids)
-        ctx.pending = pending
-        return F.embedding(ids, table)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        _refuse_second_order()
-        (ids,) = ctx.saved_tensors
-        if _will_run(ctx.next_functions[0]):
-            ctx.pending.row_uses.append((ids.flatten(), gradient.flatten(0, -2)))
-        return None, None, None, None
-
-
-def _will_run(edge: tuple) -> bool:
-    """Whether this backward pass reaches the `_DeferGradient` at the end of `edge`.
-
-    It does not where only gradients of other parameters were requested; a use recorded then would
-    be counted by the next backward pass.
-    """
-    return torch._C._will_engine_execute_node(edge[0])
-
-
-def _refuse_second_order() -> None:
-    # Grad mode is on in a backward pass for create_graph=True alone.
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph: deferred weight gradients cannot be differentiated again; read the batch"
-            " with Coconut.read, outside of deferred_weight_gradients"
-        )

@@ -1,0 +1,212 @@
+"""layers.py: one gradient per weight for all passes, and layers that compute what they replace."""
+
+import copy
+from collections import defaultdict
+
+import oracle
+import pytest
+import torch
+from batches import (
+    LATENT,
+    families,
+    lay_out,
+    make_labels,
+    ragged_rows,
+    settings_of,
+    wrap,
+)
+from torch.testing import assert_close
+
+import layers
+from layers import prepare
+
+exact = {"rtol": 1e-9, "atol": 1e-10}
+
+
+@families
+def test_preparing_a_model_changes_no_result(tiny_model, family):
+    base = tiny_model(family)
+    plain = copy.deepcopy(base)
+    prepare(base)
+    prepare(base)
+    ids = torch.tensor([[5, 8, 3, LATENT, 2]])
+    got, wanted = base(input_ids=ids, labels=ids).loss, plain(input_ids=ids, labels=ids).loss
+    assert_close(got, wanted, **exact)
+    got.backward()
+    wanted.backward()
+    for (name, ours), (same, theirs) in zip(
+        base.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        assert name == same
+        assert_close(ours.grad, theirs.grad, **exact)
+
+
+@families
+def test_a_weight_gradient_takes_one_product_for_all_passes(tiny_model, family, monkeypatch):
+    base = tiny_model(family)
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    linears = [m for m in base.modules() if type(m) in (torch.nn.Linear, layers.Conv1D)]
+    taken, products = defaultdict(list), defaultdict(list)
+    for name, calls in (("add_use", taken), ("multiply", products)):
+        whole = getattr(layers._Pending, name)
+
+        def counted(self, x, gradient, whole=whole, calls=calls):
+            calls[id(self)].append(len(x))
+            whole(self, x, gradient)
+
+        monkeypatch.setattr(layers._Pending, name, counted)
+    model = wrap(base)
+    output = model(**batch)
+    output.loss.backward()
+    layout = model.layout(**batch)
+    of_passes = [len(indices) for indices in reversed(layout.token_indices)]
+    of_head = [len(output.logits)]
+    assert sorted(taken.values()) == sorted([of_head] + [of_passes] * (len(linears) - 1))
+    # Passes longer than a small weight is wide are multiplied alone, the others together.
+    assert {sum(product) for product in products.values()} == {sum(of_passes), sum(of_head)}
+    assert all(len(product) <= 3 < len(of_passes) for product in products.values())
+    assert [of_passes[-1], sum(of_passes[:-1])] in products.values()
+
+
+@families
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_an_embedding_table_tied_to_the_head_gets_one_gradient(
+    tiny_model, family, monkeypatch, is_frozen
+):
+    base = tiny_model(family)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    table = base.get_input_embeddings().weight
+    assert base.lm_head.weight is table
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    loss, _, _ = oracle.batch_loss(base, **batch, **settings_of())
+    (wanted,) = torch.autograd.grad(loss, [table])
+    table.requires_grad_(not is_frozen)
+    num_rows = []
+    whole = layers._Pending.pop
+
+    def spied(self, weight):
+        num_rows.append(len(self.row_uses))
+        return whole(self, weight)
+
+    monkeypatch.setattr(layers._Pending, "pop", spied)
+    wrap(base)(**batch).loss.backward()
+    if is_frozen:
+        assert table.grad is None
+    else:
+        assert_close(table.grad, wanted, **exact)
+    assert num_rows.count(1) == (not is_frozen)
+
+
+@families
+def test_frozen_weights_get_no_gradient_and_change_no_other(tiny_model, family):
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    base = tiny_model(family)
+    wrap(base)(**batch).loss.backward()
+    wanted = {name: p.grad for name, p in base.named_parameters()}
+    frozen = tiny_model(family)
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad = "weight" not in name or "layers.1" in name or "h.1" in name
+    wrap(frozen)(**batch).loss.backward()
+    assert any(p.grad is None for p in frozen.parameters())
+    for name, parameter in frozen.named_parameters():
+        if parameter.requires_grad:
+            assert_close(parameter.grad, wanted[name], **exact)
+        else:
+            assert parameter.grad is None
+
+
+@families
+def test_two_forwards_before_a_backward_keep_their_gradients_apart(tiny_model, family):
+    rows = ragged_rows()
+    batches = [lay_out(part, [make_labels(row) for row in part]) for part in (rows[:3], rows[3:])]
+    base = tiny_model(family)
+    for batch in batches:
+        wrap(base)(**batch).loss.backward()
+    wanted = [p.grad.clone() for p in base.parameters()]
+    base.zero_grad()
+    model = wrap(base)
+    first, second = (model(**batch).loss for batch in batches)
+    first.backward()
+    second.backward()
+    assert_close([p.grad for p in base.parameters()], wanted, **exact)
+
+
+def test_a_retained_graph_gives_its_gradients_again(tiny_model):
+    base = tiny_model("gpt2")
+    rows = ragged_rows()
+    loss = wrap(base)(**lay_out(rows, [make_labels(row) for row in rows])).loss
+    once, again = (
+        torch.autograd.grad(loss, list(base.parameters()), retain_graph=True) for _ in range(2)
+    )
+    assert_close(once, again, rtol=0, atol=0)
+
+
+@families
+def test_a_backward_pass_for_some_parameters_leaves_nothing_for_the_next(tiny_model, family):
+    base = tiny_model(family)
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    model, parameters = wrap(base), list(base.parameters())
+    wanted = torch.autograd.grad(model(**batch).loss, parameters)
+    loss = model(**batch).loss
+    for some in ([0], [len(parameters) - 1], [3, 5]):
+        got = torch.autograd.grad(loss, [parameters[i] for i in some], retain_graph=True)
+        assert_close(got, tuple(wanted[i] for i in some), **exact)
+    assert_close(torch.autograd.grad(loss, parameters), wanted, **exact)
+
+
+def test_a_padding_row_of_a_tied_table_gets_no_gradient_from_its_uses(tiny_model):
+    base = tiny_model("llama")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    table = base.get_input_embeddings()
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    table.padding_idx = rows[0][0]
+    wrap(base)(**batch).loss.backward()
+    # The oracle looks rows up without the table's own rule.
+    loss, _, _ = oracle.batch_loss(base, **batch, **settings_of())
+    (wanted,) = torch.autograd.grad(loss, [table.weight])
+    others = torch.arange(len(wanted)) != table.padding_idx
+    assert_close(table.weight.grad[others], wanted[others], **exact)
+    assert not torch.allclose(table.weight.grad[~others], wanted[~others])
+
+
+@families
+def test_gradients_under_autocast_are_the_plain_ones_to_rounding(tiny_model, family):
+    base = tiny_model(family).float()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    model, parameters = wrap(base), list(base.parameters())
+    plain = torch.autograd.grad(model(**batch).loss, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    rounded = torch.autograd.grad(loss, parameters)
+    for one, other in zip(plain, rounded, strict=True):
+        assert other.dtype == torch.float32
+        assert (one - other).norm() < 0.05 * one.norm()
+
+
+def test_gradients_of_gradients_are_refused(tiny_model):
+    base = tiny_model("gpt2")
+    rows = ragged_rows()
+    loss = wrap(base)(**lay_out(rows, [make_labels(row) for row in rows])).loss
+    with pytest.raises(RuntimeError, match="create_graph: deferred weight gradients cannot be"):
+        torch.autograd.grad(loss, list(base.parameters()), create_graph=True)
+
+
+def test_the_fused_activation_is_gelu_new(tiny_model):
+    base = tiny_model("gpt2")
+    prepare(base)
+    activations = [block.mlp.act for block in base.transformer.h]
+    assert all(isinstance(act, torch.nn.GELU) for act in activations)
+    assert base.config.activation_function == "gelu_new", "as the checkpoint will say"
+    x = torch.linspace(-8, 8, 400, dtype=torch.float64)
+    textbook = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    assert_close(activations[0](x), textbook, rtol=1e-12, atol=1e-14)
