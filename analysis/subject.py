@@ -132,6 +132,7 @@ def open_model(
     metadata = read_metadata(checkpoint)
     found = _find_class(checkpoint, metadata, coconut_class)
     model, tokenizer, metadata = load_coconut(checkpoint, found)
+    distributed.use_threads(model.base_causallm.num_parameters())
     return checkpoint, model.to(distributed.device()), tokenizer, metadata
 
 

@@ -5,7 +5,6 @@ logger, so only rank 0 prints them.
 """
 
 import logging
-import os
 import sys
 import time
 
@@ -16,6 +15,7 @@ from coconut import initial_weights
 from dataset import Curriculum
 from engine import distributed
 from engine.config import Config
+from engine.distributed import Threads
 from engine.metadata import Position
 from utils import log
 
@@ -70,6 +70,7 @@ def opening_lines(
     curriculum: Curriculum,
     *,
     num_parameters: int,
+    threads: Threads,
     num_val: int,
     num_train: int | None = None,
     stage: int | None = None,
@@ -84,7 +85,7 @@ def opening_lines(
     weights = config.load_model_path or "its own"
     facts = {
         "run": f"{config.run_dir}{', a trial that saves nothing' if config.debug else ''}",
-        "device": describe_device() + _idle_cores(),
+        "device": describe_device(threads.number) + _describe_threads(threads),
         "model": f"{model}, {num_parameters:,} parameters; weights:"
         f" {'random' if config.from_scratch else weights}",
         "method": config.method,
@@ -117,23 +118,22 @@ def _training_facts(config: Config, curriculum: Curriculum, num_train: int) -> d
     }
 
 
-def describe_device() -> str:
-    """The processes, devices and threads of this run."""
+def describe_device(num_threads: int | None = None) -> str:
+    """The processes, devices and threads of this run.
+
+    num_threads: of each process; by default what this one uses now.
+    """
     device, world_size = distributed.device(), distributed.world_size()
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    threads = f"{_count(torch.get_num_threads(), 'thread')}{' each' if world_size > 1 else ''}"
-    return f"{_count(world_size, 'process')} on {on}, {threads}"
+    threads = _count(num_threads or torch.get_num_threads(), "thread")
+    return f"{_count(world_size, 'process')} on {on}, {threads}{' each' if world_size > 1 else ''}"
 
 
-def _idle_cores() -> str:
-    """Advice for more CPU threads where torchrun gives processes fewer than there are cores."""
-    # macOS does not say which cores a process may use.
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if distributed.device().type == "cuda" or here == 1 or cores // here <= torch.get_num_threads():
+def _describe_threads(threads: Threads) -> str:
+    """What the CPU has for `threads`, and why there are as many; nothing on a GPU."""
+    if threads.reason is None:
         return ""
-    return f" of {cores} cores; OMP_NUM_THREADS={cores // here} would use more"
+    return f" of {_count(distributed.num_cores(), 'core')}: {threads.reason}"
 
 
 def _count(number: int, noun: str) -> str:

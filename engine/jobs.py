@@ -355,6 +355,7 @@ def _evaluate(
 def _build_model(prepared: Prepared, coconut_class: type[Coconut] | None) -> nn.Module:
     """Coconut with its weights, on this rank's device, wrapped for the ranks."""
     config, source = prepared.config, prepared.source
+    distributed.use_threads(prepared.outline.num_parameters)
 
     def build() -> Coconut:
         if config.bf16 and not source.is_state and not distributed.computes_bf16_natively():
@@ -413,6 +414,7 @@ def _log_opening(prepared: Prepared, num_parameters: int, position: Position | N
         config,
         make_curriculum(config),
         num_parameters=num_parameters,
+        threads=distributed.choose_threads(prepared.outline.num_parameters),
         num_val=len(data.val),
         num_train=len(data.train) if data.train else None,
         stage=prepared.evaluated[0] if prepared.evaluated else None,

@@ -1,7 +1,6 @@
 """What a run says: how far it has come, at a terminal and without one, and its two blocks."""
 
 import logging
-import os
 import re
 import sys
 import time
@@ -18,6 +17,7 @@ from engine.console import (
     opening_lines,
     progress_bar,
 )
+from engine.distributed import Threads
 from engine.metadata import Position
 from engine.setup import make_curriculum
 from utils import configure_logging, log
@@ -81,34 +81,39 @@ def test_a_run_says_what_a_thought_is(tmp_path, keys, words):
     assert describe_thought(load_config(str(Experiment(tmp_path, cot=True).yaml))) is None
 
 
-def test_the_opening_block_names_cores_that_torchrun_leaves_idle(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("threads", "words"),
+    [
+        (Threads(1, "the model is small"), "on the CPU, 1 thread of 4 cores: the model is small"),
+        (Threads(4, "one for each core"), "on the CPU, 4 threads of 4 cores: one for each core"),
+        (Threads(16, None), "on the CPU, 16 threads"),
+    ],
+)
+def test_the_opening_block_says_how_many_threads_compute_and_why(
+    tmp_path, monkeypatch, threads, words
+):
+    monkeypatch.setattr(distributed, "num_cores", lambda: 4)
     config = load_config(str(Experiment(tmp_path).yaml))
-
-    def device():
-        lines = opening_lines(config, make_curriculum(config), num_parameters=1, num_val=1)
-        return next(line for line in lines if line.startswith("device"))
-
-    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
-    assert device().endswith("the CPU, 1 thread"), "as the user chose"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert device().endswith("1 thread of 4 cores; OMP_NUM_THREADS=2 would use more")
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert device().endswith("the CPU, 1 thread")
+    lines = opening_lines(
+        config, make_curriculum(config), num_parameters=1, threads=threads, num_val=1
+    )
+    assert next(line for line in lines if line.startswith("device")).endswith(words)
 
 
 def test_the_opening_block_names_everything_that_decides_the_run(tmp_path, monkeypatch):
     experiment = Experiment(tmp_path, resume=1, load_model_path="cot/checkpoint_3")
     config = load_config(str(experiment.yaml))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "num_cores", lambda: 2)
     lines = opening_lines(
         config, make_curriculum(config), num_parameters=1_234_567, num_train=18, num_val=7,
+        threads=Threads(1, "the processes share them"),
         position=Position(epoch=1, optimizer_step=2),
     )  # fmt: skip
     assert [line for line in lines if not line.startswith("thought")] == [
         f"run                 {experiment.run_dir}",
-        "device              2 processes on the CPU, 1 thread each",
+        "device              2 processes on the CPU, 1 thread each of 2 cores: the processes share"
+        " them",
         f"model               {experiment.model}, 1,234,567 parameters; weights: cot/checkpoint_3",
         "method              coconut",
         "records             18 training, 7 validation",

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from engine import distributed, parallel
 from engine import model as backbone
+from engine.config_file import load_config
+from engine.weights import ModelSource
 from utils import EXIT_INTERRUPTED
 
 KINDS = ("ddp", "fsdp", "fsdp-resharded")
@@ -232,6 +234,99 @@ def test_ranks_draw_different_numbers_and_rank_0_those_of_one_process(monkeypatc
     for seed in (0, 1):
         torch.manual_seed(seed)
         assert draws[seed, 0] == torch.rand(4).tolist()
+
+
+SMALL, LARGE = distributed.PARAMETERS_PER_THREAD, 100 * distributed.PARAMETERS_PER_THREAD
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    """A machine with eight cores and a user who has chosen no number of threads."""
+    monkeypatch.setattr(distributed, "num_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    before = torch.get_num_threads()
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def test_threads_grow_with_the_model_up_to_this_process_s_share_of_the_cores(eight_cores):
+    sizes = (1, SMALL, 2 * SMALL, 5 * SMALL + 1, 8 * SMALL, LARGE)
+    assert [distributed.choose_threads(size).number for size in sizes] == [1, 1, 2, 5, 8, 8]
+    for here, share in (("2", 4), ("3", 2), ("8", 1), ("16", 1)):
+        eight_cores.setenv("LOCAL_WORLD_SIZE", here)
+        assert distributed.choose_threads(LARGE).number == share
+        assert distributed.choose_threads(SMALL).number == 1
+
+
+def test_the_reason_for_the_threads_is_what_limits_them(eight_cores):
+    assert distributed.choose_threads(5 * SMALL).reason == "the model is small"
+    assert distributed.choose_threads(LARGE).reason == "one for each core"
+    eight_cores.setenv("LOCAL_WORLD_SIZE", "2")
+    assert distributed.choose_threads(LARGE).reason == "the processes share them"
+    assert distributed.choose_threads(SMALL).reason == "the model is small"
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_threads_that_the_user_has_chosen_stay(eight_cores, size):
+    for value in (3, 8, 12):
+        eight_cores.setenv("OMP_NUM_THREADS", str(value))
+        torch.set_num_threads(value)
+        distributed.use_threads(size)
+        assert torch.get_num_threads() == value
+        advice = "; 8 without it" if (value, size) == (3, LARGE) else ""
+        assert distributed.choose_threads(size).reason == f"set by OMP_NUM_THREADS{advice}"
+
+
+@pytest.mark.parametrize("of_the_user", [True, False])
+def test_one_thread_that_torchrun_has_set_is_nobody_s_choice(eight_cores, of_the_user):
+    """Of torchrun's own process the system shows the environment that it was started with."""
+    environment = {"PATH": os.environ["PATH"], "NOT_OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"} if of_the_user else {}
+    torchrun = subprocess.Popen(["sleep", "60"], env=environment)
+    try:
+        eight_cores.setattr(os, "getppid", lambda: torchrun.pid)
+        eight_cores.setenv("OMP_NUM_THREADS", "1")
+        eight_cores.setenv("LOCAL_WORLD_SIZE", "2")
+        torch.set_num_threads(1)
+        assert distributed.choose_threads(LARGE).number == (1 if of_the_user else 4)
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+
+
+def test_on_a_gpu_threads_stay_as_they_are(eight_cores):
+    eight_cores.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_num_threads()
+    distributed.use_threads(LARGE)
+    assert torch.get_num_threads() == before
+    assert distributed.choose_threads(LARGE) == distributed.Threads(before, None)
+
+
+def test_cores_are_counted_once_however_many_processors_each_has(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(distributed, "_core", lambda processor: f"{processor % 4}")
+    assert distributed.num_cores() == 4
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert distributed.num_cores() == 3, "as many as the system names"
+
+
+def test_a_resumed_run_and_its_evaluation_compute_with_the_threads_of_the_first_start(
+    tmp_path, eight_cores, capsys
+):
+    """The size is on the edge between two numbers, so that one parameter less would tell."""
+    experiment = Experiment(tmp_path, num_epochs=1)
+    config = load_config(str(experiment.yaml))
+    size = backbone.model_outline(config, ModelSource.of(config)).num_parameters
+    assert size % 2 == 0
+    eight_cores.setattr(distributed, "PARAMETERS_PER_THREAD", size // 2)
+    checkpoint = experiment.run_dir / "checkpoint_1"
+    for arguments in ([], ["num_epochs=2"], ["only_eval=True", f"load_model_path={checkpoint}"]):
+        torch.set_num_threads(1)
+        assert experiment.main(*arguments) == 0
+        assert torch.get_num_threads() == 2
+        assert "2 threads of 8 cores: the model is small" in capsys.readouterr().out
 
 
 def signal_rank_0_in_its_first_evaluation():
