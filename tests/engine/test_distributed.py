@@ -283,16 +283,20 @@ def test_one_thread_that_torchrun_has_set_is_nobody_s_choice(eight_cores, of_the
     """Of torchrun's own process the system shows the environment that it was started with."""
     environment = {"PATH": os.environ["PATH"], "NOT_OMP_NUM_THREADS": "1"}
     environment |= {"OMP_NUM_THREADS": "1"} if of_the_user else {}
-    torchrun = subprocess.Popen(["sleep", "60"], env=environment)
+    command = ["sh", "-c", "echo started; read line"]
+    torchrun = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
+        # Until it runs, there is no environment to read.
+        assert torchrun.stdout.readline() == b"started\n"
         eight_cores.setattr(os, "getppid", lambda: torchrun.pid)
         eight_cores.setenv("OMP_NUM_THREADS", "1")
         eight_cores.setenv("LOCAL_WORLD_SIZE", "2")
         torch.set_num_threads(1)
         assert distributed.choose_threads(LARGE).number == (1 if of_the_user else 4)
     finally:
-        torchrun.kill()
-        torchrun.wait()
+        torchrun.communicate(timeout=60)
 
 
 def test_on_a_gpu_threads_stay_as_they_are(eight_cores):
