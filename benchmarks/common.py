@@ -84,12 +84,17 @@ def positive(text: str) -> int:
     return value
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; ends with status 2 if the device does not support them."""
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, is_timed: bool = True
+) -> argparse.Namespace:
+    """The options; ends with status 2 if the device does not support them.
+
+    is_timed: whether times are taken, which emulated bf16 would spoil.
+    """
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no usable GPU; write --device cpu")
-    if options.bf16 and not distributed.computes_bf16_natively():
+    if is_timed and options.bf16 and not distributed.computes_bf16_natively():
         parser.error("--bf16: this machine only emulates bf16, so its times mean nothing; omit it")
     return options
 

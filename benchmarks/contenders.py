@@ -55,8 +55,8 @@ def wrap(base: PreTrainedModel, window: int = 1) -> Coconut:
     return coconut_around(copy.deepcopy(base), window)
 
 
-def make_trainer(base: PreTrainedModel, bf16: bool, window: int = 1) -> Trainer:
-    """A Trainer without records that saves nothing, used for its optimizer step."""
+def make_trainer(model: Coconut, bf16: bool) -> Trainer:
+    """A Trainer of `model` without records that saves nothing, used for its optimizer step."""
     unused = "benchmark"
     config = Config(
         name=unused, save_path=unused, model_id=unused, train_path=unused, val_path=unused,
@@ -65,11 +65,11 @@ def make_trainer(base: PreTrainedModel, bf16: bool, window: int = 1) -> Trainer:
     )  # fmt: skip
     curriculum = Curriculum("coconut", 1, 1, 1, True)
     trainer = Trainer(
-        config, wrap(base, window), build_tokenizer(base.config.vocab_size), [], [], curriculum,
+        config, model, build_tokenizer(model.base_causallm.config.vocab_size), [], [], curriculum,
         {}, None,
     )  # fmt: skip
     # The trainer uses a GPU if there is one; --device may say otherwise.
-    trainer.device = base.device
+    trainer.device = model.base_causallm.device
     trainer.model.train()
     return trainer
 
@@ -80,7 +80,7 @@ def train_step(name: str, base: PreTrainedModel, bf16: bool, window: int = 1) ->
     window: for ours; the others support only a window of one state.
     """
     if name == "ours":
-        trainer = make_trainer(base, bf16, window)
+        trainer = make_trainer(wrap(base, window), bf16)
         return lambda batch, num_labels: trainer.train_step([batch], num_labels, [None])[0]
     ids = token_ids(build_tokenizer(base.config.vocab_size))
     latent, eos = ids["latent_token_id"], ids["eos_token_id"]

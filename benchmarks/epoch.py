@@ -30,7 +30,7 @@ from benchmarks.common import (
     take_turns,
     write_report,
 )
-from benchmarks.contenders import make_trainer
+from benchmarks.contenders import coconut_around, make_trainer
 from coconut import Coconut
 from dataset import (
     MARKERS,
@@ -168,7 +168,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
         staged = StagedRecords.of(records, curriculum, np.full(len(records), stage))
         collator = Collator(staged, SpecialIds.of(tokenizer))
         epoch = stage * curriculum.epochs_per_stage
-        trainer = make_trainer(build_model(options.model).to(options.device), options.bf16)
+        model = build_model(options.model).to(options.device)
+        trainer = make_trainer(coconut_around(model), options.bf16)
         speeds = measure_speed(trainer, collator, epoch, options.repeats)
         for (batch_size, accumulation), speed in zip(SPLITS, speeds, strict=True):
             row = {"stage": stage, "batch_size": batch_size, "accumulation": accumulation}

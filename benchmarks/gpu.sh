@@ -79,6 +79,7 @@ benchmarks() {
     --question 362 --answer 12 --contenders prototype ours
   bench breakdown 30 breakdown --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))" \
     --question 362 --answer 12
+  bench launches 40 launches
   bench generate 50 generate --repeats "$REPEATS"
   bench evaluation 30 evaluation --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))"
   bench memory 60 memory

@@ -172,7 +172,7 @@ def trace_step(shape: ModelShape, batch: dict[str, Tensor], bf16: bool) -> list[
     layout = model.layout(*(batch[key] for key in keys[:3]))
     with fake:
         inputs = {key: fake.from_tensor(batch[key]) for key in keys}
-        inputs["layout"] = _fake_layout(fake, layout)
+        inputs["layout"] = fake_layout(fake, layout)
         parameters = [p for p in model.parameters() if p.requires_grad]
         ledger = _Ledger([*model.parameters(), *model.buffers(), *_tensors(inputs)])
         _announce_gradients(model, ledger)
@@ -206,8 +206,8 @@ def _tensors(tree: dict) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _fake_layout(fake: FakeTensorMode, layout: Layout) -> Layout:
-    """`layout` with tensors that `fake` knows."""
+def fake_layout(fake: FakeTensorMode, layout: Layout) -> Layout:
+    """`layout` with tensors of `fake`, which have no storage."""
     indices = [None if x is None else fake.from_tensor(x) for x in layout.token_indices]
     labels = fake.from_tensor(layout.label_indices)
     return Layout(layout.pass_starts, layout.thought_columns, indices, labels)

@@ -31,6 +31,7 @@ from benchmarks import (
     evaluation,
     generate,
     growth,
+    launches,
     local_model,
     memory,
     prototype,
@@ -255,6 +256,60 @@ def test_padding_is_what_layers_and_attention_compute_beyond_real_tokens(stage):
     assert measured["padding_in_attention"] == 1 - lengths.sum() / computed
 
 
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (lambda x: x.view(6), False),
+        (lambda x: x.t()[1:].unsqueeze(0).expand(5, -1, -1), False),
+        (lambda x: x.split(1), False),
+        (lambda x: torch.ops.aten._unsafe_view(x, [6]), False),
+        (lambda x: x.detach(), False),
+        (lambda x: torch.empty_like(x), False),
+        (lambda x: x.new_empty(4), False),
+        (lambda x: x.to(torch.float32), False),
+        (lambda x: x.contiguous(), False),
+        (lambda x: x.clone(), True),
+        (lambda x: x.to(torch.bfloat16), True),
+        (lambda x: x.t().contiguous(), True),
+        (lambda x: x + 1, True),
+        (lambda x: x.mul_(2), True),
+        (lambda x: x @ x.t(), True),
+        (lambda x: torch.zeros(3), True),
+        (lambda x: torch._foreach_add_([x, x.clone()], 1), 2),
+    ],
+)
+def test_what_makes_or_changes_numbers_is_a_launch_and_views_are_none(operation, expected):
+    with launches.LaunchCounter() as counter:
+        operation(torch.ones(2, 3))
+    assert counter.counts.total() - 1 == expected, "beside torch.ones"
+
+
+def count_of_tiny_step(bf16, num_latents):
+    shape = common.Shape(3, 9, num_latents, 4)
+    batch = common.make_batch(shape, 512, torch.device("cpu"))
+    model = contenders.coconut_around(common.build_model("tiny", attn_pdrop=0.0))
+    trainer = contenders.make_trainer(model, bf16)
+    layout = model.layout(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    return launches.count_launches(trainer, batch, layout, shape.num_labels)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_without_storage_launches_what_a_real_one_does(bf16):
+    """But for two operations a layer, by which autograd treats masks written into real tensors."""
+    counts = launches.measure("tiny", common.Shape(3, 9, 2, 4), bf16)[0]["counts"]
+    real = count_of_tiny_step(bf16, num_latents=2)
+    num_layers = 2
+    for name in ("aten::new_zeros", "aten::copy_"):
+        assert real.pop(name) == counts.pop(name) + num_layers
+    assert counts == real
+    assert counts["aten::_fused_adamw_"] == counts["aten::_foreach_norm"] == 1
+
+
+def test_each_further_latent_launches_one_pass_more():
+    totals = [count_of_tiny_step(False, latents).total() for latents in (2, 3, 4)]
+    assert totals[2] - totals[1] == totals[1] - totals[0] > 0
+
+
 SIZES = breakdown.Sizes(vocab=512, inner=128, records=3)
 
 
@@ -309,6 +364,7 @@ def test_zero_repeats_are_refused(capsys):
         (train_step, ["--question", "1100"]),
         (memory, ["--question", "1100"]),
         (breakdown, ["--question", "1100"]),
+        (launches, ["--question", "1100"]),
         (growth, ["--answer", "600"]),
         (generate, ["--new", "1000"]),
         (evaluation, ["--new", "1000"]),
@@ -429,6 +485,24 @@ def test_breakdown_accounts_for_the_whole_step(tmp_path):
     assert sum(row["share"] for row in report["rows"]) == pytest.approx(1)
     kinds = {row["kind"] for row in report["rows"]}
     assert {breakdown.MATRICES, breakdown.NARROW, "optimizer", "between operations"} <= kinds
+
+
+def test_launches_are_set_against_the_peaks_of_two_gpus(tmp_path, capsys):
+    report = run(launches, tmp_path, *SMALL, "--answer", "4")
+    assert_environment(report, "launches")
+    first, second = report["rows"]
+    assert (first["gpu"], second["gpu"]) == ("H100", "H200")
+    assert first["operations"] == second["operations"] == sum(first["counts"].values())
+    assert first["launch_s"] == 5e-6 * first["operations"]
+    model = common.build_model("tiny")
+    assert first["flops"] == arithmetic.step_flops(model, 3, 12, labels=4)
+    assert first["arithmetic_s"] == second["arithmetic_s"] == first["flops"] / 494.7e12
+    matrices = 3 * arithmetic.block_parameters(model) + 512 * 64
+    weight_bytes = 2 * 4 * matrices + 28 * model.num_parameters()
+    assert first["memory_s"] == weight_bytes / 3.35e12
+    assert second["memory_s"] == weight_bytes / 4.8e12
+    assert first["launches_over_longer"] == first["launch_s"] / first["memory_s"] > 1
+    assert "| yes, " in capsys.readouterr().out
 
 
 def test_reports_go_under_exps_by_default(tmp_path, monkeypatch):
