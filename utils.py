@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -95,6 +95,22 @@ def configure_logging(rank: int = 0) -> None:
     if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
         log.addHandler(_ConsoleHandler())
     log.setLevel(logging.INFO if rank == 0 else logging.CRITICAL + 1)
+
+
+def run_command(work: Callable[[], object], interrupted: str) -> int:
+    """Do the work of a command; where it ends early, log why. Returns the exit status.
+
+    interrupted: what a Ctrl-C leaves behind.
+    """
+    try:
+        work()
+    except KeyboardInterrupt:
+        log.error(f"interrupted; {interrupted}")
+        return EXIT_INTERRUPTED
+    except ReportedError as error:
+        log.error(error)
+        return error.exit_status
+    return 0
 
 
 def wait_for_first_process() -> None:

@@ -37,7 +37,7 @@ from engine.evaluation import evaluate
 from engine.metrics import wilson_interval
 from engine.model import load_coconut
 from preprocessing.graphs import VERDICTS, has_graph
-from utils import EXIT_INTERRUPTED, ReportedError, configure_logging, log
+from utils import configure_logging, log, run_command
 
 RESULT_FILE = "ablations.json"
 
@@ -319,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder (default: RUN/analysis/checkpoint_N)")
     options = parser.parse_args(argv)
     configure_logging()
-    try:
+
+    def work() -> None:
         subject = open_subject(
             options.path,
             data=options.data,
@@ -330,13 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = write_ablations(subject, folder, options.thoughts, options.positions)
         log.info("\n".join(ablation_output.page(found)))
         log.info(f"\nwritten: {folder / RESULT_FILE}, with tables (CSV) and pictures beside it")
-        return 0
-    except KeyboardInterrupt:
-        log.error("interrupted; nothing was written")
-        return EXIT_INTERRUPTED
-    except ReportedError as error:
-        log.error(error)
-        return error.exit_status
+
+    return run_command(work, "nothing was written")
 
 
 if __name__ == "__main__":

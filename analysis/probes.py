@@ -32,7 +32,7 @@ from analysis.step_tokens import step_labels, step_of
 from analysis.subject import Subject, open_subject, output_folder
 from engine.console import progress_bar
 from engine.metrics import wilson_interval
-from utils import EXIT_INTERRUPTED, ReportedError, configure_logging, log
+from utils import configure_logging, log, run_command
 
 RESULT_FILE = "probes.json"
 # Significant digits of details. There is an attention weight for every token of every question.
@@ -253,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder (default: RUN/analysis/checkpoint_N)")
     options = parser.parse_args(argv)
     configure_logging()
-    try:
+
+    def work() -> None:
         subject = open_subject(
             options.path,
             data=options.data,
@@ -264,13 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = write_probes(subject, folder, options.graphs)
         log.info("\n".join(probe_output.page(found)))
         log.info(f"\nwritten: {folder / RESULT_FILE}, with tables (CSV) and pictures beside it")
-        return 0
-    except KeyboardInterrupt:
-        log.error("interrupted; nothing was written")
-        return EXIT_INTERRUPTED
-    except ReportedError as error:
-        log.error(error)
-        return error.exit_status
+
+    return run_command(work, "nothing was written")
 
 
 if __name__ == "__main__":

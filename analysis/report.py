@@ -34,12 +34,11 @@ from analysis.subject import (
     read_run_config,
 )
 from utils import (
-    EXIT_INTERRUPTED,
-    ReportedError,
     UserError,
     atomic_write_text,
     configure_logging,
     log,
+    run_command,
     sha256_file,
 )
 
@@ -199,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--coconut-class", metavar="module:Class", help="that of the training")
     options = parser.parse_args(argv)
     configure_logging()
-    try:
+
+    def work() -> None:
         target = write_report(
             options.path,
             baselines=options.baselines,
@@ -207,14 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_records=options.records,
             coconut_class=options.coconut_class,
         )
-    except KeyboardInterrupt:
-        log.error("interrupted; the report that was there, if any, was left as it is")
-        return EXIT_INTERRUPTED
-    except ReportedError as error:
-        log.error(error)
-        return error.exit_status
-    print(target)
-    return 0
+        print(target)
+
+    return run_command(work, "the report that was there, if any, was left as it is")
 
 
 if __name__ == "__main__":

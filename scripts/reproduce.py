@@ -45,16 +45,15 @@ from engine.config import Config
 from engine.config_file import dump_yaml, load_config
 from engine.provenance import provenance
 from utils import (
-    ReportedError,
     RunFailed,
     UserError,
     atomic_write_text,
     configure_logging,
     log,
+    run_command,
     sha256_file,
 )
 
-EXIT_INTERRUPTED = 130
 # Where a group of runs records the commit and the machine that it began with.
 ORIGIN_NAME = "origin.txt"
 DATA_KEYS = ("train_path", "val_path")
@@ -362,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging()
     # A stop of the whole process group must reach the runs only through this process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def work() -> None:
         study = Study(options.study)
         runs = study.runs(options.arms, options.seeds)
         study.check(runs)
@@ -371,19 +371,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner = Runner(study, results, origin)
         if options.dry_run:
             print(cost_table(study, runs, results, origin["machine"], options.flops_per_second))
-            return 0
+            return
         check_source(origin)
         missing = runner.missing(runs)
         log.info(f"{study.file.question}\n{len(missing)} of {len(runs)} runs to do")
         runner.run_all(missing, options.jobs)
         log.info(f"results: {results}; compare them: python -m analysis.compare {results}")
-        return 0
-    except KeyboardInterrupt:
-        log.error("interrupted; the same command continues")
-        return EXIT_INTERRUPTED
-    except ReportedError as error:
-        log.error(error)
-        return error.exit_status
+
+    return run_command(work, "the same command continues")
 
 
 if __name__ == "__main__":

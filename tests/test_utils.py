@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, seeding, and sums."""
+"""Files that appear whole or not at all, how commands end, seeding, and sums."""
 
 import errno
 import io
@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from engine.distributed import seed_everything
-from utils import atomic_write_text, configure_logging, fsync_file, log, sha256_file
+from utils import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    RunFailed,
+    UserError,
+    atomic_write_text,
+    configure_logging,
+    fsync_file,
+    log,
+    run_command,
+    sha256_file,
+)
 
 
 def contents(folder):
@@ -159,3 +171,28 @@ def test_a_line_that_cannot_be_printed_does_not_end_a_run(monkeypatch, capsys):
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
         log.info("two")
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "logged"),
+    [
+        (None, 0, []),
+        (KeyboardInterrupt(), EXIT_INTERRUPTED, ["interrupted; nothing was written"]),
+        (UserError("write --data FILE"), EXIT_USER_ERROR, ["write --data FILE"]),
+        (RunFailed("the disk is full"), EXIT_FAILED, ["the disk is full"]),
+    ],
+)
+def test_a_command_ends_with_one_message_and_the_status_of_its_ending(
+    ending, status, logged, caplog
+):
+    def work():
+        if ending is not None:
+            raise ending
+
+    assert run_command(work, "nothing was written") == status
+    assert caplog.messages == logged
+
+
+def test_a_fault_of_ours_ends_a_command_with_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0, "nothing was written")

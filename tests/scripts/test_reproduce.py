@@ -17,6 +17,7 @@ from analysis.results import read_result, read_results, write_result
 from analysis.study import Study
 from engine.config_file import load_config
 from scripts import reproduce
+from utils import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "args/studies").glob("*.yaml"))
@@ -248,6 +249,6 @@ def test_interrupted_the_study_stops_its_runs_and_says_how_to_continue(write, tm
     while not (log.exists() and "epoch" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     study.send_signal(signal.SIGINT)
-    assert study.wait() == reproduce.EXIT_INTERRUPTED
+    assert study.wait() == EXIT_INTERRUPTED
     assert "interrupted; the same command continues" in study.stdout.read()
     assert [path.name for path in (tmp_path / "results/tiny").iterdir()] == ["lag1.cot.seed0.json"]
