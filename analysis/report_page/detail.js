@@ -140,10 +140,7 @@ function graphFigure(viewer) {
       ? "Point at a node for its numbers; click, or press Enter, to pin it."
       : nodeWords(graph, shown, k) + (shown === viewer.pinned ? " (pinned)" : "");
   };
-  const pin = (node) => {
-    viewer.pinned = viewer.pinned === node ? null : node;
-    drawDetail(viewer);
-  };
+  const pin = (node) => viewer.go(record, k, viewer.pinned === node ? null : node);
   read(null);
   const draw = (width) => {
     viewer.graphWidth = width;

@@ -1,5 +1,5 @@
 // The questions: a list to search, filter and sort, and one opened, thought by thought.
-// The address holds the question and the thought: #id=17&k=2.
+// The address holds the question, the thought and a pinned node of the graph: #id=17&k=2&node=5.
 
 const SORTS = {
   file: ["in the file\u2019s order", (a, b) => a.index - b.index],
@@ -81,7 +81,7 @@ class Viewer {
 
   listItem(record) {
     const right = isRight(record);
-    return element("li", {}, element("a", { href: `#id=${record.index}&k=${this.k}`, "data-index": record.index },
+    return element("li", {}, element("a", { href: address(record.index, this.k, null), "data-index": record.index },
       element("span", { class: "place" }, String(record.index)),
       element("span", { class: "text wide" }, lastPart(record.question)),
       element("span", { class: right ? "mark right" : "mark" },
@@ -111,22 +111,26 @@ class Viewer {
     const named = new URLSearchParams(location.hash.slice(1));
     const record = this.byIndex.get(Number(named.get("id") ?? NaN)) || this.open || this.shown[0];
     const k = named.has("k") ? Number(named.get("k")) : this.open ? this.k : record.num_thoughts;
-    this.show(record, k);
+    this.show(record, k, nodeNamed(named.get("node"), record));
   }
 
-  go(record, k) {
-    const hash = `#id=${record.index}&k=${clamp(k, record)}`;
+  // A pinned node stays as long as its question.
+  go(record, k, pinned = record === this.open ? this.pinned : null) {
+    const hash = address(record.index, clamp(k, record), pinned);
     if (hash !== location.hash) history.replaceState(null, "", hash);
-    this.show(record, k);
+    this.show(record, k, pinned);
   }
 
-  show(record, k) {
-    if (record !== this.open) this.pinned = null;
+  show(record, k, pinned) {
     this.open = record;
     this.k = clamp(k, record);
+    this.pinned = pinned;
     drawDetail(this);
     this.markOpen(true);
-    for (const link of byId("list").querySelectorAll("a")) link.hash = `#id=${link.dataset.index}&k=${this.k}`;
+    for (const link of byId("list").querySelectorAll("a")) {
+      const index = Number(link.dataset.index);
+      link.hash = address(index, this.k, index === record.index ? pinned : null);
+    }
   }
 
   step(by) {
@@ -151,6 +155,14 @@ class Viewer {
     if (event.key !== "Escape") event.preventDefault();
     steps[event.key]();
   }
+}
+
+const address = (index, k, node) => `#id=${index}&k=${k}${node === null ? "" : `&node=${node}`}`;
+
+// The node that an address names; null where it names none of the question's graph.
+function nodeNamed(text, record) {
+  const node = text ? Number(text) : NaN;
+  return record.graph && node in record.graph.nodes ? node : null;
 }
 
 const clamp = (k, record) =>

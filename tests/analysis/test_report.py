@@ -438,11 +438,44 @@ def test_a_node_is_read_and_pinned_by_keyboard(opened, written):
     assert opened.run("document.activeElement.dataset.node") == "2"
     assert opened.run("document.activeElement.getAttribute('aria-pressed')") == "true"
     assert "(pinned)" in text_of(opened, "#reading")
+    assert opened.run("location.hash") == "#id=0&k=2&node=2"
     opened.press("ArrowLeft")
     assert "after 1 thought" in text_of(opened, "#reading")
     assert opened.run("document.activeElement.dataset.node") == "2"
+    assert opened.run("location.hash") == "#id=0&k=1&node=2"
+    opened.press("Enter")
+    assert "(pinned)" not in text_of(opened, "#reading")
+    assert opened.run("location.hash") == "#id=0&k=1"
+    opened.press("Enter")
     opened.press("ArrowDown")
     assert "(pinned)" not in text_of(opened, "#reading")
+    assert opened.run("location.hash") == "#id=1&k=1"
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("address", "pinned"),
+    [
+        ("#id=5&k=1&node=3", "3"),
+        ("#id=5&node=0", "0"),
+        ("#id=5&k=1&node=99", None),
+        ("#id=5&k=1&node=-1", None),
+        ("#id=5&k=1&node=1.5", None),
+        ("#id=5&k=1&node=length", None),
+        ("#id=5&k=1&node=", None),
+        ("#id=5&k=1", None),
+    ],
+)
+def test_the_address_restores_the_pinned_node(browser, written, address, pinned):
+    browser.problems.clear()
+    browser.open(written[0].as_uri() + address)
+    shown = "document.querySelector('.node[aria-pressed=true]')?.dataset.node ?? null"
+    assert browser.run(shown) == pinned
+    assert text_of(browser, "#detail-title") == "Question 5"
+    link = "document.querySelector('#list [data-index=\"5\"]').hash"
+    assert browser.run(link).endswith("" if pinned is None else f"&node={pinned}")
+    assert "node" not in browser.run("document.querySelector('#list [data-index=\"4\"]').hash")
+    assert browser.problems == []
 
 
 @in_browser
