@@ -244,34 +244,48 @@ def _interval(summary: Summary, possible: tuple[float, float] = (-inf, inf)) -> 
 
 
 def describe_comparison(comparison: Comparison) -> str:
-    """A paragraph on what the data support, condition by condition."""
-    sentences = []
+    """What the data support in words: a Markdown list, an item for each condition and outcome."""
+    items = []
     for condition in comparison.runs:
         for outcome in OUTCOMES:
             paired = comparison.paired(condition, outcome)
-            adjusted = holm({arm: pair.t_p for arm, pair in paired.items()})
-            for arm, pair in paired.items():
-                sentences.append(_sentence(comparison, condition, outcome, arm, pair, adjusted))
-    return " ".join(sentences) or "No arm shares a seed with the baseline."
+            if paired:
+                where = "" if condition == "all" else f"{condition}, "
+                items.append(
+                    f"- **{where}{outcome.name}**: {_in_words(comparison, outcome, paired)}"
+                )
+    return "\n".join(items) or "No arm shares a seed with the baseline."
 
 
-def _sentence(comparison, condition, outcome, arm, pair, adjusted) -> str:
-    d = pair.difference
-    where = "" if condition == "all" else f"{condition}: "
+def _in_words(comparison: Comparison, outcome: Outcome, paired: dict[str, Paired]) -> str:
+    """Which arms differ from the baseline at 5 %, which do not, and which cannot be tested."""
     unit = "points" if outcome.unit == "%" else outcome.unit
-    what = f"{where}{outcome.name}, {arm} minus {comparison.baseline}: {d.mean:+.1f} {unit}"
-    if d.n > 1 and pair.t_p is None:
-        return f"{what} on every one of {d.n} seeds."
-    if d.n == 1:
-        return f"{what} on one seed, which supports no conclusion."
-    shown = f"{what} ({d.low:+.1f} to {d.high:+.1f}, n = {d.n})"
-    p = adjusted[arm]
-    if p is not None and p < 0.05:
-        return f"{shown}, a difference at 5 % (t test, Holm: p {_describe_p(p)})."
-    return (
-        f"{shown}, no difference shown; with so many seeds one of {pair.detectable:.1f} {unit} is"
-        " detected in four of five studies."
-    )
+    adjusted = holm({arm: pair.t_p for arm, pair in paired.items()})
+    differ, same, untested, detectable = [], [], [], []
+    for arm, pair in paired.items():
+        d, p = pair.difference, adjusted[arm]
+        shown = f"{arm} {d.mean:+.1f}"
+        if d.n == 1 or pair.t_p is None:
+            untested.append(f"{shown} on {'one seed' if d.n == 1 else f'each of {d.n} seeds'}")
+            continue
+        shown = f"{shown} ({d.low:+.1f} to {d.high:+.1f}"
+        if p < 0.05:
+            differ.append(f"{shown}, p {_describe_p(p)})")
+        else:
+            same.append(f"{shown})")
+            detectable.append(pair.detectable)
+    parts = []
+    if differ:
+        parts.append(f"a difference at 5 % for {', '.join(differ)}")
+    if same:
+        span = " to ".join(f"{x:.1f}" for x in sorted({min(detectable), max(detectable)}))
+        parts.append(
+            f"no difference shown for {', '.join(same)}, where one of {span} {unit} would be"
+            " detected in four of five studies"
+        )
+    if untested:
+        parts.append(f"no conclusion about {', '.join(untested)}, which no test applies to")
+    return f"minus {comparison.baseline} in {unit}: {'; '.join(parts)}."
 
 
 def _describe_p(p: float) -> str:
