@@ -17,6 +17,9 @@ from analysis.statistics import summarize
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")
 
+# Side by side in one row of panels; more would be too small to read in a page.
+ARMS_IN_A_ROW = 8
+
 
 def arm_colours(arms: Mapping[str, object]) -> dict[str, str]:
     """A colour for each arm, the same in every picture with the same arms."""
@@ -48,19 +51,37 @@ def draw_last_stage(runs: Mapping[str, Mapping[str, Mapping[int, RunResult]]], p
     runs: condition -> arm -> seed -> run.
     """
     colours = arm_colours({arm: None for arms in runs.values() for arm in arms})
-    num_arms = sum(map(len, runs.values()))
-    ratios = {"width_ratios": [len(arms) for arms in runs.values()]}
-    figure, panels = plt.subplots(
-        1, len(runs), figsize=(1.8 + 1.1 * num_arms, 3.8), dpi=130, squeeze=False, sharey=True,
-        layout="constrained", gridspec_kw=ratios,
-    )  # fmt: skip
-    for axes, (condition, arms) in zip(panels[0], runs.items(), strict=True):
-        _draw_last_accuracies(axes, arms, colours)
-        if condition != "all":
-            axes.set_title(condition, loc="left", color=INK, fontsize=11)
-    panels[0, 0].set_ylabel("accuracy after the last stage (%)")
+    rows = _fill_rows(runs, ARMS_IN_A_ROW)
+    num_columns = max(sum(len(runs[condition]) for condition in row) for row in rows)
+    figure = plt.figure(
+        figsize=(1.8 + 1.1 * num_columns, 3.8 * len(rows)), dpi=130, layout="constrained"
+    )
+    grid = figure.add_gridspec(len(rows), num_columns)
+    for number, row in enumerate(rows):
+        column = 0
+        for condition in row:
+            arms = runs[condition]
+            axes = figure.add_subplot(grid[number, column : column + len(arms)])
+            _draw_last_accuracies(axes, arms, colours)
+            if condition != "all":
+                axes.set_title(condition, loc="left", color=INK, fontsize=11)
+            if column == 0:
+                axes.set_ylabel("accuracy after the last stage (%)")
+            column += len(arms)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def _fill_rows(runs: Mapping[str, Mapping], limit: int) -> list[list[str]]:
+    """The conditions in order, in rows of at most `limit` arms where one condition has no more."""
+    rows, num_arms = [], limit
+    for condition, arms in runs.items():
+        if num_arms + len(arms) > limit:
+            rows.append([])
+            num_arms = 0
+        rows[-1].append(condition)
+        num_arms += len(arms)
+    return rows
 
 
 def _draw_last_accuracies(

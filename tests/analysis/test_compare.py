@@ -11,6 +11,7 @@ from scipy import stats
 from study_results import make_epoch, make_run
 
 from analysis import compare, plots
+from analysis.plots import _fill_rows
 from analysis.results import read_result, read_results, write_result
 
 SEEDS = range(7)
@@ -161,3 +162,8 @@ def test_predictions_of_other_questions_are_refused(tmp_path, capsys):
     second = write_predictions(tmp_path / "b.jsonl", [True] * 4)
     assert compare.main([first, second]) == 2
     assert "answer different questions (3 and 4)" in capsys.readouterr().err
+
+
+def test_panels_fill_rows_in_order_and_a_wide_one_has_a_row_of_its_own():
+    runs = {name: dict.fromkeys(range(arms)) for name, arms in zip("abcde", (3, 3, 9, 2, 6))}
+    assert _fill_rows(runs, 8) == [["a", "b"], ["c"], ["d", "e"]]
