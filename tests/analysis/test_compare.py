@@ -165,5 +165,5 @@ def test_predictions_of_other_questions_are_refused(tmp_path, capsys):
 
 
 def test_panels_fill_rows_in_order_and_a_wide_one_has_a_row_of_its_own():
-    runs = {name: dict.fromkeys(range(arms)) for name, arms in zip("abcde", (3, 3, 9, 2, 6))}
+    runs = {name: range(arms) for name, arms in {"a": 3, "b": 3, "c": 9, "d": 2, "e": 6}.items()}
     assert _fill_rows(runs, 8) == [["a", "b"], ["c"], ["d", "e"]]
