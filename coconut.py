@@ -30,7 +30,15 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from layers import deferred_weight_gradients, is_checkpointed, prepare
-from passes import PassCache, add_starts, argmax_tokens, find_tokens, make_cache, read_pass
+from passes import (
+    PassCache,
+    PassTokens,
+    add_starts,
+    argmax_tokens,
+    find_blocks,
+    make_cache,
+    read_pass,
+)
 
 IGNORE_INDEX = -100
 WINDOW_SCOPES = ("sequence", "pass")
@@ -76,15 +84,14 @@ class Layout:
 
     pass_starts: columns after column 0 at which a pass begins, ascending.
     thought_columns: those of them that hold a thought in some row; none for pause embeddings.
-    token_indices: for each pass, where its flattened (B, columns) holds tokens, (n,) long; None
-        where it holds no padding.
+    tokens: of each pass. With labels, what only a label or thought can use counts as needed.
     label_indices: (N,) long, the columns before labels in the flattened (B, T - 1); None without
         labels.
     """
 
     pass_starts: list[int]
     thought_columns: list[int]
-    token_indices: list[Tensor | None]
+    tokens: list[PassTokens]
     label_indices: Tensor | None
 
 
@@ -202,8 +209,7 @@ class Coconut(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The layers of the base model in order, as its `_no_split_modules` names them."""
-        names = set(self.base_causallm._no_split_modules or ())
-        return [m for m in self.base_causallm.modules() if type(m).__name__ in names]
+        return find_blocks(self.base_causallm)
 
     def extra_parameters(self) -> dict[str, nn.Parameter]:
         """By name, the parameters outside the base model: learned weights, a subclass's own."""
@@ -241,12 +247,12 @@ class Coconut(nn.Module):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         token_embeds = base.get_input_embeddings()(input_ids)  # (B, T, D)
         is_latent = self._is_latent(input_ids, attention_mask)
-        is_padded = any(indices is not None for indices in layout.token_indices)
+        is_padded = any(tokens.indices is not None for tokens in layout.tokens)
         cache = make_cache(base, is_needed=keep_cache or bool(layout.pass_starts))
         hidden_passes, embeds_passes = [], []  # (B, columns, D) each
         window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
         bounds = pairwise([0, *layout.pass_starts, input_ids.size(1)])
-        for (begin, stop), token_indices in zip(bounds, layout.token_indices, strict=True):
+        for (begin, stop), tokens in zip(bounds, layout.tokens, strict=True):
             embeds = token_embeds[:, begin:stop]
             if begin in layout.thought_columns:
                 recent = attention_mask[:, begin - window.size(1) : begin]
@@ -256,7 +262,7 @@ class Coconut(nn.Module):
                 embeds = torch.cat([first[:, None], embeds[:, 1:]], 1)
             mask = attention_mask[:, :stop] if is_padded else None
             positions = position_ids[:, begin:stop]
-            hidden = read_pass(base, embeds, positions, cache, mask, token_indices)
+            hidden = read_pass(base, embeds, positions, cache, mask, tokens)
             window = torch.cat([window.to(hidden.dtype), hidden], 1)[:, -self.latent_window_size :]
             hidden_passes.append(hidden)
             embeds_passes.append(embeds)
@@ -333,9 +339,12 @@ class Coconut(nn.Module):
         is_latent = self._is_latent(input_ids, attention_mask)
         is_padding = attention_mask == 0
         is_row_start = ~is_padding & (attention_mask.long().cumsum(1) == 1)
-        # One transfer for all three, in case the batch is already on a device.
-        starts_row, holds_latent, holds_padding = torch.stack(
-            [(is_latent & is_row_start).any(0), is_latent.any(0), is_padding.any(0)]
+        predicts = torch.zeros_like(is_latent)
+        if labels is not None:
+            predicts[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+        # One transfer for all of them, in case the batch is already on a device.
+        starts_row, holds_latent, holds_padding, is_needed = torch.stack(
+            [x.any(0) for x in (is_latent & is_row_start, is_latent, is_padding, predicts)]
         ).tolist()
         end = input_ids.size(1)
         starts = []
@@ -346,14 +355,18 @@ class Coconut(nn.Module):
             raise ValueError("a row starts with a latent token: a thought needs a token before it")
         if num_passes is not None:
             starts = add_starts(starts, num_passes, end)
-        token_indices = [
-            find_tokens(is_padding[:, begin:stop]) if any(holds_padding[begin:stop]) else None
-            for begin, stop in pairwise([0, *starts, end])
-        ]
-        label_indices = None
-        if labels is not None:
-            label_indices = (labels[:, 1:] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
-        return Layout(starts, thought_columns, token_indices, label_indices)
+        for column in thought_columns:
+            begin = max(column - self.latent_window_size, 0)
+            is_needed[begin:column] = [True] * (column - begin)
+        tokens = []
+        for begin, stop in pairwise([0, *starts, end]):
+            columns = range(begin, stop)
+            first = next((column for column in columns if is_needed[column]), stop - 1)
+            first_needed = 0 if labels is None else first - begin
+            padding, is_padded = is_padding[:, begin:stop], any(holds_padding[begin:stop])
+            tokens.append(PassTokens.find(padding, is_padded, first_needed))
+        label_indices = None if labels is None else predicts[:, :-1].flatten().nonzero().squeeze(1)
+        return Layout(starts, thought_columns, tokens, label_indices)
 
     @torch.no_grad()
     def answer(

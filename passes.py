@@ -17,12 +17,15 @@ Shapes: B rows, n tokens of a pass, C columns of a pass, L columns so far, its o
 H query heads, G key heads (H a multiple of it), E width of a head.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from layers import is_checkpointed, is_compiled
@@ -31,10 +34,62 @@ ATTENTION = "coconut_passes"
 # Queries of a first pass per chunk on the CPU, where no kernel applies: each chunk skips the keys
 # after it, so smaller chunks compute less that is masked, and larger ones need fewer calls.
 QUERY_CHUNK = 96
+# The last block reads what is needed alone if more than this share of the columns before that is
+# not: what it saves on these must outweigh the keys that it computes twice for the others.
+NEEDED_SHARE = 0.5
 # Columns by which the buffers of keys and values grow.
 BUFFER_GROWTH = 64
 # Rows of the head's table that the CPU multiplies at once, so that they stay in its caches.
 VOCABULARY_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class PassTokens:
+    """Where the n tokens of a pass are, and which of them need more than their keys and values.
+
+    indices: (n,) long, where the flattened (B, C) holds tokens; None where it holds no padding.
+    first_needed: the first column whose state is used; 0 also where leaving out those before it
+        would save nothing.
+    needed: (n',) long, which of the n tokens are in the columns from `first_needed` on; None for 0.
+    needed_indices: (n',) long, where they are in the flattened (B, C - first_needed); None where
+        there is no padding.
+    """
+
+    indices: Tensor | None = None
+    first_needed: int = 0
+    needed: Tensor | None = None
+    needed_indices: Tensor | None = None
+
+    @classmethod
+    def find(cls, is_padding: Tensor, has_padding: bool, first_needed: int) -> Self:
+        """The tokens of a pass whose padding is `is_padding`, (B, C) bool."""
+        B, C = is_padding.shape
+        indices = None
+        if has_padding:
+            indices = (~is_padding).flatten().nonzero().squeeze(1)
+            # A pass of padding alone keeps ranks in step, and a model must read some token.
+            indices = indices if len(indices) else indices.new_zeros(1)
+        if first_needed <= NEEDED_SHARE * C:
+            return cls(indices)
+        places = torch.arange(B * C, device=is_padding.device) if indices is None else indices
+        needed = (places % C >= first_needed).nonzero().squeeze(1)
+        if len(needed) == 0:
+            return cls(indices)
+        places = places[needed]
+        narrow = places // C * (C - first_needed) + places % C - first_needed
+        return cls(indices, first_needed, needed, narrow if has_padding else None)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`, without waiting for it."""
+        return self.map(lambda indices: indices.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed."""
+        changed = {
+            name: None if (x := getattr(self, name)) is None else change(x)
+            for name in ("indices", "needed", "needed_indices")
+        }
+        return replace(self, **changed)
 
 
 def can_pack(model: PreTrainedModel) -> bool:
@@ -65,21 +120,27 @@ def make_cache(model: PreTrainedModel, is_needed: bool = True) -> Cache | None:
     return DynamicCache(config=model.config) if is_needed else None
 
 
+def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the model in order, as its `_no_split_modules` names them."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def read_pass(
     model: PreTrainedModel,
     embeds: Tensor,
     position_ids: Tensor,
     cache: Cache | None,
     attention_mask: Tensor | None = None,
-    token_indices: Tensor | None = None,
+    tokens: PassTokens | None = None,
 ) -> Tensor:
     """Read the next C columns: their states after the final norm, (B, C, D); `cache` grows by them.
 
     embeds: (B, C, D). position_ids: (B, C) long.
     cache: from `make_cache`.
     attention_mask: (B, L), 0 on padding, up to the last of these columns; None without padding.
-    token_indices: (n,) long, where the flattened (B, C) holds tokens; None where it holds no
-        padding.
+    tokens: where they are; what is returned for tokens that are not needed is not defined. None
+        without padding where all are needed.
     """
     if not isinstance(cache, PassCache):
         return model.base_model(
@@ -89,10 +150,8 @@ def read_pass(
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-    if token_indices is not None:
-        token_indices = token_indices.to(embeds.device, non_blocking=True)
-    cache.begin_pass(embeds.shape[:2], attention_mask, token_indices)
-    with _attention_over_pass_cache(model):
+    cache.begin_pass(embeds.shape[:2], attention_mask, (tokens or PassTokens()).to(embeds.device))
+    with _attention_over_pass_cache(model), _last_block_reads_what_is_needed(model, cache):
         hidden_states = model.base_model(
             inputs_embeds=cache.pack(embeds),
             position_ids=cache.pack(position_ids),
@@ -100,13 +159,6 @@ def read_pass(
             use_cache=True,
         ).last_hidden_state
     return cache.unpack(hidden_states)
-
-
-def find_tokens(is_padding: Tensor) -> Tensor:
-    """(n,) long, where a flattened (B, C) mask holds tokens; at least one entry."""
-    indices = (~is_padding).flatten().nonzero().squeeze(1)
-    # A pass of nothing but padding keeps ranks in step, and a model must read at least one token.
-    return indices if len(indices) else indices.new_zeros(1)
 
 
 def add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
@@ -149,20 +201,23 @@ class PassCache(Cache):
         super().__init__(layers=[])
         self.has_gradients = torch.is_grad_enabled()
         self.num_rows, self.num_columns, self.num_seen = 0, 0, 0  # B, C, L
+        self.tokens = PassTokens()
         self.token_indices: Tensor | None = None
         self.visible: Tensor | None = None
+        # Where a block is in reading a pass twice, see `_last_block_reads_what_is_needed`.
+        self.stops_at_keys, self.has_keys = False, False
         # By layer: (keys, values), each (B, G, columns, E). With gradients at most two of them, of
         # the first pass and of all later ones together; without, one that is a slice of a buffer.
         self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin_pass(
-        self, shape: tuple[int, int], attention_mask: Tensor | None, token_indices: Tensor | None
+        self, shape: tuple[int, int], attention_mask: Tensor | None, tokens: PassTokens
     ) -> None:
-        """Begin a pass of `shape` (B, C); the mask (B, L) and indices as in `read_pass`."""
+        """Begin a pass of `shape` (B, C); the mask (B, L) and tokens as in `read_pass`."""
         self.num_rows, self.num_columns = shape
         self.num_seen += self.num_columns
-        self.token_indices = token_indices
+        self.tokens, self.token_indices = tokens, tokens.indices
         # (B, 1, C, L) bool, what each column may see; None where that is all before it.
         self.visible = None
         if attention_mask is not None:
@@ -187,6 +242,8 @@ class PassCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple:
         """Keep a layer's keys and values (1, G, n, E); returns itself, for `_attend` alone."""
+        if self.has_keys:
+            return self, None
         # (1, G, n, E) -> (B, G, C, E)
         new = [self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key_states, value_states)]
         if not self.has_gradients:
@@ -215,6 +272,21 @@ class PassCache(Cache):
             buffer[:, :, begin:stop] = states
         self.parts[layer_idx] = [tuple(buffer[:, :, :stop] for buffer in buffers)]
 
+    @contextmanager
+    def narrowed(self) -> Iterator[None]:
+        """Within, the pass is its columns from `first_needed` on, whose keys are kept already."""
+        whole = self.num_columns, self.token_indices, self.visible
+        column = self.tokens.first_needed
+        self.num_columns -= column
+        self.token_indices, self.has_keys = self.tokens.needed_indices, True
+        if self.visible is not None:
+            self.visible = self.visible[:, :, column:]
+        try:
+            yield
+        finally:
+            self.num_columns, self.token_indices, self.visible = whole
+            self.has_keys = False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns before those of the pass that has begun."""
         return self.num_seen - self.num_columns
@@ -238,6 +310,52 @@ class PassCache(Cache):
         for layer_idx, parts in sorted(self.parts.items()):
             cache.update(*(torch.cat(x, 2) for x in zip(*parts, strict=True)), layer_idx)
         return cache
+
+
+class _KeysAreKept(Exception):
+    """Ends a block's forward at its attention: the keys and values were all it was called for."""
+
+
+@contextmanager
+def _last_block_reads_what_is_needed(model: PreTrainedModel, cache: PassCache) -> Iterator[None]:
+    """Within, the last block leaves out the tokens of the pass whose states nobody needs.
+
+    The thoughts and labels after a question need the states of its last columns alone. Of the
+    others the last block computes keys and values and no more; their states become zeros.
+    """
+    needed, blocks = cache.tokens.needed, find_blocks(model)
+    if needed is None or not blocks:
+        yield
+        return
+    block = blocks[-1]
+    whole, own = block.forward, block.__dict__.get("forward")
+
+    def forward(*args, **kwargs):
+        cache.stops_at_keys = True
+        with suppress(_KeysAreKept):
+            whole(*args, **kwargs)
+        cache.stops_at_keys = False
+        shape = (args[0] if args else kwargs["hidden_states"]).shape[:2]  # (1, n)
+
+        def select(x):
+            is_by_token = isinstance(x, Tensor) and x.shape[:2] == shape
+            return x[:, needed] if is_by_token else x
+
+        with cache.narrowed():
+            output = whole(*tree_map(select, args), **tree_map(select, kwargs))
+        return tree_map(
+            lambda x: x.new_zeros(*shape, *x.shape[2:]).index_copy(1, needed, x), output
+        )
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        cache.stops_at_keys = False
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
 
 
 @contextmanager
@@ -264,6 +382,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """An attention layer's part, by transformers' interface: (1, H, n, E) -> (1, n, H, E)."""
     cache, parts = key, key.parts[module.layer_idx]
+    if cache.stops_at_keys:
+        raise _KeysAreKept
     query = cache.unpack(query.transpose(1, 2)).transpose(1, 2)  # (B, H, C, E)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     is_first = query.size(2) == cache.num_seen

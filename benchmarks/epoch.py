@@ -118,8 +118,8 @@ def measure_padding(
             layout = coconut.layout(batch["input_ids"], mask, batch["labels"])
             bounds = pairwise([0, *layout.pass_starts, mask.size(1)])
             read += sum(
-                len(mask) * (stop - begin) if tokens is None else len(tokens)
-                for (begin, stop), tokens in zip(bounds, layout.token_indices, strict=True)
+                len(mask) * (stop - begin) if tokens.indices is None else len(tokens.indices)
+                for (begin, stop), tokens in zip(bounds, layout.tokens, strict=True)
             )
             attended += mask.numel()
             real += int(mask.sum())

@@ -208,9 +208,9 @@ def _tensors(tree: dict) -> list[Tensor]:
 
 def fake_layout(fake: FakeTensorMode, layout: Layout) -> Layout:
     """`layout` with tensors of `fake`, which have no storage."""
-    indices = [None if x is None else fake.from_tensor(x) for x in layout.token_indices]
+    tokens = [tokens.map(fake.from_tensor) for tokens in layout.tokens]
     labels = fake.from_tensor(layout.label_indices)
-    return Layout(layout.pass_starts, layout.thought_columns, indices, labels)
+    return Layout(layout.pass_starts, layout.thought_columns, tokens, labels)
 
 
 def _sort(

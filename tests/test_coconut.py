@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from coconut import Coconut
+from passes import find_blocks
 
 # --- Training: cached passes against the textbook ---------------------------------------------
 
@@ -436,11 +437,12 @@ WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::n
 @pytest.mark.parametrize("padding", [0, 2])
 def test_nothing_waits_for_the_device_between_layout_and_gradients(tiny_model, family, padding):
     rng = random.Random(0)
-    rows = [make_row(rng, 4, 3, 3) for _ in range(2)]
+    rows = [make_row(rng, 9, 3, 3) for _ in range(2)]
     batch = lay_out(rows, [make_labels(row) for row in rows], extra_left=padding)
     model = wrap(tiny_model(family))
     layout = model.layout(**batch)
-    assert (layout.token_indices[0] is None) == (padding == 0)
+    assert layout.tokens[0].needed is not None
+    assert (layout.tokens[0].indices is None) == (padding == 0)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         model(**batch, layout=layout).loss.backward()
     seen = {event.key for event in profiled.key_averages()}
@@ -448,6 +450,47 @@ def test_nothing_waits_for_the_device_between_layout_and_gradients(tiny_model, f
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         model(**batch)
     assert {event.key for event in profiled.key_averages()} & set(WAITS), "waits are seen"
+
+
+@families
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("thought", ["continuous", "pause", "pause_multipass"])
+@pytest.mark.parametrize("num_questions", [(9, 9), (9, 4, 7)])
+def test_the_last_block_reads_only_tokens_whose_states_are_needed(
+    tiny_model, family, m, thought, num_questions
+):
+    """Thoughts need the m states before them, labels their own; other tokens keys and values."""
+    rng = random.Random(0)
+    rows = [make_row(rng, length, 2, 2) for length in num_questions]
+    batch = lay_out(rows, [make_labels(row) for row in rows], align="latent")
+    base = tiny_model(family)
+    read = []
+    mlp = find_blocks(base)[-1].mlp
+    handle = mlp.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    wrap(base, m=m, thought=thought)(**batch)
+    handle.remove()
+    # The end of a question, a latent, then a latent, the end marker and two labels.
+    columns = [m if thought == "continuous" else 1, 1, 4]
+    if thought == "pause":
+        columns = [3]  # the end marker and two labels
+    assert read == [len(rows) * number for number in columns]
+    assert_matches_oracle(base, batch, m=m, thought=thought)
+
+
+@families
+def test_without_latents_the_last_block_reads_the_answer_alone(tiny_model, family):
+    rng = random.Random(0)
+    rows = [make_row(rng, length, 0, 3) for length in (9, 6)]
+    labels = [make_labels(row) for row in rows]
+    base = tiny_model(family)
+    batch = lay_out(rows, labels, align="prompt")
+    read = []
+    mlp = find_blocks(base)[-1].mlp
+    handle = mlp.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    wrap(base)(**batch)
+    handle.remove()
+    assert read == [2 * 4]
+    assert_matches_oracle(base, batch)
 
 
 @families

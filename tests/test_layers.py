@@ -60,7 +60,7 @@ def test_a_weight_gradient_takes_one_product_for_all_passes(tiny_model, family, 
     output = model(**batch)
     output.loss.backward()
     layout = model.layout(**batch)
-    of_passes = [len(indices) for indices in reversed(layout.token_indices)]
+    of_passes = [len(tokens.indices) for tokens in reversed(layout.tokens)]
     of_head = [len(output.logits)]
     assert sorted(taken.values()) == sorted([of_head] + [of_passes] * (len(linears) - 1))
     # Passes longer than a small weight is wide are multiplied alone, the others together.

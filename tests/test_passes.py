@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from transformers import MistralConfig, MistralForCausalLM
 
 import passes
-from passes import PassCache, attend_over_parts
+from passes import PassCache, PassTokens, attend_over_parts
 
 exact = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -171,7 +171,7 @@ def test_buffers_hold_the_keys_of_the_columns_and_rows_that_are_kept(monkeypatch
     expected = {0: torch.zeros(2, 3, 2, 0, 4), 1: torch.zeros(2, 3, 2, 0, 4)}
 
     def read(columns, mask, token_indices=None):
-        cache.begin_pass((len(mask), columns), mask, token_indices)
+        cache.begin_pass((len(mask), columns), mask, PassTokens(token_indices))
         for layer in expected:
             rows = torch.randn(2, len(mask), 2, columns, 4)
             if token_indices is not None:
@@ -205,7 +205,7 @@ def test_keys_are_copied_only_when_the_buffer_is_full(monkeypatch):
     with torch.no_grad():
         cache, addresses = PassCache(), []
     for _ in range(9):
-        cache.begin_pass((1, 1), None, None)
+        cache.begin_pass((1, 1), None, PassTokens())
         cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
         addresses.append(cache.parts[0][0][0].untyped_storage().data_ptr())
     assert len(set(addresses[:4])) == 1
