@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from layers import deferred_weight_gradients, is_checkpointed, prepare
+from layers import cross_entropy, deferred_weight_gradients, is_checkpointed, prepare
 from passes import (
     PassCache,
     PassTokens,
@@ -315,9 +315,8 @@ class Coconut(nn.Module):
         indices = layout.label_indices.to(labels.device, non_blocking=True)
         predicting = hidden_states[:, :-1].flatten(0, 1)[indices]  # (N, D)
         logits = self.base_causallm.get_output_embeddings()(predicting)
-        exact = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         targets = labels[:, 1:].flatten()[indices]
-        return F.cross_entropy(exact, targets, reduction="sum") / max(len(indices), 1), logits
+        return cross_entropy(logits, targets) / max(len(indices), 1), logits
 
     def layout(
         self,

@@ -1,14 +1,15 @@
-"""Layers of a Hugging Face model that cost less when a batch is read in many short passes.
+"""Layers of a Hugging Face model that cost less time and memory in training.
 
-`deferred_weight_gradients` computes one product per weight matrix for all passes, once the backward
-pass is done with them, in place of one per pass that reads and writes the whole gradient. Where the
-head is the embedding table, its rows' gradients are added to the head's. Results change by rounding
-at most.
+- `deferred_weight_gradients` computes one product per weight matrix for all passes, once the
+  backward pass is done with them, in place of one per pass that reads and writes the whole
+  gradient. Where the head is the embedding table, its rows' gradients are added to the head's.
+- `cross_entropy` keeps the logits alone for its backward pass.
+- On a CPU, dropout keeps one byte per entry, and draws its random bits in words.
 
-`prepare` changes a model's layers; parameters, names and checkpoints stay as they were. Like
-coconut.py and passes.py this needs torch and transformers alone.
+`prepare` changes a model's layers; parameters, names and checkpoints stay as they were, and results
+change by rounding at most. Like coconut.py and passes.py this needs torch and transformers alone.
 
-Shapes: n tokens of a pass, D width, V vocabulary.
+Shapes: n tokens of a pass, D width, N labels, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -22,9 +23,14 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+# Logits that `cross_entropy` computes with at once, so that they stay in a CPU's caches.
+LOGITS_BLOCK = 2**20
+# The probability of an entry to be dropped is a multiple of 1 / DROPOUT_STEPS.
+DROPOUT_STEPS = 2**16
+
 
 def prepare(model: PreTrainedModel) -> None:
-    """Let a model's layers take part in `deferred_weight_gradients`; fuse GPT-2's activation.
+    """Let a model's layers take part in all this; fuse GPT-2's activation.
 
     Transformers computes `gelu_new` by eight operations where torch has one.
     """
@@ -38,6 +44,8 @@ def prepare(model: PreTrainedModel) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+            elif type(child) is nn.Dropout and not child.inplace:
+                child.__class__ = _Dropout
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
@@ -48,6 +56,87 @@ def is_compiled(model: PreTrainedModel) -> bool:
 def is_checkpointed(model: PreTrainedModel) -> bool:
     """Whether activation checkpointing is on, which in training mode drops the cache."""
     return getattr(model.base_model, "gradient_checkpointing", False)
+
+
+# --- Cross-entropy ----------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum over N labels of their cross-entropy, () in at least fp32.
+
+    logits: (N, V). targets: (N,) long.
+
+    Computed in blocks of rows. Torch keeps, beside the logits, their logarithmic softmax, and in
+    bf16 a copy in fp32; this keeps the logits alone and makes their gradient from them.
+    """
+    return _CrossEntropy.apply(logits, targets)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        total = logits.new_zeros((), dtype=dtype)
+        for block, labels in _row_blocks(logits, targets):
+            total -= F.log_softmax(block, 1, dtype=dtype).gather(1, labels[:, None]).sum()
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuse_second_order()
+        logits, targets = ctx.saved_tensors
+        logits_grad = torch.empty_like(logits)
+        blocks = zip(_row_blocks(logits, targets), _row_blocks(logits_grad, targets), strict=True)
+        for (block, labels), (target, _) in blocks:
+            exact = F.softmax(block, 1, dtype=gradient.dtype)
+            exact.scatter_add_(1, labels[:, None], exact.new_full((len(labels), 1), -1))
+            target.copy_(exact.mul_(gradient))
+        return logits_grad, None
+
+
+def _row_blocks(table: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of (N, V) and of (N,), about LOGITS_BLOCK entries of the table at a time."""
+    num_rows = max(LOGITS_BLOCK // table.size(1), 1)
+    return zip(table.split(num_rows), targets.split(num_rows), strict=True)
+
+
+# --- Dropout ----------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`x` with entries zeroed with probability `p`, below 1, the others divided by 1 - p.
+
+    On a CPU p is rounded to a multiple of 1 / DROPOUT_STEPS.
+    """
+    if x.device.type != "cpu":
+        return torch.native_dropout(x, p, True)[0]
+    mask, scale = draw_kept(x, p)
+    return (x * mask).mul_(scale)
+
+
+def draw_kept(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """What dropout keeps of `x`, bool in its shape, and what to multiply that by; on a CPU.
+
+    Torch draws a number of 32 or 64 bits for each entry, one by one. Sixteen bits are enough: four
+    entries share a word, which is a fifth of the time.
+    """
+    num_dropped = round(p * DROPOUT_STEPS)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return bits >= num_dropped - DROPOUT_STEPS // 2, DROPOUT_STEPS / (DROPOUT_STEPS - num_dropped)
+
+
+class _Dropout(nn.Dropout):
+    """torch's dropout layer, by `dropout`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not 0 < self.p < 1 or torch.compiler.is_compiling():
+            return super().forward(x)
+        return dropout(x, self.p)
+
+
+# --- One product per weight for all passes ----------------------------------------------------
 
 
 @contextmanager
@@ -195,7 +284,7 @@ class _DeferGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        _refuse_second_order()
+        refuse_second_order()
         weight_grad, bias_grad = ctx.pending.pop(ctx.weight)
         return weight_grad, None if bias_grad is None else bias_grad.to(ctx.bias_dtype), None
 
@@ -212,7 +301,7 @@ class _LinearUse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        _refuse_second_order()
+        refuse_second_order()
         x, weight = ctx.saved_tensors
         if _will_run(ctx.next_functions[1]):
             ctx.pending.add_use(x.flatten(0, -2), gradient.flatten(0, -2))
@@ -236,7 +325,7 @@ class _EmbeddingUse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        _refuse_second_order()
+        refuse_second_order()
         (ids,) = ctx.saved_tensors
         if _will_run(ctx.next_functions[0]):
             ctx.pending.row_uses.append((ids.flatten(), gradient.flatten(0, -2)))
@@ -252,7 +341,7 @@ def _will_run(edge: tuple) -> bool:
     return torch._C._will_engine_execute_node(edge[0])
 
 
-def _refuse_second_order() -> None:
+def refuse_second_order() -> None:
     # Grad mode is on in a backward pass for create_graph=True alone.
     if torch.is_grad_enabled():
         raise RuntimeError(

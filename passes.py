@@ -17,7 +17,7 @@ Shapes: B rows, n tokens of a pass, C columns of a pass, L columns so far, its o
 H query heads, G key heads (H a multiple of it), E width of a head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Self
@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from layers import is_checkpointed, is_compiled
+from layers import draw_kept, is_checkpointed, is_compiled, refuse_second_order
+from layers import dropout as drop
 
 ATTENTION = "coconut_passes"
 # Queries of a first pass per chunk on the CPU, where no kernel applies: each chunk skips the keys
@@ -393,7 +394,7 @@ def _attend(
     elif query.is_cuda or dropout == 0:
         attended = _attend_by_kernel(query, *parts[0], cache.visible, dropout, scaling)
     else:
-        attended = _attend_in_chunks(query, *parts[0], cache.visible, dropout, scaling)
+        attended = _AttendInChunks.apply(query, *parts[0], cache.visible, dropout, scaling)
     return cache.pack(attended.transpose(1, 2)), None
 
 
@@ -417,22 +418,61 @@ def _attend_by_kernel(
     )  # fmt: skip
 
 
-def _attend_in_chunks(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, dropout: float,
-    scaling: float,
-) -> Tensor:  # fmt: skip
+class _AttendInChunks(torch.autograd.Function):
     """Attention of a first pass with dropout on the CPU: (B, H, C, E).
 
-    No CPU kernel has dropout: torch would keep three matrices of C x C per head.
+    No CPU kernel has dropout, and autograd would keep two matrices of C x C in fp32 per head. This
+    keeps what was dropped, a byte for each weight, and computes the weights again. A chunk of
+    queries skips the keys after it.
     """
-    chunks = []
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, query, keys, values, visible, dropout, scaling):
+        ctx.scaling, masks, attended = scaling, [], []
+        for rows, may_see in _chunks(query, visible):
+            stop = rows.stop
+            weights = _attention_weights(query[:, :, rows], [keys[:, :, :stop]], may_see, scaling)
+            mask, ctx.dropout_scale = draw_kept(weights, dropout)
+            masks.append(mask)
+            dropped = weights.mul_(mask).mul_(ctx.dropout_scale)
+            attended.append(_average(dropped, [values[:, :, :stop]]))
+        ctx.save_for_backward(query, keys, values, visible, *masks)
+        return torch.cat(attended, 2)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, gradient):
+        refuse_second_order()
+        query, keys, values, visible, *masks = ctx.saved_tensors
+        query_grad = torch.empty_like(query)
+        keys_grad, values_grad = torch.zeros_like(keys), torch.zeros_like(values)
+        G = keys.size(1)
+
+        def grouped(x):
+            """(B, H, ...) -> (B, G, H / G, ...) as matrices: (B, G, rows, ...)."""
+            return x.reshape(x.size(0), G, -1, x.size(-1))
+
+        for (rows, may_see), mask in zip(_chunks(query, visible), masks, strict=True):
+            stop, queries = rows.stop, query[:, :, rows]
+            weights = _attention_weights(queries, [keys[:, :, :stop]], may_see, ctx.scaling)
+            upstream = grouped(gradient[:, :, rows])
+            dropped = grouped((weights * mask).mul_(ctx.dropout_scale)).to(values.dtype)
+            values_grad[:, :, :stop] += dropped.transpose(2, 3) @ upstream
+            weights_grad = (upstream @ values[:, :, :stop].transpose(2, 3)).view(weights.shape)
+            weights_grad = (weights_grad * mask).mul_(ctx.dropout_scale).to(weights.dtype)
+            scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
+            scores_grad = grouped(scores_grad.mul_(ctx.scaling)).to(keys.dtype)
+            query_grad[:, :, rows] = (scores_grad @ keys[:, :, :stop]).view(queries.shape)
+            keys_grad[:, :, :stop] += scores_grad.transpose(2, 3) @ grouped(queries)
+        return query_grad, keys_grad, values_grad, None, None, None
+
+
+def _chunks(query: Tensor, visible: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Queries of a first pass (B, H, C, E) a chunk at a time, and which keys up to it they see."""
     for begin in range(0, query.size(2), QUERY_CHUNK):
         stop = min(begin + QUERY_CHUNK, query.size(2))
-        may_see = None if visible is None else visible[:, :, begin:stop, :stop]
-        part = keys[:, :, :stop], values[:, :, :stop]
-        chunk = query[:, :, begin:stop]
-        chunks.append(attend_over_parts(chunk, [part], may_see, dropout, scaling))
-    return torch.cat(chunks, 2)
+        yield slice(begin, stop), None if visible is None else visible[:, :, begin:stop, :stop]
 
 
 def attend_over_parts(
@@ -449,24 +489,33 @@ def attend_over_parts(
     visible: (B or 1, 1, C, L) bool; None for the columns before and itself.
     dropout: of the attention weights. scaling: of the scores.
     """
+    keys, values = zip(*parts, strict=True)
+    weights = _attention_weights(query, keys, visible, scaling)
+    return _average(drop(weights, dropout) if dropout > 0 else weights, values)
+
+
+def _attention_weights(
+    query: Tensor, keys: Sequence[Tensor], visible: Tensor | None, scaling: float
+) -> Tensor:
+    """(B, H, C, L) in at least fp32: softmax of the scores of all keys; as `attend_over_parts`."""
     B, H, C, E = query.shape
-    G = parts[0][0].size(1)
     # The H / G query heads that share a key head act as additional queries of it.
-    grouped = (query * scaling).reshape(B, G, -1, E)
-    scores = [grouped @ keys.transpose(2, 3) for keys, _ in parts]
-    lengths = [part.size(-1) for part in scores]
+    grouped = (query * scaling).reshape(B, keys[0].size(1), -1, E)
+    scores = [grouped @ part.transpose(2, 3) for part in keys]
     scores = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).view(B, H, C, -1)
     if visible is None and C > 1:
         visible = _causal_mask(C, scores.size(-1), query.device)
     if visible is not None:
         scores = scores.masked_fill_(~visible, float("-inf"))
-    weights = F.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if dropout > 0:
-        # Keeps a mask of one byte a weight; F.dropout on the CPU keeps one of four.
-        weights, _ = torch.native_dropout(weights, dropout, True)
-    weights = weights.to(parts[0][1].dtype).view(B, G, -1, sum(lengths)).split(lengths, -1)
-    attended = sum(part @ values for part, (_, values) in zip(weights, parts, strict=True))
-    return attended.view(B, H, C, E)
+    return F.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def _average(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """(B, H, C, E): the values (B, G, columns, E) in parts, averaged with weights (B, H, C, L)."""
+    B, H, C, L = weights.shape
+    lengths = [part.size(2) for part in values]
+    grouped = weights.to(values[0].dtype).view(B, values[0].size(1), -1, L).split(lengths, -1)
+    return sum(w @ part for w, part in zip(grouped, values, strict=True)).view(B, H, C, -1)
 
 
 def _causal_mask(C: int, L: int, device: torch.device) -> Tensor:

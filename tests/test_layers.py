@@ -15,6 +15,7 @@ from batches import (
     settings_of,
     wrap,
 )
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 import layers
@@ -210,3 +211,86 @@ def test_the_fused_activation_is_gelu_new(tiny_model):
     x = torch.linspace(-8, 8, 400, dtype=torch.float64)
     textbook = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     assert_close(activations[0](x), textbook, rtol=1e-12, atol=1e-14)
+
+
+# --- Cross-entropy ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 40, 10**6])
+@pytest.mark.parametrize("N", [0, 1, 7])
+def test_cross_entropy_in_blocks_is_cross_entropy(monkeypatch, block, N):
+    monkeypatch.setattr(layers, "LOGITS_BLOCK", block)
+    torch.manual_seed(0)
+    logits = (20 * torch.randn(N, 13, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(13, (N,))
+    got, wanted = (
+        loss(logits, targets)
+        for loss in (layers.cross_entropy, lambda x, y: F.cross_entropy(x, y, reduction="sum"))
+    )
+    assert_close(got, wanted, **exact)
+    got, wanted = (torch.autograd.grad(3 * loss, logits) for loss in (got, wanted))
+    assert_close(got, wanted, **exact)
+
+
+def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(9, 300)).bfloat16().requires_grad_()
+    targets = torch.randint(300, (9,))
+    loss = layers.cross_entropy(logits, targets)
+    wanted = F.cross_entropy(logits.float(), targets, reduction="sum")
+    assert loss.dtype == torch.float32
+    assert_close(loss, wanted)
+    # Both are rounded to bf16 once, at the end.
+    assert_close(*(torch.autograd.grad(x, logits) for x in (loss, wanted)), rtol=2**-8, atol=1e-9)
+
+
+def test_cross_entropy_keeps_one_table():
+    logits = torch.randn(4, 50, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        layers.cross_entropy(logits, torch.arange(4))
+    assert [x.data_ptr() for x in kept if x.numel() >= logits.numel()] == [logits.data_ptr()]
+
+
+# --- Dropout ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.9])
+def test_dropout_drops_a_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.full((501, 403), 2.0, requires_grad=True)
+    dropped = layers.dropout(x, p)
+    error = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(float((dropped == 0).float().mean()) - p) < 5 * error
+    assert_close(dropped[dropped != 0].unique(), torch.tensor([2 / (1 - p)]), rtol=1e-4, atol=0)
+    (gradient,) = torch.autograd.grad(dropped.sum(), x)
+    assert_close(gradient, dropped / 2)
+
+
+def test_dropout_draws_every_entry_on_its_own():
+    """Four entries share a word; none of them says anything about another."""
+    torch.manual_seed(0)
+    kept, _ = layers.draw_kept(torch.empty(100_000, 8), 0.5)
+    correlations = torch.corrcoef(kept.T.double()) - torch.eye(8)
+    assert correlations.abs().max() < 5 / 100_000**0.5
+
+
+def test_dropout_keeps_a_byte_for_each_entry():
+    x = torch.randn(8, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layers.dropout(x, 0.5)
+    assert sum(t.nbytes for t in kept) == x.numel()
+
+
+def test_a_dropout_layer_is_off_in_evaluation_and_drops_all_or_nothing_as_torchs_does(tiny_model):
+    base = tiny_model("gpt2")
+    base.transformer.drop.p = 0.5
+    prepare(base)
+    layer, x = base.transformer.drop, torch.ones(50, 50)
+    assert type(layer) is not torch.nn.Dropout
+    assert 0 < (layer.train()(x) == 0).sum() < x.numel()
+    assert torch.equal(layer.eval()(x), x)
+    for p, wanted in ((0, x), (1, 0 * x)):
+        layer.p = p
+        assert torch.equal(layer.train()(x), wanted)

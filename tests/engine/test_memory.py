@@ -34,6 +34,7 @@ def make_shape(kind, depth=2):
             n_embd=WIDTH,
             n_layer=depth,
             n_head=HEADS,
+            n_positions=256,
             bos_token_id=0,
             eos_token_id=0,
         )
@@ -126,9 +127,9 @@ def test_kernels_of_a_gpu_keep_nothing_for_dropout_of_attention_weights():
     batch = make_batch(question=200)
     cpu, gpu = (memory.step_peaks(shape, batch, False, dropout) for dropout in (True, False))
     lost = cpu[0].activations - gpu[0].activations
-    # At least a softmax and its masked copy of every pair of columns, of which half are kept, in
-    # the first of two layers.
-    assert lost > 2 * HEADS * 6 * 200 * 200 * 4 / 2
+    # What is dropped: a byte for every pair of columns, in the first of two layers. Half of them
+    # are kept, and a kernel keeps its output.
+    assert lost > 0.3 * HEADS * 6 * 200 * 200
 
 
 def test_ranks_that_shard_hold_a_share_each():
