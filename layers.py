@@ -23,8 +23,11 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-# Logits that `cross_entropy` computes with at once, so that they stay in a CPU's caches.
-LOGITS_BLOCK = 2**20
+# Rows of a use of a weight that is kept until all its uses are multiplied together.
+MAX_SHORT_USE = 128
+# Logits that `cross_entropy` computes with at once: what stays in a core's cache; on a GPU, what
+# keeps its temporary tables small and its launches few.
+LOGITS_BLOCK = {"cpu": 2**18, "gpu": 2**25}
 # The probability of an entry to be dropped is a multiple of 1 / DROPOUT_STEPS.
 DROPOUT_STEPS = 2**16
 
@@ -75,30 +78,35 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
-        ctx.save_for_backward(logits, targets)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = logits.new_zeros((), dtype=dtype)
-        for block, labels in _row_blocks(logits, targets):
-            total -= F.log_softmax(block, 1, dtype=dtype).gather(1, labels[:, None]).sum()
-        return total
+        chosen = logits.gather(1, targets[:, None])[:, 0].to(dtype)
+        normalizers = torch.empty_like(chosen)  # (N,): the logarithms of the sums of exp(logits)
+        for rows in _row_blocks(logits):
+            exact = logits[rows].to(dtype, copy=True)
+            highest = exact.amax(1, keepdim=True)
+            sums = exact.sub_(highest).exp_().sum(1)
+            torch.add(sums.log_(), highest[:, 0], out=normalizers[rows])
+        ctx.save_for_backward(logits, targets, normalizers)
+        return (normalizers - chosen).sum()
 
     @staticmethod
     def backward(ctx, gradient):
         refuse_second_order()
-        logits, targets = ctx.saved_tensors
+        logits, targets, normalizers = ctx.saved_tensors
         logits_grad = torch.empty_like(logits)
-        blocks = zip(_row_blocks(logits, targets), _row_blocks(logits_grad, targets), strict=True)
-        for (block, labels), (target, _) in blocks:
-            exact = F.softmax(block, 1, dtype=gradient.dtype)
-            exact.scatter_add_(1, labels[:, None], exact.new_full((len(labels), 1), -1))
-            target.copy_(exact.mul_(gradient))
+        for rows in _row_blocks(logits):
+            exact = torch.sub(logits[rows], normalizers[rows, None]).exp_()
+            labels = targets[rows, None]
+            exact.scatter_add_(1, labels, exact.new_full(labels.shape, -1))
+            logits_grad[rows] = exact.mul_(gradient)
         return logits_grad, None
 
 
-def _row_blocks(table: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of (N, V) and of (N,), about LOGITS_BLOCK entries of the table at a time."""
-    num_rows = max(LOGITS_BLOCK // table.size(1), 1)
-    return zip(table.split(num_rows), targets.split(num_rows), strict=True)
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    """The rows of (N, V), about LOGITS_BLOCK entries at a time."""
+    num_rows = max(LOGITS_BLOCK["cpu" if logits.is_cpu else "gpu"] // logits.size(1), 1)
+    for begin in range(0, len(logits), num_rows):
+        yield slice(begin, begin + num_rows)
 
 
 # --- Dropout ----------------------------------------------------------------------------------
@@ -182,7 +190,7 @@ class _Pending:
 
     def add_use(self, x: Tensor, gradient: Tensor) -> None:
         """Record one use. A long one is multiplied at once, since keeping it would cost more."""
-        if x.numel() + gradient.numel() > x.size(1) * gradient.size(1):
+        if len(x) > MAX_SHORT_USE or x.numel() + gradient.numel() > x.size(1) * gradient.size(1):
             self.multiply(x, gradient)
         else:
             self.short_uses.append((x, gradient))
@@ -296,8 +304,11 @@ class _LinearUse(torch.autograd.Function):
     def forward(ctx, x, weight, bias, pending):
         ctx.save_for_backward(x, weight)
         ctx.pending = pending
+        matrix = weight if pending.is_transposed else weight.t()
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, matrix, bias)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, weight if pending.is_transposed else weight.t(), bias)
+            return F.linear(x, matrix, bias)
 
     @staticmethod
     def backward(ctx, gradient):

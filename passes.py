@@ -324,11 +324,11 @@ def _last_block_reads_what_is_needed(model: PreTrainedModel, cache: PassCache) -
     The thoughts and labels after a question need the states of its last columns alone. Of the
     others the last block computes keys and values and no more; their states become zeros.
     """
-    needed, blocks = cache.tokens.needed, find_blocks(model)
-    if needed is None or not blocks:
+    needed = cache.tokens.needed
+    block = None if needed is None else next(reversed(find_blocks(model)), None)
+    if block is None:
         yield
         return
-    block = blocks[-1]
     whole, own = block.forward, block.__dict__.get("forward")
 
     def forward(*args, **kwargs):
