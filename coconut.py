@@ -84,7 +84,7 @@ class Layout:
 
     pass_starts: columns after column 0 at which a pass begins, ascending.
     thought_columns: those of them that hold a thought in some row; none for pause embeddings.
-    tokens: of each pass. With labels, what only a label or thought can use counts as needed.
+    tokens: of each pass, and which of them a label or thought needs the state of.
     label_indices: (N,) long, the columns before labels in the flattened (B, T - 1); None without
         labels.
     """
@@ -294,7 +294,7 @@ class Coconut(nn.Module):
             gradient checkpointing would drop the cache that thoughts are read from.
         """
         if layout is None:
-            layout = self.layout(input_ids, attention_mask, labels)
+            layout = self.layout(input_ids, attention_mask, labels, needs_all=False)
         with deferred_weight_gradients(self.base_causallm):
             hidden_states, inputs_embeds, _ = self.read(
                 input_ids, attention_mask, position_ids, layout
@@ -324,6 +324,7 @@ class Coconut(nn.Module):
         attention_mask: Tensor,
         labels: Tensor | None = None,
         num_passes: int | None = None,
+        needs_all: bool = True,
     ) -> Layout:
         """The layout of a batch for `forward`; nearly free while the batch is still on the CPU.
 
@@ -361,7 +362,7 @@ class Coconut(nn.Module):
         for begin, stop in pairwise([0, *starts, end]):
             columns = range(begin, stop)
             first = next((column for column in columns if is_needed[column]), stop - 1)
-            first_needed = 0 if labels is None else first - begin
+            first_needed = 0 if labels is None and needs_all else first - begin
             padding, is_padded = is_padding[:, begin:stop], any(holds_padding[begin:stop])
             tokens.append(PassTokens.find(padding, is_padded, first_needed))
         label_indices = None if labels is None else predicts[:, :-1].flatten().nonzero().squeeze(1)
@@ -418,7 +419,10 @@ class Coconut(nn.Module):
         self._check_prompts(input_ids, attention_mask, max_new_tokens)
         if options:
             return self._generate_with(options, input_ids, attention_mask, max_new_tokens)
-        hidden_states, _, cache = self.read(input_ids, attention_mask, keep_cache=True)
+        layout = self.layout(input_ids, attention_mask, needs_all=False)
+        hidden_states, _, cache = self.read(
+            input_ids, attention_mask, layout=layout, keep_cache=True
+        )
         new = self._decode(hidden_states[:, -1], attention_mask, cache, max_new_tokens)
         return torch.cat([input_ids, new], 1)
 
@@ -485,7 +489,9 @@ class Coconut(nn.Module):
         if input_ids.size(1) > 1:
             # The last prompt column stays out of the cache: generate must read at least one token
             # itself, and over a complete cache it would return wrong tokens without an error.
-            *_, cache = self.read(input_ids[:, :-1], attention_mask[:, :-1], keep_cache=True)
+            prompts = input_ids[:, :-1], attention_mask[:, :-1]
+            layout = self.layout(*prompts, needs_all=False)
+            *_, cache = self.read(*prompts, layout=layout, keep_cache=True)
             if isinstance(cache, PassCache):
                 cache = cache.to_dynamic(base.config)
             copies = max(options["num_beams"], options["num_return_sequences"])

@@ -30,12 +30,13 @@ DEFAULT_FOLDER = Path("exps/benchmarks")
 NUM_WORDS = 100
 EOS = "<|endoftext|>"
 SHAPES = Path(__file__).parent / "shapes"
+QUICKSTART_MODEL = Path(__file__).parent.parent / "assets/quickstart-model"
 # GPT-2's vocabulary and shape with the three markers, and a tiny model for trial runs.
 MODELS = {
     "gpt2": {"vocab_size": 50260},
     "tiny": {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
 }
-LLAMA = "smollm2-135m"
+LLAMA, QUICKSTART = "smollm2-135m", "quickstart"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
     parser.add_argument("--bf16", action="store_true", help="all but published in bf16")
     parser.add_argument(
-        "--model", choices=(*MODELS, LLAMA), default="gpt2", help="shape; weights are random"
+        "--model",
+        choices=(*MODELS, LLAMA, QUICKSTART),
+        default="gpt2",
+        help="shape; weights are random",
     )
     parser.add_argument("--repeats", type=positive, default=3, help="turns of each contender")
     parser.add_argument("--out", type=Path, help=f"JSON file (default: in {DEFAULT_FOLDER})")
@@ -126,8 +130,10 @@ def architecture_of(name: str, **shape) -> PretrainedConfig:
         fields = MODELS[name] | shape
         end = fields["vocab_size"] - len(MARKERS) - 1
         return GPT2Config(**fields, bos_token_id=end, eos_token_id=end)
-    config = AutoConfig.from_pretrained(SHAPES / name, trust_remote_code=False, **shape)
-    config.vocab_size += len(MARKERS)
+    folder = QUICKSTART_MODEL if name == QUICKSTART else SHAPES / name
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **shape)
+    # Room for the words of `build_tokenizer` as well.
+    config.vocab_size = max(config.vocab_size, 2 * NUM_WORDS) + len(MARKERS)
     return config
 
 

@@ -89,7 +89,9 @@ def measure_point(options: argparse.Namespace, shape: Shape, fields: dict, windo
         "block_parameters": arithmetic.block_parameters(model),
         "median_s": median(seconds["ours"]),
         "seconds": seconds["ours"],
-        "flops": arithmetic.step_flops(model, shape.records, shape.length, shape.answer),
+        "flops": arithmetic.step_flops(
+            model, shape.records, shape.length, shape.answer, shape.question - 1
+        ),
         "product_seconds": seconds["product"],
         "product_flops": product.flops,
     }

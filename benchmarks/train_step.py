@@ -66,7 +66,9 @@ def measure(options: argparse.Namespace, shape: Shape) -> list[dict]:
     turns = {name: lambda step=step: step(batch, shape.num_labels) for name, step in steps.items()}
     seconds = take_turns({"product": product, **turns}, options.repeats, device)
     rate = product.flops / median(seconds.pop("product"))
-    flops = arithmetic.step_flops(model, shape.records, shape.length, shape.answer)
+    flops = arithmetic.step_flops(
+        model, shape.records, shape.length, shape.answer, shape.question - 1
+    )
     return rows_of(seconds, flops / rate, rate, shape, options.bf16)
 
 

@@ -41,6 +41,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.published import Published
 from dataset import Collator, Curriculum, SpecialIds, StagedRecords, tokenize_records
 from engine import distributed
+from passes import find_blocks
 
 ROOT = Path(__file__).parent.parent
 NO_EOS = -1
@@ -161,6 +162,21 @@ def test_flops_are_those_of_the_models_matrix_products(tiny_model):
     attention = counts.pop(torch.ops.aten.bmm) * (T + 1) / (2 * T)
     flops = arithmetic.read_flops(model, B, T) + arithmetic.logit_flops(model, B * T)
     assert flops == sum(counts.values()) + attention
+
+
+@pytest.mark.parametrize("kind, keys", [("llama", ("k_proj", "v_proj")), ("gpt2", ())])
+def test_states_that_nothing_needs_cost_keys_and_values_of_the_last_block(tiny_model, kind, keys):
+    T, B, unneeded = 7, 3, 4
+    model = tiny_model(kind)
+    block = find_blocks(model)[-1]
+    matrices = {name: p.numel() for name, p in block.named_parameters() if p.dim() == 2}
+    saved = sum(n for name, n in matrices.items() if not any(key in name for key in keys))
+    if kind == "gpt2":
+        saved -= matrices["attn.c_attn.weight"] * 2 // 3
+    pairs = unneeded * (unneeded + 1) // 2
+    wanted = B * (2 * saved * unneeded + 4 * pairs * model.config.hidden_size)
+    whole, less = (arithmetic.read_flops(model, B, T, number) for number in (0, unneeded))
+    assert whole - less == wanted
 
 
 def test_a_step_costs_three_forward_passes(tiny_model):
