@@ -26,6 +26,8 @@ import torch.distributed.checkpoint as dcp
 from conftest import MODEL_TOKENS, build_tiny_model, build_word_tokenizer
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging as transformers_logging
 
 import run
@@ -198,8 +200,19 @@ def free_port():
 
 
 def use_float64():
-    """Let run.py load its models in float64, in this process."""
+    """Let run.py load its models in float64, in this process.
+
+    Llama's norms, which transformers computes in float32 whatever the model's dtype, keep float64.
+    """
     backbone._build_options = lambda config: {"dtype": torch.float64}
+    LlamaRMSNorm.forward = exact_norm
+
+
+def exact_norm(self, x, of_transformers=LlamaRMSNorm.forward):
+    """Llama's norm; in float64 by torch, which keeps it."""
+    if x.dtype != torch.float64:
+        return of_transformers(self, x)
+    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 def at_call(number, target, action):
