@@ -30,7 +30,7 @@ from benchmarks.contenders import train_step
 from benchmarks.train_step import WARM_UP
 
 PRODUCTS = ("aten::mm", "aten::addmm")
-MATRICES, NARROW = "matrices, many columns", "matrices, one column (latent passes)"
+MATRICES, NARROW = "matrices, many columns", "matrices, one column per record"
 LOGITS, SUMS = "logits and cross-entropy", "sums of the passes' weight gradients"
 EMBEDDING, ACTIVATION = "gradient of the tied embedding", "activation of the MLP"
 REST = "other element-wise, views"
@@ -43,10 +43,10 @@ KINDS = {
     "bmm": "attention",
     "_softmax_backward": "attention",
     "aten::_softmax": "attention",
-    "log_softmax": LOGITS,
-    "nll_loss": LOGITS,
     "dropout": "dropout",
-    "bernoulli": "dropout",
+    "random_": "dropout",
+    "gelu": ACTIVATION,  # before "aten::ge", which is part of its name
+    "aten::ge": "dropout",
     "layer_norm": "norms",
     "aten::cat": "copies (cache, thoughts)",
     "aten::copy_": "copies (cache, thoughts)",
@@ -77,6 +77,8 @@ def kind_of(name: str, shapes: Iterable[list[int]], sizes: Sizes) -> str:
         first = shapes[0]
         if len(first) == 2 and first[0] == sizes.vocab:
             return EMBEDDING
+        if len(first) == 2 and first[1] == sizes.vocab:
+            return LOGITS
         if len(first) == 3 and first[2] == sizes.inner:
             return ACTIVATION
         if len(first) == 2 and name == "aten::add_" and shapes.count(first) == 2:

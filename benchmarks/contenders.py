@@ -1,6 +1,6 @@
 """The contenders: published algorithm, prototype and ours, as training steps and as generation.
 
-Published and prototype share one base model; ours uses a copy, because passes.prepare changes its
+Published and prototype share one base model; ours uses a copy, because layers.prepare changes its
 layers. Ours is the project's own code: Trainer.train_step and Coconut.generate, with a window of
 one state as in the published algorithm. The published algorithm always computes in fp32, the only
 precision it supports.

@@ -6,9 +6,11 @@ have shapes and no storage, and the operations that torch dispatches are counted
 only make views or reserve memory. Each is taken for one launch, which occupies the host for
 LAUNCH_S. A few are two or three kernels on a GPU, so this is the least that a step launches.
 
-Where the CPU differs from a GPU, the count follows the GPU: a dropout is one operation, and so is
-attention in a first pass. For that its dropout is off, which leaves out two operations a layer in
-each later pass of a model that has it.
+Where the CPU differs from a GPU, the count follows the GPU: a dropout is one operation, the logits
+come in a GPU's blocks, and attention in a first pass is one operation. For that its dropout is off,
+which leaves out two operations a layer in each later pass of a model that has it. One difference
+remains: where the last block reads no more of the first pass than is needed, the CPU attends by
+products and a softmax, a GPU by one kernel. It is one layer of one pass.
 
 The rates are the peaks of NVIDIA's data sheets of the SXM modules, half of what these give for
 sparse matrices: https://www.nvidia.com/en-us/data-center/h100/ and .../h200/. fp32 products use
@@ -19,7 +21,8 @@ GPU waits for the host even at its peak, and CUDA graphs are needed to come near
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -56,8 +59,6 @@ BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
 BYTES = {"bf16": 2, "fp32": 4}
 BYTES_OF_ADAMW = 7 * 4  # for each parameter, always in fp32
 RESERVING = ("aten::empty", "aten::new_empty")
-# The CPU draws and scales the mask of a dropout by operations of their own.
-PARTS_OF_DROPOUT = ("aten::bernoulli_", "aten::div_")
 
 
 class LaunchCounter(TorchDispatchMode):
@@ -82,7 +83,7 @@ class LaunchCounter(TorchDispatchMode):
 def launches(func: OpOverload, given: list, returned: list) -> bool:
     """Whether an operation that was given and returned these values would launch a kernel."""
     schema = func._schema
-    if schema.name in PARTS_OF_DROPOUT or schema.name.startswith(RESERVING):
+    if schema.name.startswith(RESERVING):
         return False
     if schema.is_mutable:
         return True
@@ -90,6 +91,22 @@ def launches(func: OpOverload, given: list, returned: list) -> bool:
     storages = {x.untyped_storage()._cdata for x in given if isinstance(x, Tensor)}
     made = [x for x in returned if isinstance(x, Tensor)]
     return any(x.untyped_storage()._cdata not in storages for x in made)
+
+
+@contextmanager
+def dispatching_as_on_a_gpu() -> Iterator[None]:
+    """Within, layers.py and passes.py compute on the CPU by the operations that a GPU takes."""
+
+    def dropout(x: Tensor, p: float) -> Tensor:
+        return torch.native_dropout(x, p, True)[0]
+
+    with (
+        mock.patch("layers.dropout", dropout),
+        mock.patch("passes.drop", dropout),
+        mock.patch.dict("layers.LOGITS_BLOCK") as block,
+    ):
+        block["cpu"] = block["gpu"]
+        yield
 
 
 def count_launches(
@@ -102,7 +119,8 @@ def count_launches(
     types = [*_foreach_utils._foreach_supported_types, FakeTensor]
     # Torch handles all gradients by one operation only if it knows their type.
     know_type = mock.patch.object(_foreach_utils, "_foreach_supported_types", types)
-    with know_type, mock.patch.object(trainer.model, "layout", lambda *_: layout):
+    keep_layout = mock.patch.object(trainer.model, "layout", lambda *_: layout)
+    with know_type, keep_layout, dispatching_as_on_a_gpu():
         for _ in range(2):
             with LaunchCounter() as counter:
                 trainer.train_step([batch], num_labels, [None])
@@ -123,7 +141,9 @@ def measure(name: str, shape: Shape, bf16: bool) -> list[dict]:
         counts = count_launches(trainer, batch, fake_layout(fake, layout), shape.num_labels)
     precision = "bf16" if bf16 else "fp32"
     num_passes = shape.latents + 1
-    flops = arithmetic.step_flops(model, shape.records, shape.length, shape.answer)
+    flops = arithmetic.step_flops(
+        model, shape.records, shape.length, shape.answer, shape.question - 1
+    )
     weights = num_passes * arithmetic.block_parameters(model)
     weights += model.get_output_embeddings().weight.numel()
     num_bytes = 2 * BYTES[precision] * weights + BYTES_OF_ADAMW * model.num_parameters()

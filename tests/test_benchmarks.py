@@ -22,6 +22,8 @@ from batches import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+import layers
+import passes
 from benchmarks import (
     arithmetic,
     breakdown,
@@ -300,10 +302,10 @@ def test_what_makes_or_changes_numbers_is_a_launch_and_views_are_none(operation,
     assert counter.counts.total() - 1 == expected, "beside torch.ones"
 
 
-def count_of_tiny_step(bf16, num_latents):
+def count_of_tiny_step(bf16, num_latents, **fields):
     shape = common.Shape(3, 9, num_latents, 4)
     batch = common.make_batch(shape, 512, torch.device("cpu"))
-    model = contenders.coconut_around(common.build_model("tiny", attn_pdrop=0.0))
+    model = contenders.coconut_around(common.build_model("tiny", **{"attn_pdrop": 0.0} | fields))
     trainer = contenders.make_trainer(model, bf16)
     layout = model.layout(batch["input_ids"], batch["attention_mask"], batch["labels"])
     return launches.count_launches(trainer, batch, layout, shape.num_labels)
@@ -321,6 +323,24 @@ def test_a_step_without_storage_launches_what_a_real_one_does(bf16):
     assert counts["aten::_fused_adamw_"] == counts["aten::_foreach_norm"] == 1
 
 
+def test_a_dropout_is_counted_once_for_each_layer_and_pass_that_reads_it():
+    dropouts = {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    counts = count_of_tiny_step(False, 2, **dropouts)
+    num_passes, num_layers, dropouts_of_a_layer = 3, 2, 2
+    expected = num_passes * num_layers * dropouts_of_a_layer
+    assert counts["aten::native_dropout"] == counts["aten::native_dropout_backward"] == expected
+    assert "aten::random_" not in counts
+
+
+def test_logits_are_counted_in_a_gpus_blocks_and_the_cpus_are_restored(monkeypatch):
+    expected = count_of_tiny_step(False, 2)
+    monkeypatch.setitem(layers.LOGITS_BLOCK, "cpu", 512)  # one row
+    dropout = layers.dropout
+    assert count_of_tiny_step(False, 2) == expected
+    assert layers.LOGITS_BLOCK["cpu"] == 512
+    assert passes.drop is layers.dropout is dropout
+
+
 def test_each_further_latent_launches_one_pass_more():
     totals = [count_of_tiny_step(False, latents).total() for latents in (2, 3, 4)]
     assert totals[2] - totals[1] == totals[1] - totals[0] > 0
@@ -336,14 +356,16 @@ SIZES = breakdown.Sizes(vocab=512, inner=128, records=3)
         ("aten::mm", [[3, 32], [32, 96]], breakdown.NARROW),
         ("aten::mm", [[96, 3], [3, 32]], breakdown.NARROW),
         ("aten::mm", [[24, 32], [32, 512]], breakdown.LOGITS),
-        ("aten::_log_softmax", [[24, 512], []], breakdown.LOGITS),
+        ("aten::exp_", [[24, 512]], breakdown.LOGITS),
         ("aten::fill_", [[512, 32], []], breakdown.EMBEDDING),
         ("aten::mul", [[3, 8, 128], [3, 8, 128]], breakdown.ACTIVATION),
         ("aten::add_", [[32, 96], [32, 96], []], breakdown.SUMS),
         ("aten::_softmax", [[3, 4, 8, 8], [], []], "attention"),
         ("aten::bmm", [[8, 4, 4], [8, 4, 4]], "attention"),
         ("aten::_fused_adamw_", [], "optimizer"),
-        ("aten::bernoulli_", [[3, 8, 32], [], []], "dropout"),
+        ("aten::random_", [[192], [], [], []], "dropout"),
+        ("aten::ge", [[3, 8, 32], []], "dropout"),
+        ("aten::gelu", [[24, 128], []], breakdown.ACTIVATION),
         ("aten::mul", [[3, 8, 32], [3, 8, 32]], breakdown.REST),
     ],
 )
@@ -485,10 +507,16 @@ def test_growth_measures_and_plots_every_axis(tmp_path, monkeypatch):
     monkeypatch.setitem(growth.POINTS, "window", (1, 2))
     report = run(growth, tmp_path, *SMALL, "--answer", "4", "--axes", "latents", "size", "window")
     assert_environment(report, "growth")
+    model = common.build_model("tiny")
     values = {axis: [] for axis in report["options"]["axes"]}
     for row in report["rows"]:
         values[row["axis"]].append(row["value"])
         assert row["share_of_floor"] == row["floor_s"] / row["median_s"]
+        if row["axis"] != "size":
+            latents = row["value"] if row["axis"] == "latents" else 2
+            unneeded = 6 - row["window"] if latents else 5
+            flops = arithmetic.step_flops(model, 3, 6 + latents + 4, 4, unneeded)
+            assert row["flops"] == flops
     assert values["latents"] == [0, 3]
     assert values["window"] == [1, 2]
     assert values["size"] == [12 * 64**2 * layers for layers in (1, 2, 4)]
@@ -511,7 +539,7 @@ def test_launches_are_set_against_the_peaks_of_two_gpus(tmp_path, capsys):
     assert first["operations"] == second["operations"] == sum(first["counts"].values())
     assert first["launch_s"] == 5e-6 * first["operations"]
     model = common.build_model("tiny")
-    assert first["flops"] == arithmetic.step_flops(model, 3, 12, labels=4)
+    assert first["flops"] == arithmetic.step_flops(model, 3, 12, labels=4, unneeded=5)
     assert first["arithmetic_s"] == second["arithmetic_s"] == first["flops"] / 494.7e12
     matrices = 3 * arithmetic.block_parameters(model) + 512 * 64
     weight_bytes = 2 * 4 * matrices + 28 * model.num_parameters()
