@@ -84,7 +84,7 @@ class Layout:
 
     pass_starts: columns after column 0 at which a pass begins, ascending.
     thought_columns: those of them that hold a thought in some row; none for pause embeddings.
-    tokens: of each pass, and which of them a label or thought needs the state of.
+    tokens: for each pass, where its tokens are and which of their states a label or thought needs.
     label_indices: (N,) long, the columns before labels in the flattened (B, T - 1); None without
         labels.
     """
@@ -98,7 +98,8 @@ class Layout:
 class Coconut(nn.Module):
     """A Hugging Face causal LM whose latent positions read thoughts.
 
-    Adds no parameters but learned window weights; a subclass may add its own.
+    Adds no parameters but learned window weights; a subclass may add its own. For one thread at a
+    time: a pass changes how the base model attends while it runs.
 
     base_causallm: model whose `base_model` ends with the final norm (GPT-2, Llama and similar).
     latent_token_id: the id whose positions become thoughts.
@@ -228,8 +229,9 @@ class Coconut(nn.Module):
 
         input_ids, attention_mask, position_ids, layout: as `forward` takes them.
         keep_cache: make a cache even where one pass needs none.
-        Returns the states after the final norm (B, T, D), the embeddings that were read (B, T, D),
-        and the cache: a PassCache where passes.py serves the model, else a DynamicCache, or None.
+        Returns the states after the final norm (B, T, D), undefined where a given `layout` leaves
+        them out, the embeddings that were read (B, T, D), and the cache: a PassCache where
+        passes.py serves the model, else a DynamicCache, or None.
 
         One pass of the base model over these embeddings gives the same states to rounding; ask it
         for the states of every layer or for attention weights.
@@ -238,7 +240,7 @@ class Coconut(nn.Module):
         """
         base = self.base_causallm
         if layout is None:
-            layout = self.layout(input_ids, attention_mask)
+            layout = self.layout(input_ids, attention_mask, needs_all=True)
         if layout.pass_starts and self.training and is_checkpointed(base):
             raise ValueError(
                 "gradient checkpointing drops the cache that latent thoughts need; switch it off"
@@ -294,7 +296,7 @@ class Coconut(nn.Module):
             gradient checkpointing would drop the cache that thoughts are read from.
         """
         if layout is None:
-            layout = self.layout(input_ids, attention_mask, labels, needs_all=False)
+            layout = self.layout(input_ids, attention_mask, labels)
         with deferred_weight_gradients(self.base_causallm):
             hidden_states, inputs_embeds, _ = self.read(
                 input_ids, attention_mask, position_ids, layout
@@ -324,7 +326,7 @@ class Coconut(nn.Module):
         attention_mask: Tensor,
         labels: Tensor | None = None,
         num_passes: int | None = None,
-        needs_all: bool = True,
+        needs_all: bool = False,
     ) -> Layout:
         """The layout of a batch for `forward`; nearly free while the batch is still on the CPU.
 
@@ -332,6 +334,9 @@ class Coconut(nn.Module):
         num_passes: read in exactly this many passes, for ranks that must keep in step; where
             thoughts need fewer, columns without thoughts get passes of their own, which changes no
             result.
+        needs_all: compute every state. Otherwise those that neither a thought, a label nor, without
+            labels, the last column needs are undefined in what `read` returns; a subclass that uses
+            others overrides `layout` to ask for all.
 
         Raises: ValueError when a row starts with a latent, and when `num_passes` is fewer than the
             thoughts need or more than there are columns.
@@ -362,7 +367,7 @@ class Coconut(nn.Module):
         for begin, stop in pairwise([0, *starts, end]):
             columns = range(begin, stop)
             first = next((column for column in columns if is_needed[column]), stop - 1)
-            first_needed = 0 if labels is None and needs_all else first - begin
+            first_needed = 0 if needs_all else first - begin
             padding, is_padded = is_padding[:, begin:stop], any(holds_padding[begin:stop])
             tokens.append(PassTokens.find(padding, is_padded, first_needed))
         label_indices = None if labels is None else predicts[:, :-1].flatten().nonzero().squeeze(1)
@@ -419,10 +424,9 @@ class Coconut(nn.Module):
         self._check_prompts(input_ids, attention_mask, max_new_tokens)
         if options:
             return self._generate_with(options, input_ids, attention_mask, max_new_tokens)
-        layout = self.layout(input_ids, attention_mask, needs_all=False)
-        hidden_states, _, cache = self.read(
-            input_ids, attention_mask, layout=layout, keep_cache=True
-        )
+        layout = self.layout(input_ids, attention_mask)
+        read = self.read(input_ids, attention_mask, layout=layout, keep_cache=True)
+        hidden_states, _, cache = read
         new = self._decode(hidden_states[:, -1], attention_mask, cache, max_new_tokens)
         return torch.cat([input_ids, new], 1)
 
@@ -490,8 +494,7 @@ class Coconut(nn.Module):
             # The last prompt column stays out of the cache: generate must read at least one token
             # itself, and over a complete cache it would return wrong tokens without an error.
             prompts = input_ids[:, :-1], attention_mask[:, :-1]
-            layout = self.layout(*prompts, needs_all=False)
-            *_, cache = self.read(*prompts, layout=layout, keep_cache=True)
+            *_, cache = self.read(*prompts, layout=self.layout(*prompts), keep_cache=True)
             if isinstance(cache, PassCache):
                 cache = cache.to_dynamic(base.config)
             copies = max(options["num_beams"], options["num_return_sequences"])

@@ -23,17 +23,21 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-# Rows of a use of a weight that is kept until all its uses are multiplied together.
+# The most tokens of a use that is kept, to be multiplied with the others later.
 MAX_SHORT_USE = 128
-# Logits that `cross_entropy` computes with at once: what stays in a core's cache; on a GPU, what
-# keeps its temporary tables small and its launches few.
-LOGITS_BLOCK = {"cpu": 2**18, "gpu": 2**25}
+# How many logits `cross_entropy` handles at once: on a CPU as many as fit a core's cache, on a GPU
+# few enough for small temporaries (32 MiB) and enough for few launches.
+LOGITS_BLOCK = {"cpu": 2**18, "gpu": 2**23}
+DEFERRED_ONCE = (
+    "deferred weight gradients cannot be differentiated again; read the batch with Coconut.read,"
+    " outside of deferred_weight_gradients"
+)
 # The probability of an entry to be dropped is a multiple of 1 / DROPOUT_STEPS.
 DROPOUT_STEPS = 2**16
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Let a model's layers take part in all this; fuse GPT-2's activation.
+    """Swap in this module's layers; replace GPT-2's activation by a fused one.
 
     Transformers computes `gelu_new` by eight operations where torch has one.
     """
@@ -76,6 +80,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """`cross_entropy`; its backward pass makes the softmax again from the logits."""
+
     @staticmethod
     def forward(ctx, logits, targets):
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -91,7 +97,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        refuse_second_order()
+        refuse_second_order("layers.cross_entropy cannot be differentiated again")
         logits, targets, normalizers = ctx.saved_tensors
         logits_grad = torch.empty_like(logits)
         for rows in _row_blocks(logits):
@@ -124,13 +130,14 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def draw_kept(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """What dropout keeps of `x`, bool in its shape, and what to multiply that by; on a CPU.
+    """A random mask of what dropout keeps of `x`, bool in its shape, and the factor for that.
 
     Torch draws a number of 32 or 64 bits for each entry, one by one. Sixteen bits are enough: four
-    entries share a word, which is a fifth of the time.
+    entries share a word, which takes a fifth of the time.
     """
-    num_dropped = round(p * DROPOUT_STEPS)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    num_dropped = min(round(p * DROPOUT_STEPS), DROPOUT_STEPS - 1)
+    num_words = -(-x.numel() // 4)
+    words = torch.empty(num_words, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     return bits >= num_dropped - DROPOUT_STEPS // 2, DROPOUT_STEPS / (DROPOUT_STEPS - num_dropped)
 
@@ -292,7 +299,7 @@ class _DeferGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        refuse_second_order()
+        refuse_second_order(DEFERRED_ONCE)
         weight_grad, bias_grad = ctx.pending.pop(ctx.weight)
         return weight_grad, None if bias_grad is None else bias_grad.to(ctx.bias_dtype), None
 
@@ -305,6 +312,7 @@ class _LinearUse(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.pending = pending
         matrix = weight if pending.is_transposed else weight.t()
+        # Entering autocast costs more than a small product.
         if not torch.is_autocast_enabled(x.device.type):
             return F.linear(x, matrix, bias)
         with torch.autocast(x.device.type, enabled=False):
@@ -312,7 +320,7 @@ class _LinearUse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        refuse_second_order()
+        refuse_second_order(DEFERRED_ONCE)
         x, weight = ctx.saved_tensors
         if _will_run(ctx.next_functions[1]):
             ctx.pending.add_use(x.flatten(0, -2), gradient.flatten(0, -2))
@@ -336,7 +344,7 @@ class _EmbeddingUse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        refuse_second_order()
+        refuse_second_order(DEFERRED_ONCE)
         (ids,) = ctx.saved_tensors
         if _will_run(ctx.next_functions[0]):
             ctx.pending.row_uses.append((ids.flatten(), gradient.flatten(0, -2)))
@@ -352,10 +360,8 @@ def _will_run(edge: tuple) -> bool:
     return torch._C._will_engine_execute_node(edge[0])
 
 
-def refuse_second_order() -> None:
+def refuse_second_order(why: str) -> None:
+    """Raise RuntimeError in a backward pass with create_graph=True, whose result would be wrong."""
     # Grad mode is on in a backward pass for create_graph=True alone.
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph: deferred weight gradients cannot be differentiated again; read the batch"
-            " with Coconut.read, outside of deferred_weight_gradients"
-        )
+        raise RuntimeError(f"create_graph: {why}")

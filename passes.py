@@ -1,12 +1,14 @@
 """What makes many short passes over one batch cheap, for Hugging Face models of any kind.
 
-Coconut reads a batch in K + 1 passes (coconut.py), and most of them hold one column. Two things
+Coconut reads a batch in K + 1 passes (coconut.py), and most of them hold one column. Four things
 here keep their cost near that of the arithmetic, as does layers.py; they change results by rounding
 at most:
 
 - `PassCache` lets the layers see the tokens of a pass without padding: (1, n, D) in place of
   (B, C, D). Attention puts them back into rows. The keys of the first pass stay one tensor that
   all later passes read; concatenating them again in each pass would keep K + 1 copies.
+- The last block computes no more than keys and values for tokens whose states nobody needs.
+- On a CPU, attention with dropout is computed in chunks, and again in the backward pass.
 - Without gradients `PassCache` writes new keys into buffers with spare columns, one for every token
   of an answer, and drops finished rows. `argmax_tokens` scores the vocabulary in blocks.
 
@@ -18,7 +20,7 @@ H query heads, G key heads (H a multiple of it), E width of a head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -35,8 +37,9 @@ ATTENTION = "coconut_passes"
 # Queries of a first pass per chunk on the CPU, where no kernel applies: each chunk skips the keys
 # after it, so smaller chunks compute less that is masked, and larger ones need fewer calls.
 QUERY_CHUNK = 96
-# The last block reads what is needed alone if more than this share of the columns before that is
-# not: what it saves on these must outweigh the keys that it computes twice for the others.
+# The last block leaves out unneeded states if more than this share of a pass's columns come before
+# the first needed one: it computes keys twice for the needed columns, which must cost less than it
+# saves.
 NEEDED_SHARE = 0.5
 # Columns by which the buffers of keys and values grow.
 BUFFER_GROWTH = 64
@@ -49,8 +52,8 @@ class PassTokens:
     """Where the n tokens of a pass are, and which of them need more than their keys and values.
 
     indices: (n,) long, where the flattened (B, C) holds tokens; None where it holds no padding.
-    first_needed: the first column whose state is used; 0 also where leaving out those before it
-        would save nothing.
+    first_needed: the first column whose state is needed; 0 where leaving out those before it would
+        save too little.
     needed: (n',) long, which of the n tokens are in the columns from `first_needed` on; None for 0.
     needed_indices: (n',) long, where they are in the flattened (B, C - first_needed); None where
         there is no padding.
@@ -81,11 +84,11 @@ class PassTokens:
         return cls(indices, first_needed, needed, narrow if has_padding else None)
 
     def to(self, device: torch.device) -> Self:
-        """The same on `device`, without waiting for it."""
+        """A copy on `device`; the host does not wait for the transfer."""
         return self.map(lambda indices: indices.to(device, non_blocking=True))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with every tensor changed."""
+        """A copy with `change` applied to every tensor."""
         changed = {
             name: None if (x := getattr(self, name)) is None else change(x)
             for name in ("indices", "needed", "needed_indices")
@@ -140,8 +143,8 @@ def read_pass(
     embeds: (B, C, D). position_ids: (B, C) long.
     cache: from `make_cache`.
     attention_mask: (B, L), 0 on padding, up to the last of these columns; None without padding.
-    tokens: where they are; what is returned for tokens that are not needed is not defined. None
-        without padding where all are needed.
+    tokens: of this pass; None if there is no padding and every state is needed. States that are not
+        needed are undefined, and the last block's modules read their tokens no further than keys.
     """
     if not isinstance(cache, PassCache):
         return model.base_model(
@@ -205,7 +208,7 @@ class PassCache(Cache):
         self.tokens = PassTokens()
         self.token_indices: Tensor | None = None
         self.visible: Tensor | None = None
-        # Where a block is in reading a pass twice, see `_last_block_reads_what_is_needed`.
+        # While a block reads a pass twice: stop once the keys are stored; do not store them again.
         self.stops_at_keys, self.has_keys = False, False
         # By layer: (keys, values), each (B, G, columns, E). With gradients at most two of them, of
         # the first pass and of all later ones together; without, one that is a slice of a buffer.
@@ -275,7 +278,7 @@ class PassCache(Cache):
 
     @contextmanager
     def narrowed(self) -> Iterator[None]:
-        """Within, the pass is its columns from `first_needed` on, whose keys are kept already."""
+        """Limit the pass to its columns from `first_needed` on; their keys are stored already."""
         whole = self.num_columns, self.token_indices, self.visible
         column = self.tokens.first_needed
         self.num_columns -= column
@@ -333,26 +336,31 @@ def _last_block_reads_what_is_needed(model: PreTrainedModel, cache: PassCache) -
 
     def forward(*args, **kwargs):
         cache.stops_at_keys = True
-        with suppress(_KeysAreKept):
-            whole(*args, **kwargs)
-        cache.stops_at_keys = False
+        try:
+            return whole(*args, **kwargs)  # only a block that attends otherwise gets this far
+        except _KeysAreKept:
+            pass
+        finally:
+            cache.stops_at_keys = False
         shape = (args[0] if args else kwargs["hidden_states"]).shape[:2]  # (1, n)
 
         def select(x):
             is_by_token = isinstance(x, Tensor) and x.shape[:2] == shape
             return x[:, needed] if is_by_token else x
 
+        def widen(x):
+            if not isinstance(x, Tensor):
+                return x
+            return x.new_zeros(*shape, *x.shape[2:]).index_copy(1, needed, x)
+
         with cache.narrowed():
             output = whole(*tree_map(select, args), **tree_map(select, kwargs))
-        return tree_map(
-            lambda x: x.new_zeros(*shape, *x.shape[2:]).index_copy(1, needed, x), output
-        )
+        return tree_map(widen, output)
 
     block.forward = forward
     try:
         yield
     finally:
-        cache.stops_at_keys = False
         if own is None:
             del block.forward
         else:
@@ -389,9 +397,9 @@ def _attend(
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     is_first = query.size(2) == cache.num_seen
     if len(parts) > 1 or not (is_first or query.is_cuda):
-        # For few queries no CPU kernel is faster, and kernels need grouped keys repeated.
+        # No CPU kernel is faster where queries are few, and kernels need grouped keys repeated.
         attended = attend_over_parts(query, parts, cache.visible, dropout, scaling)
-    elif query.is_cuda or dropout == 0:
+    elif query.device.type != "cpu" or dropout == 0:
         attended = _attend_by_kernel(query, *parts[0], cache.visible, dropout, scaling)
     else:
         attended = _AttendInChunks.apply(query, *parts[0], cache.visible, dropout, scaling)
@@ -443,7 +451,7 @@ class _AttendInChunks(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient):
-        refuse_second_order()
+        refuse_second_order("attention with dropout on the CPU cannot be differentiated again")
         query, keys, values, visible, *masks = ctx.saved_tensors
         query_grad = torch.empty_like(query)
         keys_grad, values_grad = torch.zeros_like(keys), torch.zeros_like(values)
@@ -460,7 +468,7 @@ class _AttendInChunks(torch.autograd.Function):
             dropped = grouped((weights * mask).mul_(ctx.dropout_scale)).to(values.dtype)
             values_grad[:, :, :stop] += dropped.transpose(2, 3) @ upstream
             weights_grad = (upstream @ values[:, :, :stop].transpose(2, 3)).view(weights.shape)
-            weights_grad = (weights_grad * mask).mul_(ctx.dropout_scale).to(weights.dtype)
+            weights_grad = (weights_grad.to(weights.dtype) * mask).mul_(ctx.dropout_scale)
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
             scores_grad = grouped(scores_grad.mul_(ctx.scaling)).to(keys.dtype)
             query_grad[:, :, rows] = (scores_grad @ keys[:, :, :stop]).view(queries.shape)

@@ -464,33 +464,25 @@ def test_the_last_block_reads_only_tokens_whose_states_are_needed(
     rows = [make_row(rng, length, 2, 2) for length in num_questions]
     batch = lay_out(rows, [make_labels(row) for row in rows], align="latent")
     base = tiny_model(family)
-    read = []
-    mlp = find_blocks(base)[-1].mlp
-    handle = mlp.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    read = count_columns(find_blocks(base)[-1].mlp, "hidden_states")
     wrap(base, m=m, thought=thought)(**batch)
-    handle.remove()
     # The end of a question, a latent, then a latent, the end marker and two labels.
     columns = [m if thought == "continuous" else 1, 1, 4]
     if thought == "pause":
         columns = [3]  # the end marker and two labels
-    assert read == [len(rows) * number for number in columns]
+    assert read == [(1, len(rows) * number) for number in columns]
     assert_matches_oracle(base, batch, m=m, thought=thought)
 
 
 @families
-def test_without_latents_the_last_block_reads_the_answer_alone(tiny_model, family):
+def test_generate_reads_the_end_of_a_prompt_to_the_end(tiny_model, family):
+    """The last block leaves out the question, which answers need the keys and values of alone."""
     rng = random.Random(0)
-    rows = [make_row(rng, length, 0, 3) for length in (9, 6)]
-    labels = [make_labels(row) for row in rows]
-    base = tiny_model(family)
-    batch = lay_out(rows, labels, align="prompt")
-    read = []
-    mlp = find_blocks(base)[-1].mlp
-    handle = mlp.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
-    wrap(base)(**batch)
-    handle.remove()
-    assert read == [2 * 4]
-    assert_matches_oracle(base, batch)
+    prompts = prompts_of([make_row(rng, length, 0, 0) for length in (9, 6)])
+    base = tiny_model(family).eval()
+    read = count_columns(find_blocks(base)[-1].mlp, "hidden_states")
+    wrap(base).generate(**prompts, max_new_tokens=2)
+    assert read[0] == (1, 2)  # the last column of both rows, packed
 
 
 @families

@@ -198,7 +198,7 @@ def test_gradients_of_gradients_are_refused(tiny_model):
     base = tiny_model("gpt2")
     rows = ragged_rows()
     loss = wrap(base)(**lay_out(rows, [make_labels(row) for row in rows])).loss
-    with pytest.raises(RuntimeError, match="create_graph: deferred weight gradients cannot be"):
+    with pytest.raises(RuntimeError, match="create_graph: .* cannot be differentiated again"):
         torch.autograd.grad(loss, list(base.parameters()), create_graph=True)
 
 

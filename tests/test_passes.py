@@ -5,6 +5,7 @@ Letters: B rows, H query heads, G key heads, C columns of a pass, L columns so f
 """
 
 import itertools
+import random
 
 import oracle
 import pytest
@@ -14,6 +15,7 @@ from batches import (
     families,
     lay_out,
     make_labels,
+    make_row,
     prompts_of,
     ragged_rows,
     settings_of,
@@ -24,7 +26,7 @@ from torch.testing import assert_close
 from transformers import MistralConfig, MistralForCausalLM
 
 import passes
-from passes import PassCache, PassTokens, attend_over_parts
+from passes import PassCache, PassTokens, attend_over_parts, find_blocks
 
 exact = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -116,11 +118,12 @@ def test_a_single_chunk_drops_what_attention_over_parts_drops():
 
 
 def test_attention_in_chunks_keeps_a_byte_for_each_weight():
-    query, keys, values = draw(1, 2, 96, 4), draw(1, 2, 96, 4), draw(1, 2, 96, 4)
+    C = passes.QUERY_CHUNK
+    query, keys, values = draw(1, 2, C, 4), draw(1, 2, C, 4), draw(1, 2, C, 4)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         attend_seeded_in_chunks(None)(query, keys, values)
-    assert sum(x.nbytes for x in kept) == 3 * query.nbytes + 2 * 96 * 96
+    assert sum(x.nbytes for x in kept) == 3 * query.nbytes + 2 * C * C
 
 
 @families
@@ -192,6 +195,19 @@ def test_the_models_choice_of_attention_is_restored(tiny_model, family):
             RuntimeError("broken")))  # fmt: skip
         wrap(base)(**batch)
     assert base.config._attn_implementation == "sdpa"
+
+
+@families
+def test_the_last_block_is_restored_after_an_error_within(tiny_model, family):
+    base = tiny_model(family)
+    batch = prompts_of([make_row(random.Random(0), 9, 1, 0)])
+    block = find_blocks(base)[-1]
+    wrap(base)(**batch)
+    assert "forward" not in vars(block)
+    block.mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        wrap(base)(**batch)
+    assert "forward" not in vars(block)
 
 
 # --- Without gradients ------------------------------------------------------------------------
