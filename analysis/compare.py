@@ -278,14 +278,15 @@ def _in_words(comparison: Comparison, outcome: Outcome, paired: dict[str, Paired
     if differ:
         parts.append(f"a difference at 5 % for {', '.join(differ)}")
     if same:
-        span = " to ".join(f"{x:.1f}" for x in sorted({min(detectable), max(detectable)}))
+        ends = (f"{x:.1f}" for x in (min(detectable), max(detectable)))
+        span = " to ".join(dict.fromkeys(ends))
         parts.append(
-            f"no difference shown for {', '.join(same)}, where one of {span} {unit} would be"
-            " detected in four of five studies"
+            f"no difference shown for {', '.join(same)}, where a difference of {span} {unit} would"
+            " be detected with 80 % power"
         )
     if untested:
-        parts.append(f"no conclusion about {', '.join(untested)}, which no test applies to")
-    return f"minus {comparison.baseline} in {unit}: {'; '.join(parts)}."
+        parts.append(f"not testable: {', '.join(untested)}")
+    return f"difference from {comparison.baseline} in {unit}: {'; '.join(parts)}."
 
 
 def _describe_p(p: float) -> str:
