@@ -17,8 +17,8 @@ from analysis.statistics import summarize
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999933")
 
-# Side by side in one row of panels; more would be too small to read in a page.
-ARMS_IN_A_ROW = 8
+# More in one row would be too small to read.
+MAX_ARMS_PER_ROW = 8
 
 
 def arm_colours(arms: Mapping[str, object]) -> dict[str, str]:
@@ -51,7 +51,7 @@ def draw_last_stage(runs: Mapping[str, Mapping[str, Mapping[int, RunResult]]], p
     runs: condition -> arm -> seed -> run.
     """
     colours = arm_colours({arm: None for arms in runs.values() for arm in arms})
-    rows = _fill_rows(runs, ARMS_IN_A_ROW)
+    rows = _fill_rows(runs, MAX_ARMS_PER_ROW)
     num_columns = max(sum(len(runs[condition]) for condition in row) for row in rows)
     figure = plt.figure(
         figsize=(1.8 + 1.1 * num_columns, 3.8 * len(rows)), dpi=130, layout="constrained"
@@ -73,10 +73,13 @@ def draw_last_stage(runs: Mapping[str, Mapping[str, Mapping[int, RunResult]]], p
 
 
 def _fill_rows(runs: Mapping[str, Mapping], limit: int) -> list[list[str]]:
-    """The conditions in order, in rows of at most `limit` arms where one condition has no more."""
-    rows, num_arms = [], limit
+    """The conditions in order, split into rows of at most `limit` arms.
+
+    A wider condition gets its own row.
+    """
+    rows, num_arms = [], 0
     for condition, arms in runs.items():
-        if num_arms + len(arms) > limit:
+        if not rows or num_arms + len(arms) > limit:
             rows.append([])
             num_arms = 0
         rows[-1].append(condition)
