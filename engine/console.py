@@ -130,10 +130,10 @@ def describe_device(num_threads: int | None = None) -> str:
 
 
 def _describe_threads(threads: Threads) -> str:
-    """What the CPU has for `threads`, and why there are as many; nothing on a GPU."""
+    """The cores and the reason for the number of threads; empty on a GPU."""
     if threads.reason is None:
         return ""
-    return f" of {_count(distributed.num_cores(), 'core')}: {threads.reason}"
+    return f" ({_count(distributed.num_cores(), 'core')}; {threads.reason})"
 
 
 def _count(number: int, noun: str) -> str:

@@ -159,7 +159,7 @@ def computes_bf16_natively() -> bool:
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads this process computes with on the CPU, and why, as a clause.
+    """The number of CPU threads of this process, and why, as a clause.
 
     reason: None on a GPU, where they hardly matter.
     """
@@ -181,11 +181,11 @@ def choose_threads(num_parameters: int) -> Threads:
     useful, available = max(num_parameters // PARAMETERS_PER_THREAD, 1), max(num_cores() // here, 1)
     number = min(useful, available)
     if _user_chose_threads():
-        advice = f"; {number} without it" if current < number else ""
+        advice = f"; it would be {number} if unset" if current < number else ""
         return Threads(current, f"set by {THREADS_VARIABLE}{advice}")
     if useful < available:
         return Threads(number, "the model is small")
-    return Threads(number, "one for each core" if here == 1 else "the processes share them")
+    return Threads(number, "one for each core" if here == 1 else "shared by the processes")
 
 
 def use_threads(num_parameters: int) -> None:

@@ -84,8 +84,8 @@ def test_a_run_says_what_a_thought_is(tmp_path, keys, words):
 @pytest.mark.parametrize(
     ("threads", "words"),
     [
-        (Threads(1, "the model is small"), "on the CPU, 1 thread of 4 cores: the model is small"),
-        (Threads(4, "one for each core"), "on the CPU, 4 threads of 4 cores: one for each core"),
+        (Threads(1, "the model is small"), "on the CPU, 1 thread (4 cores; the model is small)"),
+        (Threads(4, "one for each core"), "on the CPU, 4 threads (4 cores; one for each core)"),
         (Threads(16, None), "on the CPU, 16 threads"),
     ],
 )
@@ -107,13 +107,13 @@ def test_the_opening_block_names_everything_that_decides_the_run(tmp_path, monke
     monkeypatch.setattr(distributed, "num_cores", lambda: 2)
     lines = opening_lines(
         config, make_curriculum(config), num_parameters=1_234_567, num_train=18, num_val=7,
-        threads=Threads(1, "the processes share them"),
+        threads=Threads(1, "shared by the processes"),
         position=Position(epoch=1, optimizer_step=2),
     )  # fmt: skip
     assert [line for line in lines if not line.startswith("thought")] == [
         f"run                 {experiment.run_dir}",
-        "device              2 processes on the CPU, 1 thread each of 2 cores: the processes share"
-        " them",
+        "device              2 processes on the CPU, 1 thread each (2 cores; shared by the"
+        " processes)",
         f"model               {experiment.model}, 1,234,567 parameters; weights: cot/checkpoint_3",
         "method              coconut",
         "records             18 training, 7 validation",

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_the_reason_for_the_threads_is_what_limits_them(eight_cores):
     assert distributed.choose_threads(5 * SMALL).reason == "the model is small"
     assert distributed.choose_threads(LARGE).reason == "one for each core"
     eight_cores.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.choose_threads(LARGE).reason == "the processes share them"
+    assert distributed.choose_threads(LARGE).reason == "shared by the processes"
     assert distributed.choose_threads(SMALL).reason == "the model is small"
 
 
@@ -274,12 +275,13 @@ def test_threads_that_the_user_has_chosen_stay(eight_cores, size):
         torch.set_num_threads(value)
         distributed.use_threads(size)
         assert torch.get_num_threads() == value
-        advice = "; 8 without it" if (value, size) == (3, LARGE) else ""
+        advice = "; it would be 8 if unset" if (value, size) == (3, LARGE) else ""
         assert distributed.choose_threads(size).reason == f"set by OMP_NUM_THREADS{advice}"
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc to read an environment from")
 @pytest.mark.parametrize("of_the_user", [True, False])
-def test_one_thread_that_torchrun_has_set_is_nobody_s_choice(eight_cores, of_the_user):
+def test_one_thread_set_by_torchrun_does_not_count_as_chosen(eight_cores, of_the_user):
     """Of torchrun's own process the system shows the environment that it was started with."""
     environment = {"PATH": os.environ["PATH"], "NOT_OMP_NUM_THREADS": "1"}
     environment |= {"OMP_NUM_THREADS": "1"} if of_the_user else {}
@@ -330,7 +332,7 @@ def test_a_resumed_run_and_its_evaluation_compute_with_the_threads_of_the_first_
         torch.set_num_threads(1)
         assert experiment.main(*arguments) == 0
         assert torch.get_num_threads() == 2
-        assert "2 threads of 8 cores: the model is small" in capsys.readouterr().out
+        assert "2 threads (8 cores; the model is small)" in capsys.readouterr().out
 
 
 def signal_rank_0_in_its_first_evaluation():
