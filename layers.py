@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-# The most tokens of a use that is kept, to be multiplied with the others later.
-MAX_SHORT_USE = 128
+# The most tokens of a use of a weight that is concatenated with others before their product.
+MAX_CONCATENATED = 128
 # How many logits `cross_entropy` handles at once: on a CPU as many as fit a core's cache, on a GPU
 # few enough for small temporaries (32 MiB) and enough for few launches.
 LOGITS_BLOCK = {"cpu": 2**18, "gpu": 2**23}
@@ -197,7 +197,7 @@ class _Pending:
 
     def add_use(self, x: Tensor, gradient: Tensor) -> None:
         """Record one use. A long one is multiplied at once, since keeping it would cost more."""
-        if len(x) > MAX_SHORT_USE or x.numel() + gradient.numel() > x.size(1) * gradient.size(1):
+        if x.numel() + gradient.numel() > x.size(1) * gradient.size(1):
             self.multiply(x, gradient)
         else:
             self.short_uses.append((x, gradient))
@@ -215,8 +215,14 @@ class _Pending:
 
     def pop(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradients of weight, in its own dtype, and bias; nothing stays here."""
-        if self.short_uses:
-            self.multiply(*map(torch.cat, zip(*self.short_uses, strict=True)))
+        rest = []
+        for x, gradient in self.short_uses:
+            if len(x) > MAX_CONCATENATED:
+                self.multiply(x, gradient)
+            else:
+                rest.append((x, gradient))
+        if rest:
+            self.multiply(*map(torch.cat, zip(*rest, strict=True)))
         weight_grad, bias_grad, row_uses = self.weight_grad, self.bias_grad, self.row_uses
         self.weight_grad, self.bias_grad, self.short_uses, self.row_uses = None, None, [], []
         weight_grad = torch.zeros_like(weight) if weight_grad is None else weight_grad.to(weight)
