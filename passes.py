@@ -40,7 +40,7 @@ QUERY_CHUNK = 96
 # The last block leaves out unneeded states if more than this share of a pass's columns come before
 # the first needed one: it computes keys twice for the needed columns, which must cost less than it
 # saves.
-NEEDED_SHARE = 0.5
+MIN_UNNEEDED_SHARE = 0.5
 # Columns by which the buffers of keys and values grow.
 BUFFER_GROWTH = 64
 # Rows of the head's table that the CPU multiplies at once, so that they stay in its caches.
@@ -73,7 +73,7 @@ class PassTokens:
             indices = (~is_padding).flatten().nonzero().squeeze(1)
             # A pass of padding alone keeps ranks in step, and a model must read some token.
             indices = indices if len(indices) else indices.new_zeros(1)
-        if first_needed <= NEEDED_SHARE * C:
+        if first_needed <= MIN_UNNEEDED_SHARE * C:
             return cls(indices)
         places = torch.arange(B * C, device=is_padding.device) if indices is None else indices
         needed = (places % C >= first_needed).nonzero().squeeze(1)

@@ -56,6 +56,13 @@ class Shape:
     def num_labels(self) -> int:
         return self.records * self.answer
 
+    def num_unneeded(self, window: int = 1) -> int:
+        """The question's tokens whose states nothing needs.
+
+        A thought averages the last `window` states before it; without thoughts a label needs one.
+        """
+        return max(self.question - (window if self.latents else 1), 0)
+
     def __str__(self) -> str:
         return f"{self.records} x ({self.question} + {self.latents} + {self.answer})"
 

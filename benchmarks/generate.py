@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
     assert all(tokens.size(1) == shape.length + options.new for tokens in written.values())
     new = {name: tokens[:, shape.length :] for name, tokens in written.items()}
     each = {name: [s / len(parts[name]) for s in values] for name, values in seconds.items()}
-    flops = arithmetic.generation_flops(model, 1, shape.length, options.new, shape.question - 1)
+    flops = arithmetic.generation_flops(model, 1, shape.length, options.new, shape.num_unneeded())
     floor_s = flops / rate
     return [
         {

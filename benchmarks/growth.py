@@ -83,15 +83,15 @@ def measure_point(options: argparse.Namespace, shape: Shape, fields: dict, windo
     work = {"product": product, "ours": lambda: step(batch, shape.num_labels)}
     take_turns(work, 3 if device.type == "cuda" else 1, device)  # warm up
     seconds = take_turns(work, options.repeats, device)
-    # A thought averages the last states of the question; without thoughts a label needs the last.
-    unneeded = max(shape.question - (window if shape.latents else 1), 0)
     return {
         "shape": str(shape),
         "window": window,
         "block_parameters": arithmetic.block_parameters(model),
         "median_s": median(seconds["ours"]),
         "seconds": seconds["ours"],
-        "flops": arithmetic.step_flops(model, shape.records, shape.length, shape.answer, unneeded),
+        "flops": arithmetic.step_flops(
+            model, shape.records, shape.length, shape.answer, shape.num_unneeded(window)
+        ),
         "product_seconds": seconds["product"],
         "product_flops": product.flops,
     }

@@ -142,7 +142,7 @@ def measure(name: str, shape: Shape, bf16: bool) -> list[dict]:
     precision = "bf16" if bf16 else "fp32"
     num_passes = shape.latents + 1
     flops = arithmetic.step_flops(
-        model, shape.records, shape.length, shape.answer, shape.question - 1
+        model, shape.records, shape.length, shape.answer, shape.num_unneeded()
     )
     weights = num_passes * arithmetic.block_parameters(model)
     weights += model.get_output_embeddings().weight.numel()

@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace, shape: Shape) -> list[dict]:
     seconds = take_turns({"product": product, **turns}, options.repeats, device)
     rate = product.flops / median(seconds.pop("product"))
     flops = arithmetic.step_flops(
-        model, shape.records, shape.length, shape.answer, shape.question - 1
+        model, shape.records, shape.length, shape.answer, shape.num_unneeded()
     )
     return rows_of(seconds, flops / rate, rate, shape, options.bf16)
 

@@ -29,8 +29,8 @@ from utils import UserError
 # A rank that reaches a collective later than this after another is taken to be lost.
 COLLECTIVE_TIMEOUT_S = 1800.0
 START_POLL_S = 0.02
-# On two idle cores a second thread made a training step 1.1 to 1.4 times faster below two million
-# parameters and 1.4 to 1.7 times above; beside a job on one of them, two to three times slower.
+# A second thread speeds up a small model little on idle cores, and slows it down where another job,
+# such as a second run of a study, keeps one of them busy.
 PARAMETERS_PER_THREAD = 1_000_000
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
