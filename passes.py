@@ -8,7 +8,7 @@ at most:
   (B, C, D). Attention puts them back into rows. The keys of the first pass stay one tensor that
   all later passes read; concatenating them again in each pass would keep K + 1 copies.
 - The last block computes no more than keys and values for tokens whose states nobody needs.
-- On a CPU, attention with dropout is computed in chunks, and again in the backward pass.
+- On a CPU, attention with dropout is computed in blocks, and again in the backward pass.
 - Without gradients `PassCache` writes new keys into buffers with spare columns, one for every token
   of an answer, and drops finished rows. `argmax_tokens` scores the vocabulary in blocks.
 
@@ -37,6 +37,8 @@ ATTENTION = "coconut_passes"
 # Queries of a first pass per chunk on the CPU, where no kernel applies: each chunk skips the keys
 # after it, so smaller chunks compute less that is masked, and larger ones need fewer calls.
 QUERY_CHUNK = 96
+# Attention weights of a first pass that the CPU computes at once, so that they stay in its caches.
+BLOCK_WEIGHTS = 2**19
 # The last block leaves out unneeded states if more than this share of a pass's columns come before
 # the first needed one: it computes keys twice for the needed columns, which must cost less than it
 # saves.
@@ -402,7 +404,7 @@ def _attend(
     elif query.device.type != "cpu" or dropout == 0:
         attended = _attend_by_kernel(query, *parts[0], cache.visible, dropout, scaling)
     else:
-        attended = _AttendInChunks.apply(query, *parts[0], cache.visible, dropout, scaling)
+        attended = _AttendInBlocks.apply(query, *parts[0], cache.visible, dropout, scaling)
     return cache.pack(attended.transpose(1, 2)), None
 
 
@@ -426,27 +428,28 @@ def _attend_by_kernel(
     )  # fmt: skip
 
 
-class _AttendInChunks(torch.autograd.Function):
+class _AttendInBlocks(torch.autograd.Function):
     """Attention of a first pass with dropout on the CPU: (B, H, C, E).
 
     No CPU kernel has dropout, and autograd would keep two matrices of C x C in fp32 per head. This
-    keeps what was dropped, a byte for each weight, and computes the weights again. A chunk of
-    queries skips the keys after it.
+    keeps what was dropped, a byte for each weight, and computes the weights again, block by block,
+    so that what is made on the way stays in a core's cache. A block skips the keys after it.
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, query, keys, values, visible, dropout, scaling):
-        ctx.scaling, masks, attended = scaling, [], []
-        for rows, may_see in _chunks(query, visible):
-            stop = rows.stop
-            weights = _attention_weights(query[:, :, rows], [keys[:, :, :stop]], may_see, scaling)
+        ctx.scaling, masks, attended = scaling, [], torch.empty_like(query)
+        for rows, columns in _blocks(query):
+            may_see = _visible_block(visible, rows, columns)
+            k, v = (x[rows, :, : columns.stop] for x in (keys, values))
+            weights = _attention_weights(query[rows, :, columns], [k], may_see, scaling)
             mask, ctx.dropout_scale = draw_kept(weights, dropout)
             masks.append(mask)
             dropped = weights.mul_(mask).mul_(ctx.dropout_scale)
-            attended.append(_average(dropped, [values[:, :, :stop]]))
+            attended[rows, :, columns] = _average(dropped, [v])
         ctx.save_for_backward(query, keys, values, visible, *masks)
-        return torch.cat(attended, 2)
+        return attended
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
@@ -461,26 +464,36 @@ class _AttendInChunks(torch.autograd.Function):
             """(B, H, ...) -> (B, G, H / G, ...) as matrices: (B, G, rows, ...)."""
             return x.reshape(x.size(0), G, -1, x.size(-1))
 
-        for (rows, may_see), mask in zip(_chunks(query, visible), masks, strict=True):
-            stop, queries = rows.stop, query[:, :, rows]
-            weights = _attention_weights(queries, [keys[:, :, :stop]], may_see, ctx.scaling)
-            upstream = grouped(gradient[:, :, rows])
+        for (rows, columns), mask in zip(_blocks(query), masks, strict=True):
+            may_see = _visible_block(visible, rows, columns)
+            before = rows, slice(None), slice(columns.stop)
+            queries, k, v = query[rows, :, columns], keys[before], values[before]
+            weights = _attention_weights(queries, [k], may_see, ctx.scaling)
+            upstream = grouped(gradient[rows, :, columns])
             dropped = grouped((weights * mask).mul_(ctx.dropout_scale)).to(values.dtype)
-            values_grad[:, :, :stop] += dropped.transpose(2, 3) @ upstream
-            weights_grad = (upstream @ values[:, :, :stop].transpose(2, 3)).view(weights.shape)
+            values_grad[before] += dropped.transpose(2, 3) @ upstream
+            weights_grad = (upstream @ v.transpose(2, 3)).view(weights.shape)
             weights_grad = (weights_grad.to(weights.dtype) * mask).mul_(ctx.dropout_scale)
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
             scores_grad = grouped(scores_grad.mul_(ctx.scaling)).to(keys.dtype)
-            query_grad[:, :, rows] = (scores_grad @ keys[:, :, :stop]).view(queries.shape)
-            keys_grad[:, :, :stop] += scores_grad.transpose(2, 3) @ grouped(queries)
+            query_grad[rows, :, columns] = (scores_grad @ k).view(queries.shape)
+            keys_grad[before] += scores_grad.transpose(2, 3) @ grouped(queries)
         return query_grad, keys_grad, values_grad, None, None, None
 
 
-def _chunks(query: Tensor, visible: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
-    """Queries of a first pass (B, H, C, E) a chunk at a time, and which keys up to it they see."""
-    for begin in range(0, query.size(2), QUERY_CHUNK):
-        stop = min(begin + QUERY_CHUNK, query.size(2))
-        yield slice(begin, stop), None if visible is None else visible[:, :, begin:stop, :stop]
+def _blocks(query: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the queries of a first pass (B, H, C, E), a block at a time."""
+    B, H, C, _ = query.shape
+    for begin in range(0, C, QUERY_CHUNK):
+        stop = min(begin + QUERY_CHUNK, C)
+        num_rows = max(BLOCK_WEIGHTS // (H * (stop - begin) * stop), 1)
+        for row in range(0, B, num_rows):
+            yield slice(row, row + num_rows), slice(begin, stop)
+
+
+def _visible_block(visible: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
+    """What a block of queries sees of the keys up to its last column."""
+    return None if visible is None else visible[rows, :, columns, : columns.stop]
 
 
 def attend_over_parts(

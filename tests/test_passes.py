@@ -89,66 +89,68 @@ def test_attention_with_dropout_is_right_on_average():
     assert ((dropped.mean(0) - plain[0]).abs() < 5 * error + 1e-12).all()
 
 
-def attend_seeded_in_chunks(visible):
+def attend_seeded_in_blocks(visible):
     def attend(query, keys, values):
         torch.manual_seed(3)
-        return passes._AttendInChunks.apply(query, keys, values, visible, 0.4, 0.5)
+        return passes._AttendInBlocks.apply(query, keys, values, visible, 0.4, 0.5)
 
     return attend
 
 
 @pytest.mark.parametrize("G", [4, 2, 1])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_attention_in_chunks_has_the_gradient_of_what_it_computed(monkeypatch, G, is_padded):
+def test_attention_in_blocks_has_the_gradient_of_what_it_computed(monkeypatch, G, is_padded):
     monkeypatch.setattr(passes, "QUERY_CHUNK", 2)
+    monkeypatch.setattr(passes, "BLOCK_WEIGHTS", 32)  # both rows together at first, then one by one
     visible = None
     if is_padded:
         is_token = torch.arange(5) >= torch.tensor([0, 2])[:, None]
         visible = (is_token[:, None] & torch.ones(5, 5, dtype=torch.bool).tril())[:, None]
         visible = visible | torch.eye(5, dtype=torch.bool)
     inputs = draw(2, 4, 5, 3), draw(2, G, 5, 3), draw(2, G, 5, 3)
-    assert torch.autograd.gradcheck(attend_seeded_in_chunks(visible), inputs)
+    assert torch.autograd.gradcheck(attend_seeded_in_blocks(visible), inputs)
 
 
-def test_a_single_chunk_drops_what_attention_over_parts_drops():
+def test_a_single_block_drops_what_attention_over_parts_drops():
     query, keys, values = draw(2, 4, 5, 3), draw(2, 2, 5, 3), draw(2, 2, 5, 3)
-    got = attend_seeded_in_chunks(None)(query, keys, values)
+    got = attend_seeded_in_blocks(None)(query, keys, values)
     torch.manual_seed(3)
     assert_close(got, attend_over_parts(query, [(keys, values)], None, 0.4, 0.5), **exact)
 
 
-def test_attention_in_chunks_keeps_a_byte_for_each_weight():
+def test_attention_in_blocks_keeps_a_byte_for_each_weight():
     C = passes.QUERY_CHUNK
     query, keys, values = draw(1, 2, C, 4), draw(1, 2, C, 4), draw(1, 2, C, 4)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        attend_seeded_in_chunks(None)(query, keys, values)
+        attend_seeded_in_blocks(None)(query, keys, values)
     assert sum(x.nbytes for x in kept) == 3 * query.nbytes + 2 * C * C
 
 
 @families
-def test_attention_in_chunks_matches_recompute(tiny_model, family, monkeypatch):
+def test_attention_in_blocks_matches_recompute(tiny_model, family, monkeypatch):
     """The CPU reads a first pass so under dropout; here it is so small that nothing is dropped."""
     base = tiny_model(family)
     rows = ragged_rows()
     batch = lay_out(rows, [make_labels(row) for row in rows])
     sizes = []
-    whole = passes._chunks
+    whole = passes._blocks
 
-    def spied(query, visible):
-        for rows, may_see in whole(query, visible):
-            sizes.append(rows.stop - rows.start)
-            yield rows, may_see
+    def spied(query):
+        for rows, columns in whole(query):
+            sizes.append((rows.stop - rows.start, columns.stop - columns.start))
+            yield rows, columns
 
     for module in base.modules():
         if hasattr(module, "attn_dropout"):
             module.attn_dropout.p = 1e-12
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 1e-12
-    monkeypatch.setattr(passes, "_chunks", spied)
+    monkeypatch.setattr(passes, "_blocks", spied)
     monkeypatch.setattr(passes, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(passes, "BLOCK_WEIGHTS", 128)
     assert_matches_oracle(base, batch)
-    assert sizes[:3] == [4, 4, 2]
+    assert sizes[:3] == [(2, 4)] * 3 and {(1, 4), (1, 2)} <= set(sizes)
 
 
 def test_sliding_windows_are_left_to_the_model():
