@@ -85,8 +85,7 @@ class Layout:
     pass_starts: columns after column 0 at which a pass begins, ascending.
     thought_columns: those of them that hold a thought in some row; none for pause embeddings.
     tokens: for each pass, where its tokens are and which of their states a label or thought needs.
-    label_indices: (N,) long, the columns before labels in the flattened (B, T - 1); None without
-        labels.
+    label_indices: (N,) long, columns before labels in the flattened (B, T); None without labels.
     """
 
     pass_starts: list[int]
@@ -252,10 +251,11 @@ class Coconut(nn.Module):
         is_padded = any(tokens.indices is not None for tokens in layout.tokens)
         cache = make_cache(base, is_needed=keep_cache or bool(layout.pass_starts))
         hidden_passes, embeds_passes = [], []  # (B, columns, D) each
-        window = token_embeds[:, :0]  # (B, <= m, D), the states just before the next column
-        bounds = pairwise([0, *layout.pass_starts, input_ids.size(1)])
-        for (begin, stop), tokens in zip(bounds, layout.tokens, strict=True):
-            embeds = token_embeds[:, begin:stop]
+        window = token_embeds.detach()[:, :0]  # (B, <= m, D), the states before the next column
+        bounds = list(pairwise([0, *layout.pass_starts, input_ids.size(1)]))
+        # One split, because the gradient of every slice would be as large as the whole.
+        parts = token_embeds.split([stop - begin for begin, stop in bounds], 1)
+        for (begin, stop), embeds, tokens in zip(bounds, parts, layout.tokens, strict=True):
             if begin in layout.thought_columns:
                 recent = attention_mask[:, begin - window.size(1) : begin]
                 is_first = ~is_latent[:, :begin].any(1)
@@ -265,7 +265,8 @@ class Coconut(nn.Module):
             mask = attention_mask[:, :stop] if is_padded else None
             positions = position_ids[:, begin:stop]
             hidden = read_pass(base, embeds, positions, cache, mask, tokens)
-            window = torch.cat([window.to(hidden.dtype), hidden], 1)[:, -self.latent_window_size :]
+            recent = hidden[:, -self.latent_window_size :]
+            window = torch.cat([window.to(hidden.dtype), recent], 1)[:, -self.latent_window_size :]
             hidden_passes.append(hidden)
             embeds_passes.append(embeds)
         return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache
@@ -315,9 +316,9 @@ class Coconut(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy () over the N labels, and their logits (N, V)."""
         indices = layout.label_indices.to(labels.device, non_blocking=True)
-        predicting = hidden_states[:, :-1].flatten(0, 1)[indices]  # (N, D)
+        predicting = hidden_states.flatten(0, 1)[indices]  # (N, D)
         logits = self.base_causallm.get_output_embeddings()(predicting)
-        targets = labels[:, 1:].flatten()[indices]
+        targets = labels.flatten()[indices + 1]
         return cross_entropy(logits, targets) / max(len(indices), 1), logits
 
     def layout(
@@ -370,7 +371,7 @@ class Coconut(nn.Module):
             first_needed = 0 if needs_all else first - begin
             padding, is_padded = is_padding[:, begin:stop], any(holds_padding[begin:stop])
             tokens.append(PassTokens.find(padding, is_padded, first_needed))
-        label_indices = None if labels is None else predicts[:, :-1].flatten().nonzero().squeeze(1)
+        label_indices = None if labels is None else predicts.flatten().nonzero().squeeze(1)
         return Layout(starts, thought_columns, tokens, label_indices)
 
     @torch.no_grad()
