@@ -2,7 +2,8 @@
 
 - `deferred_weight_gradients` computes one product per weight matrix for all passes, once the
   backward pass is done with them, in place of one per pass that reads and writes the whole
-  gradient. Where the head is the embedding table, its rows' gradients are added to the head's.
+  gradient. Where the head is the embedding table, its rows' gradients are added to the head's. The
+  keys and values of a question, which all later passes read, get theirs the same way.
 - `cross_entropy` keeps the logits alone for its backward pass.
 - On a CPU, dropout keeps one byte per entry, and draws its random bits in words.
 
@@ -158,7 +159,7 @@ class _Dropout(nn.Dropout):
 
 @contextmanager
 def deferred_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Passes of `model` within share one product per weight matrix in their backward pass.
+    """Passes of `model` within share one product per weight matrix, and for the first one's keys.
 
     For models that `prepare` changed; without effect where gradients are off, under torch.compile,
     and under activation checkpointing, which would recompute the layers outside this context.
@@ -177,6 +178,11 @@ def deferred_weight_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.deferred = None
+
+
+def defers_gradients(model: nn.Module) -> bool:
+    """Whether `deferred_weight_gradients` has begun for the model."""
+    return any(getattr(module, "deferred", None) is not None for module in model.modules())
 
 
 @dataclass
@@ -359,8 +365,54 @@ class _EmbeddingUse(torch.autograd.Function):
         return None, None, None, None
 
 
+class ShareGradient(torch.autograd.Function):
+    """Passes keys or values (B, G, k, E) to their uses; backward adds the gradient of all uses.
+
+    uses: a list, empty, for what `SharedProduct` leaves here. Autograd calls `backward` after all
+        uses that contribute, whatever their order.
+    """
+
+    @staticmethod
+    def forward(ctx, part, uses):
+        ctx.uses = uses
+        ctx.set_materialize_grads(False)
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuse_second_order(DEFERRED_ONCE)
+        if not ctx.uses:
+            return gradient, None
+        weights, rows = (torch.cat(x, 2) for x in zip(*ctx.uses, strict=True))
+        ctx.uses.clear()
+        part_grad = weights.transpose(2, 3) @ rows
+        return part_grad if gradient is None else part_grad.add_(gradient), None
+
+
+class SharedProduct(torch.autograd.Function):
+    """One use of a `part`: rows (B, G, n, E) @ keys transposed, or rows (B, G, n, k) @ values.
+
+    Its backward pass leaves the part's gradient for later: the weights (B, G, n, k) and rows
+    (B, G, n, E) whose product it is.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, part, uses, is_transposed):
+        ctx.save_for_backward(rows, part)
+        ctx.uses, ctx.is_transposed = uses, is_transposed
+        return rows @ (part.transpose(2, 3) if is_transposed else part)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuse_second_order(DEFERRED_ONCE)
+        rows, part = ctx.saved_tensors
+        if ctx.needs_input_grad[1] and _will_run(ctx.next_functions[1]):
+            ctx.uses.append((gradient, rows) if ctx.is_transposed else (rows, gradient))
+        return gradient @ (part if ctx.is_transposed else part.transpose(2, 3)), None, None, None
+
+
 def _will_run(edge: tuple) -> bool:
-    """Whether this backward pass reaches the `_DeferGradient` at the end of `edge`.
+    """Whether this backward pass reaches the node at the end of `edge`, which collects uses.
 
     It does not where only gradients of other parameters were requested; a use recorded then would
     be counted by the next backward pass.

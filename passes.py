@@ -22,7 +22,7 @@ H query heads, G key heads (H a multiple of it), E width of a head.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,15 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from layers import draw_kept, is_checkpointed, is_compiled, refuse_second_order
+from layers import (
+    SharedProduct,
+    ShareGradient,
+    defers_gradients,
+    draw_kept,
+    is_checkpointed,
+    is_compiled,
+    refuse_second_order,
+)
 from layers import dropout as drop
 
 ATTENTION = "coconut_passes"
@@ -122,7 +130,7 @@ def make_cache(model: PreTrainedModel, is_needed: bool = True) -> Cache | None:
     Use it in the grad mode in which it was made.
     """
     if can_pack(model):
-        return PassCache()
+        return PassCache(shares_gradients=defers_gradients(model))
     return DynamicCache(config=model.config) if is_needed else None
 
 
@@ -197,24 +205,39 @@ def argmax_tokens(head: nn.Module, hidden_states: Tensor) -> Tensor:
 # --- Passes without padding -------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """Keys and values of some columns, each (B, G, columns, E).
+
+    key_uses, value_uses: where the passes that read this part share one product for its gradient,
+        what their backward passes leave for it (layers.ShareGradient); else None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_uses: list[tuple[Tensor, Tensor]] | None = None
+    value_uses: list[tuple[Tensor, Tensor]] | None = None
+
+
 class PassCache(Cache):
     """Keys and values of the passes so far, in rows, for attention over them.
 
     `read_pass` gives it to a model as `past_key_values`, with inputs (1, n, D).
     """
 
-    def __init__(self):
+    def __init__(self, shares_gradients: bool = False):
+        """shares_gradients: later passes share one product for the gradient of the first's keys."""
         super().__init__(layers=[])
         self.has_gradients = torch.is_grad_enabled()
+        self.shares_gradients = shares_gradients
         self.num_rows, self.num_columns, self.num_seen = 0, 0, 0  # B, C, L
         self.tokens = PassTokens()
         self.token_indices: Tensor | None = None
         self.visible: Tensor | None = None
         # While a block reads a pass twice: stop once the keys are stored; do not store them again.
         self.stops_at_keys, self.has_keys = False, False
-        # By layer: (keys, values), each (B, G, columns, E). With gradients at most two of them, of
-        # the first pass and of all later ones together; without, one that is a slice of a buffer.
-        self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        # By layer. With gradients at most two parts, of the first pass and of all later ones
+        # together; without, one that is a slice of a buffer.
+        self.parts: dict[int, list[Part]] = {}
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin_pass(
@@ -250,18 +273,28 @@ class PassCache(Cache):
         """Keep a layer's keys and values (1, G, n, E); returns itself, for `_attend` alone."""
         if self.has_keys:
             return self, None
+        device = key_states.device.type
+        if torch.is_autocast_enabled(device):
+            # Once, not for the product of every pass.
+            dtype = torch.get_autocast_dtype(device)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         # (1, G, n, E) -> (B, G, C, E)
         new = [self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key_states, value_states)]
         if not self.has_gradients:
             self._append(layer_idx, new)
             return self, None
         # Contiguous, or every pass would copy the first one's keys for its products.
-        new = tuple(states.contiguous() for states in new)
+        new = Part(*(states.contiguous() for states in new))
         parts = self.parts.setdefault(layer_idx, [])
+        if not parts and self.shares_gradients:
+            uses = [], []
+            new = Part(*map(ShareGradient.apply, new[:2], uses), *uses)
         if len(parts) < 2:
             parts.append(new)
         else:
-            parts[1] = tuple(torch.cat(pair, 2) for pair in zip(parts[1], new, strict=True))
+            parts[1] = Part(
+                *(torch.cat(pair, 2) for pair in zip(parts[1][:2], new[:2], strict=True))
+            )
         return self, None
 
     def _append(self, layer_idx: int, new: list[Tensor]) -> None:
@@ -276,7 +309,7 @@ class PassCache(Cache):
             buffers = self.buffers[layer_idx] = larger
         for buffer, states in zip(buffers, new, strict=True):
             buffer[:, :, begin:stop] = states
-        self.parts[layer_idx] = [tuple(buffer[:, :, :stop] for buffer in buffers)]
+        self.parts[layer_idx] = [Part(*(buffer[:, :, :stop] for buffer in buffers))]
 
     @contextmanager
     def narrowed(self) -> Iterator[None]:
@@ -314,7 +347,8 @@ class PassCache(Cache):
         """The same keys and values as a cache that Hugging Face's `generate` continues."""
         cache = DynamicCache(config=config)
         for layer_idx, parts in sorted(self.parts.items()):
-            cache.update(*(torch.cat(x, 2) for x in zip(*parts, strict=True)), layer_idx)
+            keys, values, *_ = zip(*parts, strict=True)
+            cache.update(torch.cat(keys, 2), torch.cat(values, 2), layer_idx)
         return cache
 
 
@@ -402,9 +436,9 @@ def _attend(
         # No CPU kernel is faster where queries are few, and kernels need grouped keys repeated.
         attended = attend_over_parts(query, parts, cache.visible, dropout, scaling)
     elif query.device.type != "cpu" or dropout == 0:
-        attended = _attend_by_kernel(query, *parts[0], cache.visible, dropout, scaling)
+        attended = _attend_by_kernel(query, *parts[0][:2], cache.visible, dropout, scaling)
     else:
-        attended = _AttendInBlocks.apply(query, *parts[0], cache.visible, dropout, scaling)
+        attended = _AttendInBlocks.apply(query, *parts[0][:2], cache.visible, dropout, scaling)
     return cache.pack(attended.transpose(1, 2)), None
 
 
@@ -442,12 +476,12 @@ class _AttendInBlocks(torch.autograd.Function):
         ctx.scaling, masks, attended = scaling, [], torch.empty_like(query)
         for rows, columns in _blocks(query):
             may_see = _visible_block(visible, rows, columns)
-            k, v = (x[rows, :, : columns.stop] for x in (keys, values))
-            weights = _attention_weights(query[rows, :, columns], [k], may_see, scaling)
+            part = Part(keys[rows, :, : columns.stop], values[rows, :, : columns.stop])
+            weights = _attention_weights(query[rows, :, columns], [part], may_see, scaling)
             mask, ctx.dropout_scale = draw_kept(weights, dropout)
             masks.append(mask)
             dropped = weights.mul_(mask).mul_(ctx.dropout_scale)
-            attended[rows, :, columns] = _average(dropped, [v])
+            attended[rows, :, columns] = _average(dropped, [part])
         ctx.save_for_backward(query, keys, values, visible, *masks)
         return attended
 
@@ -467,16 +501,16 @@ class _AttendInBlocks(torch.autograd.Function):
         for (rows, columns), mask in zip(_blocks(query), masks, strict=True):
             may_see = _visible_block(visible, rows, columns)
             before = rows, slice(None), slice(columns.stop)
-            queries, k, v = query[rows, :, columns], keys[before], values[before]
-            weights = _attention_weights(queries, [k], may_see, ctx.scaling)
+            queries, part = query[rows, :, columns], Part(keys[before], values[before])
+            weights = _attention_weights(queries, [part], may_see, ctx.scaling)
             upstream = grouped(gradient[rows, :, columns])
             dropped = grouped((weights * mask).mul_(ctx.dropout_scale)).to(values.dtype)
             values_grad[before] += dropped.transpose(2, 3) @ upstream
-            weights_grad = (upstream @ v.transpose(2, 3)).view(weights.shape)
+            weights_grad = (upstream @ part.values.transpose(2, 3)).view(weights.shape)
             weights_grad = (weights_grad.to(weights.dtype) * mask).mul_(ctx.dropout_scale)
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
             scores_grad = grouped(scores_grad.mul_(ctx.scaling)).to(keys.dtype)
-            query_grad[rows, :, columns] = (scores_grad @ k).view(queries.shape)
+            query_grad[rows, :, columns] = (scores_grad @ part.keys).view(queries.shape)
             keys_grad[before] += scores_grad.transpose(2, 3) @ grouped(queries)
         return query_grad, keys_grad, values_grad, None, None, None
 
@@ -497,32 +531,32 @@ def _visible_block(visible: Tensor | None, rows: slice, columns: slice) -> Tenso
 
 
 def attend_over_parts(
-    query: Tensor,
-    parts: list[tuple[Tensor, Tensor]],
-    visible: Tensor | None,
-    dropout: float,
-    scaling: float,
+    query: Tensor, parts: Sequence[Part], visible: Tensor | None, dropout: float, scaling: float
 ) -> Tensor:
     """Attention over keys in parts: (B, H, C, E).
 
-    query: (B, H, C, E), the last C of L columns; parts: keys and values (B, G, columns, E), L
-        columns together.
+    query: (B, H, C, E), the last C of L columns; parts: L columns together.
     visible: (B or 1, 1, C, L) bool; None for the columns before and itself.
     dropout: of the attention weights. scaling: of the scores.
     """
-    keys, values = zip(*parts, strict=True)
-    weights = _attention_weights(query, keys, visible, scaling)
-    return _average(drop(weights, dropout) if dropout > 0 else weights, values)
+    weights = _attention_weights(query, parts, visible, scaling)
+    return _average(drop(weights, dropout) if dropout > 0 else weights, parts)
 
 
 def _attention_weights(
-    query: Tensor, keys: Sequence[Tensor], visible: Tensor | None, scaling: float
+    query: Tensor, parts: Sequence[Part], visible: Tensor | None, scaling: float
 ) -> Tensor:
     """(B, H, C, L) in at least fp32: softmax of the scores of all keys; as `attend_over_parts`."""
     B, H, C, E = query.shape
     # The H / G query heads that share a key head act as additional queries of it.
-    grouped = (query * scaling).reshape(B, keys[0].size(1), -1, E)
-    scores = [grouped @ part.transpose(2, 3) for part in keys]
+    keys = parts[0].keys
+    grouped = (query * scaling).to(keys.dtype).reshape(B, keys.size(1), -1, E)
+    scores = [
+        grouped @ part.keys.transpose(2, 3)
+        if part.key_uses is None
+        else SharedProduct.apply(grouped, part.keys, part.key_uses, True)
+        for part in parts
+    ]
     scores = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).view(B, H, C, -1)
     if visible is None and C > 1:
         visible = _causal_mask(C, scores.size(-1), query.device)
@@ -531,12 +565,19 @@ def _attention_weights(
     return F.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
-def _average(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """(B, H, C, E): the values (B, G, columns, E) in parts, averaged with weights (B, H, C, L)."""
+def _average(weights: Tensor, parts: Sequence[Part]) -> Tensor:
+    """(B, H, C, E): the values of the parts, averaged with weights (B, H, C, L)."""
     B, H, C, L = weights.shape
-    lengths = [part.size(2) for part in values]
-    grouped = weights.to(values[0].dtype).view(B, values[0].size(1), -1, L).split(lengths, -1)
-    return sum(w @ part for w, part in zip(grouped, values, strict=True)).view(B, H, C, -1)
+    values = parts[0].values
+    grouped = weights.to(values.dtype).view(B, values.size(1), -1, L)
+    grouped = grouped.split([part.values.size(2) for part in parts], -1)
+    averages = [
+        w @ part.values
+        if part.value_uses is None
+        else SharedProduct.apply(w, part.values, part.value_uses, False)
+        for w, part in zip(grouped, parts, strict=True)
+    ]
+    return sum(averages).view(B, H, C, -1)
 
 
 def _causal_mask(C: int, L: int, device: torch.device) -> Tensor:

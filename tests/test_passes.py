@@ -23,10 +23,11 @@ from batches import (
 )
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 import passes
-from passes import PassCache, PassTokens, attend_over_parts, find_blocks
+from passes import Part, PassCache, PassTokens, attend_over_parts, find_blocks
 
 exact = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -53,7 +54,7 @@ def test_attention_over_parts_is_attention(G, lengths, C, is_padded):
         query, keys.repeat_interleave(H // G, 1), values.repeat_interleave(H // G, 1),
         attn_mask=visible, scale=0.3,
     )  # fmt: skip
-    parts = list(zip(keys.split(lengths, 2), values.split(lengths, 2), strict=True))
+    parts = list(map(Part, keys.split(lengths, 2), values.split(lengths, 2)))
     got = attend_over_parts(query, parts, visible if is_padded else None, 0.0, 0.3)
     assert_close(got, wanted, **exact)
     upstream = torch.randn_like(got)
@@ -70,11 +71,12 @@ def test_attention_with_dropout_has_the_gradient_of_what_it_computed():
 
     def seeded(query, keys, values):
         torch.manual_seed(3)
-        return attend_over_parts(query, [(keys, values)], None, 0.4, 0.5)
+        return attend_over_parts(query, [Part(keys, values)], None, 0.4, 0.5)
 
     with torch.no_grad():
         assert not torch.allclose(
-            seeded(query, keys, values), attend_over_parts(query, [(keys, values)], None, 0.0, 0.5)
+            seeded(query, keys, values),
+            attend_over_parts(query, [Part(keys, values)], None, 0.0, 0.5),
         )
     assert torch.autograd.gradcheck(seeded, (query, keys, values))
 
@@ -83,8 +85,8 @@ def test_attention_with_dropout_is_right_on_average():
     torch.manual_seed(0)
     query, keys, values = (x.detach().repeat(4000, 1, 1, 1) for x in
                            (draw(1, 2, 2, 4), draw(1, 2, 3, 4), draw(1, 2, 3, 4)))  # fmt: skip
-    plain = attend_over_parts(query[:1], [(keys[:1], values[:1])], None, 0.0, 0.5)
-    dropped = attend_over_parts(query, [(keys, values)], None, 0.25, 0.5)
+    plain = attend_over_parts(query[:1], [Part(keys[:1], values[:1])], None, 0.0, 0.5)
+    dropped = attend_over_parts(query, [Part(keys, values)], None, 0.25, 0.5)
     error = dropped.std(0) / 4000**0.5
     assert ((dropped.mean(0) - plain[0]).abs() < 5 * error + 1e-12).all()
 
@@ -115,7 +117,7 @@ def test_a_single_block_drops_what_attention_over_parts_drops():
     query, keys, values = draw(2, 4, 5, 3), draw(2, 2, 5, 3), draw(2, 2, 5, 3)
     got = attend_seeded_in_blocks(None)(query, keys, values)
     torch.manual_seed(3)
-    assert_close(got, attend_over_parts(query, [(keys, values)], None, 0.4, 0.5), **exact)
+    assert_close(got, attend_over_parts(query, [Part(keys, values)], None, 0.4, 0.5), **exact)
 
 
 def test_attention_in_blocks_keeps_a_byte_for_each_weight():
@@ -151,6 +153,29 @@ def test_attention_in_blocks_matches_recompute(tiny_model, family, monkeypatch):
     monkeypatch.setattr(passes, "BLOCK_WEIGHTS", 128)
     assert_matches_oracle(base, batch)
     assert sizes[:3] == [(2, 4)] * 3 and {(1, 4), (1, 2)} <= set(sizes)
+
+
+@families
+def test_keys_of_a_question_take_one_product_for_the_gradients_of_all_passes(tiny_model, family):
+    base = tiny_model(family)
+    num_columns = 10  # of the first pass, and of no other nor of all later ones together
+
+    class CountProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **kwargs or {})
+            if func is torch.ops.aten.bmm.default and output.size(1) == num_columns:
+                counts[-1] += 1
+            return output
+
+    counts = []
+    for num_latents in (1, 3, 5):
+        rows = [make_row(random.Random(seed), num_columns - 1, num_latents, 3) for seed in (0, 1)]
+        loss = wrap(base)(**lay_out(rows, [make_labels(row) for row in rows])).loss
+        counts.append(0)
+        with CountProducts():
+            loss.backward()
+    assert counts[0] >= 2 * len(find_blocks(base))
+    assert counts == counts[:1] * 3
 
 
 def test_sliding_windows_are_left_to_the_model():
@@ -233,7 +258,7 @@ def test_buffers_hold_the_keys_of_the_columns_and_rows_that_are_kept(monkeypatch
             packed = [cache.pack(states.transpose(1, 2)).transpose(1, 2) for states in rows]
             cache.update(*packed, layer)
             expected[layer] = torch.cat([expected[layer], rows], 3)
-            ((keys, values),) = cache.parts[layer]
+            ((keys, values, *_),) = cache.parts[layer]
             assert_close(torch.stack([keys, values]), expected[layer], rtol=0, atol=0)
 
     read(4, mask[:, :4], mask[:, :4].flatten().nonzero().squeeze(1))
