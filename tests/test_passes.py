@@ -292,6 +292,28 @@ def test_keys_are_copied_only_when_the_buffer_is_full(monkeypatch):
     assert was_copied == [i in (3, 7) for i in range(8)]
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_spare_columns_of_a_buffer_change_no_result(monkeypatch, is_padded):
+    monkeypatch.setattr(passes, "BUFFER_GROWTH", 3)
+    torch.manual_seed(0)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]) if is_padded else None
+    with torch.no_grad():
+        cache = PassCache()
+        for columns, stop in ((4, 4), (2, 6)):
+            cache.begin_pass((2, columns), mask[:, :stop] if is_padded else None, PassTokens())
+            cache.update(*torch.randn(2, 1, 2, 2 * columns, 8), 0)
+            parts, visible = cache.with_spare_columns(0)
+            num_columns = parts[0].keys.size(2)
+            assert num_columns == 7 and parts[0].keys.is_contiguous()
+            assert not parts[0].keys[:, :, stop:].any() and not parts[0].values[:, :, stop:].any()
+            parts[0].keys[:, :, stop:] = 9  # as of an answer that was read before
+            parts[0].values[:, :, stop:] = 9
+            query = torch.randn(2, 4, columns, 8)
+            got = attend_over_parts(query, parts, visible, 0.0, 0.3)
+            assert_close(got, attend_over_parts(query, cache.parts[0], cache.visible, 0.0, 0.3))
+            parts[0].keys[:, :, stop:] = parts[0].values[:, :, stop:] = 0
+
+
 @pytest.mark.parametrize("V", [1, 16, 37, 64])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_the_vocabulary_in_blocks_has_the_same_largest_logit(monkeypatch, V, has_bias):
