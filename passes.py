@@ -37,6 +37,7 @@ from layers import (
     draw_kept,
     is_checkpointed,
     is_compiled,
+    linear,
     refuse_second_order,
 )
 from layers import dropout as drop
@@ -197,7 +198,7 @@ def argmax_tokens(head: nn.Module, hidden_states: Tensor) -> Tensor:
     if not is_table or hidden_states.is_cuda or torch.is_autocast_enabled("cpu"):
         # Torch's argmax takes five times as long in bf16.
         return head(hidden_states).max(-1).indices
-    logits_of = (F.linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
+    logits_of = (linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
     values, tokens = map(torch.stack, zip(*(logits.max(-1) for logits in logits_of), strict=True))
     best = values.argmax(0, keepdim=True)  # (1, B), a block each
     return (tokens.gather(0, best) + best * VOCABULARY_BLOCK)[0]

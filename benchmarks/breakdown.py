@@ -29,7 +29,7 @@ from benchmarks.common import (
 from benchmarks.contenders import train_step
 from benchmarks.train_step import WARM_UP
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise")
 MATRICES, NARROW = "matrices, many columns", "matrices, one column per record"
 LOGITS, SUMS = "logits and cross-entropy", "sums of the passes' weight gradients"
 EMBEDDING, ACTIVATION = "gradient of the tied embedding", "activation of the MLP"

@@ -216,6 +216,57 @@ def test_the_fused_activation_is_gelu_new(tiny_model):
 # --- Cross-entropy ----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def onednn(monkeypatch):
+    """oneDNN multiplies fp32 matrices, whatever the processor; its calls, which grow."""
+    calls = []
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def counted(x, *rest):
+        calls.append(x.shape)
+        return multiply(x, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn._linear_pointwise, "default", counted)
+    monkeypatch.setattr(layers, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(layers, "MIN_ONEDNN_SIZE", 8 * 7 * 5)
+    return calls
+
+
+def test_products_by_onednn_are_products(onednn):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 7, 5), torch.randn(8, 5), torch.randn(8)
+    columns = torch.randn(5, 8), torch.randn(5, 7)  # transposed, as for weight gradients
+    assert_close(layers.linear(x, weight), x @ weight.t())
+    assert_close(layers.linear(x, weight, bias), x @ weight.t() + bias)
+    assert_close(layers.linear(columns[1].t(), columns[0].t()), columns[1].t() @ columns[0])
+    assert len(onednn) == 3
+    # Small ones, and other precisions, stay with torch.
+    assert_close(layers.linear(x[0, :6], weight), x[0, :6] @ weight.t())
+    assert_close(layers.linear(x.double(), weight.double()), x.double() @ weight.double().t())
+    assert layers.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    assert len(onednn) == 3
+
+
+@families
+def test_a_model_in_fp32_is_multiplied_by_onednn_to_rounding(tiny_model, family, onednn):
+    base = tiny_model(family).float()
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    loss, *_ = oracle.batch_loss(base, **batch, **settings_of())
+    wanted = torch.autograd.grad(loss, list(base.parameters()))
+    model = wrap(base)
+    ours = model(**batch).loss
+    gradients = torch.autograd.grad(ours, list(base.parameters()))
+    assert_close(ours, loss)
+    for one, other in zip(gradients, wanted, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
+    in_training = len(onednn)
+    with torch.no_grad():
+        assert_close(model(**batch).loss, loss.detach())
+    # A weight of a layer takes part in the product, its input's gradient and its own.
+    assert 0 < len(onednn) - in_training < in_training / 2
+
+
 @pytest.mark.parametrize("block", [1, 40, 10**6])
 @pytest.mark.parametrize("N", [0, 1, 7])
 def test_cross_entropy_in_blocks_is_cross_entropy(monkeypatch, block, N):
