@@ -304,12 +304,10 @@ class PassCache(Cache):
         begin, stop = self.num_seen - self.num_columns, self.num_seen
         buffers = self.buffers.get(layer_idx)
         if buffers is None or stop > buffers[0].size(2):
-            shapes = [(*x.shape[:2], stop + BUFFER_GROWTH, x.size(3)) for x in new]
             # Zeros, because attention multiplies spare columns by weights of 0.
-            larger = tuple(x.new_zeros(shape) for x, shape in zip(new, shapes, strict=True))
-            for target, source in zip(larger, buffers or (), strict=False):
-                target[:, :, :begin] = source[:, :, :begin]
-            buffers = self.buffers[layer_idx] = larger
+            spare = (0, 0, 0, stop + BUFFER_GROWTH - begin)
+            buffers = tuple(F.pad(x[:, :, :begin], spare) for x in buffers or new)
+            self.buffers[layer_idx] = buffers
         for buffer, states in zip(buffers, new, strict=True):
             buffer[:, :, begin:stop] = states
         self.parts[layer_idx] = [Part(*(buffer[:, :, :stop] for buffer in buffers))]
@@ -442,7 +440,8 @@ def _attend(
     cache, parts = key, key.parts[module.layer_idx]
     if cache.stops_at_keys:
         raise _KeysAreKept
-    query = cache.unpack(query.transpose(1, 2)).transpose(1, 2)  # (B, H, C, E)
+    dtype = parts[0].keys.dtype
+    query = cache.unpack(query.transpose(1, 2)).transpose(1, 2).to(dtype)  # (B, H, C, E)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     is_first = query.size(2) == cache.num_seen
     if len(parts) > 1 or not (is_first or query.is_cuda):
@@ -451,7 +450,7 @@ def _attend(
         if not cache.has_gradients:
             parts, visible = cache.with_spare_columns(module.layer_idx)
         attended = attend_over_parts(query, parts, visible, dropout, scaling)
-    elif query.device.type != "cpu" or dropout == 0:
+    elif query.device.type != "cpu" or (dropout == 0 and dtype != torch.bfloat16):
         attended = _attend_by_kernel(query, *parts[0][:2], cache.visible, dropout, scaling)
     else:
         attended = _AttendInBlocks.apply(query, *parts[0][:2], cache.visible, dropout, scaling)
@@ -479,25 +478,27 @@ def _attend_by_kernel(
 
 
 class _AttendInBlocks(torch.autograd.Function):
-    """Attention of a first pass with dropout on the CPU: (B, H, C, E).
+    """Attention of a first pass on the CPU: (B, H, C, E).
 
-    No CPU kernel has dropout, and autograd would keep two matrices of C x C in fp32 per head. This
-    keeps what was dropped, a byte for each weight, and computes the weights again, block by block,
-    so that what is made on the way stays in a core's cache. A block skips the keys after it.
+    No CPU kernel has dropout, torch's takes three times as long in bf16, and autograd would keep
+    two matrices of C x C in fp32 per head. This keeps what was dropped, a byte for each weight, and
+    computes the weights again, block by block, so that what is made on the way stays in a core's
+    cache. A block skips the keys after it.
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, query, keys, values, visible, dropout, scaling):
         ctx.scaling, masks, attended = scaling, [], torch.empty_like(query)
-        for rows, columns in _blocks(query):
-            may_see = _visible_block(visible, rows, columns)
+        for rows, columns, may_see in _blocks(query, visible):
             part = Part(keys[rows, :, : columns.stop], values[rows, :, : columns.stop])
             weights = _attention_weights(query[rows, :, columns], [part], may_see, scaling)
-            mask, ctx.dropout_scale = draw_kept(weights, dropout)
+            mask = None
+            if dropout > 0:
+                mask, ctx.dropout_scale = draw_kept(weights, dropout)
+                weights.mul_(mask).mul_(ctx.dropout_scale)
             masks.append(mask)
-            dropped = weights.mul_(mask).mul_(ctx.dropout_scale)
-            attended[rows, :, columns] = _average(dropped, [part])
+            attended[rows, :, columns] = _average(weights, [part])
         ctx.save_for_backward(query, keys, values, visible, *masks)
         return attended
 
@@ -514,16 +515,17 @@ class _AttendInBlocks(torch.autograd.Function):
             """(B, H, ...) -> (B, G, H / G, ...) as matrices: (B, G, rows, ...)."""
             return x.reshape(x.size(0), G, -1, x.size(-1))
 
-        for (rows, columns), mask in zip(_blocks(query), masks, strict=True):
-            may_see = _visible_block(visible, rows, columns)
+        for (rows, columns, may_see), mask in zip(_blocks(query, visible), masks, strict=True):
             before = rows, slice(None), slice(columns.stop)
             queries, part = query[rows, :, columns], Part(keys[before], values[before])
             weights = _attention_weights(queries, [part], may_see, ctx.scaling)
             upstream = grouped(gradient[rows, :, columns])
-            dropped = grouped((weights * mask).mul_(ctx.dropout_scale)).to(values.dtype)
-            values_grad[before] += dropped.transpose(2, 3) @ upstream
             weights_grad = (upstream @ part.values.transpose(2, 3)).view(weights.shape)
-            weights_grad = (weights_grad.to(weights.dtype) * mask).mul_(ctx.dropout_scale)
+            weights_grad, dropped = weights_grad.to(weights.dtype), weights
+            if mask is not None:
+                weights_grad = (weights_grad * mask).mul_(ctx.dropout_scale)
+                dropped = (weights * mask).mul_(ctx.dropout_scale)
+            values_grad[before] += grouped(dropped).to(values.dtype).transpose(2, 3) @ upstream
             scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
             scores_grad = grouped(scores_grad.mul_(ctx.scaling)).to(keys.dtype)
             query_grad[rows, :, columns] = (scores_grad @ part.keys).view(queries.shape)
@@ -531,19 +533,16 @@ class _AttendInBlocks(torch.autograd.Function):
         return query_grad, keys_grad, values_grad, None, None, None
 
 
-def _blocks(query: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the queries of a first pass (B, H, C, E), a block at a time."""
+def _blocks(query: Tensor, visible: Tensor | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Rows and columns of a first pass's queries (B, H, C, E), and what they see of keys so far."""
     B, H, C, _ = query.shape
     for begin in range(0, C, QUERY_CHUNK):
-        stop = min(begin + QUERY_CHUNK, C)
-        num_rows = max(BLOCK_WEIGHTS // (H * (stop - begin) * stop), 1)
+        columns = slice(begin, min(begin + QUERY_CHUNK, C))
+        num_rows = max(BLOCK_WEIGHTS // (H * (columns.stop - begin) * columns.stop), 1)
         for row in range(0, B, num_rows):
-            yield slice(row, row + num_rows), slice(begin, stop)
-
-
-def _visible_block(visible: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
-    """What a block of queries sees of the keys up to its last column."""
-    return None if visible is None else visible[rows, :, columns, : columns.stop]
+            rows = slice(row, row + num_rows)
+            may_see = None if visible is None else visible[rows, :, columns, : columns.stop]
+            yield rows, columns, may_see
 
 
 def attend_over_parts(
@@ -566,7 +565,7 @@ def _attention_weights(
     B, H, C, E = query.shape
     # The H / G query heads that share a key head act as additional queries of it.
     keys = parts[0].keys
-    grouped = (query * scaling).to(keys.dtype).reshape(B, keys.size(1), -1, E)
+    grouped = (query * scaling).reshape(B, keys.size(1), -1, E)
     scores = [
         grouped @ part.keys.transpose(2, 3)
         if part.key_uses is None

@@ -91,17 +91,20 @@ def test_attention_with_dropout_is_right_on_average():
     assert ((dropped.mean(0) - plain[0]).abs() < 5 * error + 1e-12).all()
 
 
-def attend_seeded_in_blocks(visible):
+def attend_seeded_in_blocks(visible, dropout=0.4):
     def attend(query, keys, values):
         torch.manual_seed(3)
-        return passes._AttendInBlocks.apply(query, keys, values, visible, 0.4, 0.5)
+        return passes._AttendInBlocks.apply(query, keys, values, visible, dropout, 0.5)
 
     return attend
 
 
 @pytest.mark.parametrize("G", [4, 2, 1])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_attention_in_blocks_has_the_gradient_of_what_it_computed(monkeypatch, G, is_padded):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_attention_in_blocks_has_the_gradient_of_what_it_computed(
+    monkeypatch, G, is_padded, dropout
+):
     monkeypatch.setattr(passes, "QUERY_CHUNK", 2)
     monkeypatch.setattr(passes, "BLOCK_WEIGHTS", 32)  # both rows together at first, then one by one
     visible = None
@@ -110,14 +113,31 @@ def test_attention_in_blocks_has_the_gradient_of_what_it_computed(monkeypatch, G
         visible = (is_token[:, None] & torch.ones(5, 5, dtype=torch.bool).tril())[:, None]
         visible = visible | torch.eye(5, dtype=torch.bool)
     inputs = draw(2, 4, 5, 3), draw(2, G, 5, 3), draw(2, G, 5, 3)
-    assert torch.autograd.gradcheck(attend_seeded_in_blocks(visible), inputs)
+    assert torch.autograd.gradcheck(attend_seeded_in_blocks(visible, dropout), inputs)
 
 
-def test_a_single_block_drops_what_attention_over_parts_drops():
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_single_block_computes_what_attention_over_parts_computes(dropout):
     query, keys, values = draw(2, 4, 5, 3), draw(2, 2, 5, 3), draw(2, 2, 5, 3)
-    got = attend_seeded_in_blocks(None)(query, keys, values)
+    got = attend_seeded_in_blocks(None, dropout)(query, keys, values)
     torch.manual_seed(3)
-    assert_close(got, attend_over_parts(query, [Part(keys, values)], None, 0.4, 0.5), **exact)
+    assert_close(got, attend_over_parts(query, [Part(keys, values)], None, dropout, 0.5), **exact)
+
+
+@families
+def test_in_bf16_a_cpu_attends_in_blocks(tiny_model, family, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("torch's kernel is slow here")
+
+    base = tiny_model(family).float().eval()
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    wanted = wrap(base)(**batch).loss
+    monkeypatch.setattr(passes, "_attend_by_kernel", refuse)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(wrap(base)(**batch).loss, wanted, rtol=0.05, atol=0)
+    with pytest.raises(AssertionError, match="slow"):
+        wrap(base)(**batch)
 
 
 def test_attention_in_blocks_keeps_a_byte_for_each_weight():
@@ -138,10 +158,10 @@ def test_attention_in_blocks_matches_recompute(tiny_model, family, monkeypatch):
     sizes = []
     whole = passes._blocks
 
-    def spied(query):
-        for rows, columns in whole(query):
+    def spied(*inputs):
+        for rows, columns, may_see in whole(*inputs):
             sizes.append((rows.stop - rows.start, columns.stop - columns.start))
-            yield rows, columns
+            yield rows, columns, may_see
 
     for module in base.modules():
         if hasattr(module, "attn_dropout"):
