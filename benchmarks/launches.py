@@ -33,6 +33,8 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import layers
+import passes
 from benchmarks import arithmetic
 from benchmarks.common import (
     LLAMA,
@@ -100,10 +102,13 @@ def dispatching_as_on_a_gpu() -> Iterator[None]:
     def dropout(x: Tensor, p: float) -> Tensor:
         return torch.native_dropout(x, p, True)[0]
 
+    by_kernel = passes._attend_by_kernel
     with (
-        mock.patch("layers.dropout", dropout),
-        mock.patch("passes.drop", dropout),
-        mock.patch.dict("layers.LOGITS_BLOCK") as block,
+        mock.patch.object(layers, "dropout", dropout),
+        mock.patch.object(passes, "drop", dropout),
+        mock.patch.object(passes._AttendInBlocks, "apply", by_kernel),
+        mock.patch.object(layers, "prefers_onednn", lambda: False),
+        mock.patch.dict(layers.LOGITS_BLOCK) as block,
     ):
         block["cpu"] = block["gpu"]
         yield

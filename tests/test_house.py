@@ -21,7 +21,15 @@ MODULES = TOP + [f"engine.{name}" for name in ENGINE]
 FOLDERS = {
     "analysis": {"coconut", "dataset", "engine", "utils", "preprocessing.graphs"},
     "scripts": {"analysis", "coconut", "dataset", "engine", "utils"},
-    "benchmarks": {"analysis.tables", "coconut", "dataset", "engine", "utils"},
+    "benchmarks": {
+        "analysis.tables",
+        "coconut",
+        "dataset",
+        "engine",
+        "layers",
+        "passes",
+        "utils",
+    },
     # Data are prepared without the rest of the repository.
     "preprocessing": {"preprocessing.common", "preprocessing.graphs"},
     "assets": {"preprocessing.common"},
