@@ -217,17 +217,27 @@ def _pair_cells(
     if d.n < MIN_PAIRS_FOR_SIGN_TEST:
         sign = f"n < {MIN_PAIRS_FOR_SIGN_TEST}: cannot reach 5 %"
     return (
-        f"{d.mean:+.{outcome.digits}f}",
-        _interval(d),
+        f"{d.mean:+z.{outcome.digits}f}",
+        _interval(d, _possible_differences(outcome)),
         f"{d.n} ({pair.num_higher}, {pair.num_lower})",
         _show_p(t_p),
         sign,
-        _show(pair.detectable, outcome),
+        "one seed" if pair.detectable is None else _show_detectable(pair.detectable, outcome),
     )
 
 
 def _show(value: float | None, outcome: Outcome) -> str:
-    return "one seed" if value is None else f"{value:.{outcome.digits}f}"
+    return "one seed" if value is None else f"{value:z.{outcome.digits}f}"
+
+
+def _possible_differences(outcome: Outcome) -> tuple[float, float]:
+    return (-100, 100) if outcome.unit == "%" else (-inf, inf)
+
+
+def _show_detectable(difference: float, outcome: Outcome) -> str:
+    """The smallest difference that would be detected, unless no pair could differ so much."""
+    largest = _possible_differences(outcome)[1]
+    return f"over {largest}" if difference > largest else f"{difference:.{outcome.digits}f}"
 
 
 def _show_p(p: float | None) -> str:
@@ -240,7 +250,7 @@ def _interval(summary: Summary, possible: tuple[float, float] = (-inf, inf)) -> 
     """The interval, as far as values are `possible`."""
     if summary.low is None:
         return "one seed"
-    return f"{max(summary.low, possible[0]):.1f} to {min(summary.high, possible[1]):.1f}"
+    return f"{max(summary.low, possible[0]):z.1f} to {min(summary.high, possible[1]):z.1f}"
 
 
 def describe_comparison(comparison: Comparison) -> str:
@@ -264,11 +274,12 @@ def _in_words(comparison: Comparison, outcome: Outcome, paired: dict[str, Paired
     differ, same, untested, detectable = [], [], [], []
     for arm, pair in paired.items():
         d, p = pair.difference, adjusted[arm]
-        shown = f"{arm} {d.mean:+.1f}"
+        shown = f"{arm} {d.mean:+z.1f}"
         if d.n == 1 or pair.t_p is None:
             untested.append(f"{shown} on {'one seed' if d.n == 1 else f'each of {d.n} seeds'}")
             continue
-        shown = f"{shown} ({d.low:+.1f} to {d.high:+.1f}"
+        low, high = _possible_differences(outcome)
+        shown = f"{shown} ({max(d.low, low):+z.1f} to {min(d.high, high):+z.1f}"
         if p < 0.05:
             differ.append(f"{shown}, p {_describe_p(p)})")
         else:
@@ -278,7 +289,7 @@ def _in_words(comparison: Comparison, outcome: Outcome, paired: dict[str, Paired
     if differ:
         parts.append(f"a difference at 5 % for {', '.join(differ)}")
     if same:
-        ends = (f"{x:.1f}" for x in (min(detectable), max(detectable)))
+        ends = (_show_detectable(x, outcome) for x in (min(detectable), max(detectable)))
         span = " to ".join(dict.fromkeys(ends))
         parts.append(
             f"no difference shown for {', '.join(same)}, where a difference of {span} {unit} would"

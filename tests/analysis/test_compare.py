@@ -105,6 +105,18 @@ def test_few_pairs_are_reported_as_too_few_for_the_sign_test(folder):
     assert cells((folder / "README.md").read_text(), "m3")[0][9] == "n < 6: cannot reach 5 %"
 
 
+def test_differences_end_at_100_points_and_none_is_minus_zero(tmp_path):
+    for seed, (m1, m3) in enumerate([(0.1, 0.9), (0.9, 0.1)]):
+        write_result(tmp_path, make_run("m1", seed, m1))
+        write_result(tmp_path, make_run("m3", seed, m3 - 1e-6))
+    compare.main([str(tmp_path)])
+    page = (tmp_path / "README.md").read_text()
+    row = cells(page, "m3")[0]
+    assert row[5:7] == ["+0.0", "-100.0 to 100.0"]
+    assert row[10] == "over 100"
+    assert "m3 +0.0 (-100.0 to +100.0), where a difference of over 100 points" in page
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
