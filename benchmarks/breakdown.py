@@ -119,7 +119,7 @@ def rows_of(
     totals: dict[str, list[float]] = {}
     for event in profiler.key_averages(group_by_input_shape=True):
         # On a GPU a kernel's time is reported twice: with the operation and on its own.
-        if event.key.startswith("aten::"):
+        if event.key.startswith(("aten::", "mkldnn::")):
             on_gpu = device.type == "cuda"
             self_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             kind = kind_of(event.key, event.input_shapes, sizes)
