@@ -29,16 +29,8 @@ from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from layers import cross_entropy, deferred_weight_gradients, is_checkpointed, prepare
-from passes import (
-    PassCache,
-    PassTokens,
-    add_starts,
-    argmax_tokens,
-    find_blocks,
-    make_cache,
-    read_pass,
-)
+from layers import argmax_tokens, cross_entropy, deferred_weight_gradients, is_checkpointed, prepare
+from passes import PassCache, PassTokens, add_starts, find_blocks, make_cache, read_pass
 
 IGNORE_INDEX = -100
 WINDOW_SCOPES = ("sequence", "pass")
@@ -265,8 +257,8 @@ class Coconut(nn.Module):
             mask = attention_mask[:, :stop] if is_padded else None
             positions = position_ids[:, begin:stop]
             hidden = read_pass(base, embeds, positions, cache, mask, tokens)
-            recent = hidden[:, -self.latent_window_size :]
-            window = torch.cat([window.to(hidden.dtype), recent], 1)[:, -self.latent_window_size :]
+            latest = hidden[:, -self.latent_window_size :]
+            window = torch.cat([window.to(hidden.dtype), latest], 1)[:, -self.latent_window_size :]
             hidden_passes.append(hidden)
             embeds_passes.append(embeds)
         return torch.cat(hidden_passes, 1), torch.cat(embeds_passes, 1), cache

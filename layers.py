@@ -2,11 +2,11 @@
 
 - `deferred_weight_gradients` computes one product per weight matrix for all passes, once the
   backward pass is done with them, in place of one per pass that reads and writes the whole
-  gradient. Where the head is the embedding table, its rows' gradients are added to the head's. The
-  keys and values of a question, which all later passes read, get theirs the same way.
+  gradient. Where the head is the embedding table, its rows' gradients are added to the head's.
+  Gradients of the first pass's keys and values, which all later passes read, are computed alike.
 - `cross_entropy` keeps the logits alone for its backward pass.
 - On a CPU, dropout keeps one byte per entry, and draws its random bits in words.
-- `linear` multiplies fp32 matrices twice as fast as torch on AMD processors with AVX512.
+- `linear` multiplies fp32 matrices up to twice as fast as torch on AMD processors with AVX512.
 
 `prepare` changes a model's layers; parameters, names and checkpoints stay as they were, and results
 change by rounding at most. Like coconut.py and passes.py this needs torch and transformers alone.
@@ -37,6 +37,8 @@ DEFERRED_ONCE = (
 )
 # Multiply-adds from which oneDNN's call costs less than it saves.
 MIN_ONEDNN_SIZE = 2**20
+# Rows of the head's table that the CPU multiplies at once, so that they stay in its caches.
+VOCABULARY_BLOCK = 1024
 # The probability of an entry to be dropped is a multiple of 1 / DROPOUT_STEPS.
 DROPOUT_STEPS = 2**16
 
@@ -70,7 +72,7 @@ def is_checkpointed(model: PreTrainedModel) -> bool:
     return getattr(model.base_model, "gradient_checkpointing", False)
 
 
-# --- Products in fp32 -------------------------------------------------------------------------
+# --- Products ---------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,10 +81,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Torch multiplies fp32 matrices by MKL, which leaves AVX512 unused on AMD processors; oneDNN,
     which torch brings as well, uses it.
     """
+    if not uses_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    # It would read a bias of any other layout as if it were contiguous.
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` multiplies these by oneDNN."""
     is_fp32 = x.dtype == weight.dtype == torch.float32 and x.is_cpu
-    if is_fp32 and x.numel() * weight.size(0) >= MIN_ONEDNN_SIZE and prefers_onednn():
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    return is_fp32 and x.numel() * weight.size(0) >= MIN_ONEDNN_SIZE and prefers_onednn()
 
 
 @cache
@@ -92,6 +101,19 @@ def prefers_onednn() -> bool:
     has_both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     is_amd = capabilities.get("cpu_name", "").startswith("AMD")
     return has_both and is_amd and capabilities.get("avx512_f", False)
+
+
+def argmax_tokens(head: nn.Module, hidden_states: Tensor) -> Tensor:
+    """(B,) long: the token to which `head` gives the largest logit after each of (B, D) states."""
+    is_table = isinstance(head, nn.Linear) and head.bias is None
+    # Autocast would cast every block again for every token.
+    if not is_table or hidden_states.is_cuda or torch.is_autocast_enabled("cpu"):
+        # Torch's argmax takes five times as long in bf16.
+        return head(hidden_states).max(-1).indices
+    logits_of = (linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
+    values, tokens = map(torch.stack, zip(*(logits.max(-1) for logits in logits_of), strict=True))
+    best = values.argmax(0, keepdim=True)  # (1, B), a block each
+    return (tokens.gather(0, best) + best * VOCABULARY_BLOCK)[0]
 
 
 # --- Cross-entropy ----------------------------------------------------------------------------
@@ -159,7 +181,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def draw_kept(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """A random mask of what dropout keeps of `x`, 1 or 0 in its shape, and the factor for that.
+    """A random mask in the shape of `x`, 1 where dropout keeps an entry, and the factor for those.
 
     Torch draws a number of 32 or 64 bits for each entry, one by one. Sixteen bits are enough: four
     entries share a word, which takes a fifth of the time.
@@ -187,7 +209,8 @@ class _Dropout(nn.Dropout):
 
 @contextmanager
 def deferred_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Passes of `model` within share one product per weight matrix, and for the first one's keys.
+    """Passes of `model` within share the products for their gradients: one per weight matrix, one
+    for the keys of the first pass, and one for its values.
 
     For models that `prepare` changed; without effect where gradients are off, under torch.compile,
     and under activation checkpointing, which would recompute the layers outside this context.
@@ -243,10 +266,10 @@ class _Pending:
         left, right = (gradient.t(), x) if self.is_transposed else (x.t(), gradient)
         if self.weight_grad is None:
             self.weight_grad = linear(left, right.t())
-        elif left.dtype == torch.float32:
+        elif uses_onednn(left, right.t()):
             self.weight_grad += linear(left, right.t())
         else:
-            self.weight_grad.addmm_(left, right)  # rounds once
+            self.weight_grad.addmm_(left, right)
         if self.has_bias:
             bias_grad = gradient.sum(0)
             self.bias_grad = bias_grad if self.bias_grad is None else self.bias_grad + bias_grad

@@ -8,9 +8,9 @@ at most:
   (B, C, D). Attention puts them back into rows. The keys of the first pass stay one tensor that
   all later passes read; concatenating them again in each pass would keep K + 1 copies.
 - The last block computes no more than keys and values for tokens whose states nobody needs.
-- On a CPU, attention with dropout is computed in blocks, and again in the backward pass.
+- On a CPU, attention with dropout or in bf16 is computed in blocks, and again in the backward pass.
 - Without gradients `PassCache` writes new keys into buffers with spare columns, one for every token
-  of an answer, and drops finished rows. `argmax_tokens` scores the vocabulary in blocks.
+  of an answer, and drops finished rows.
 
 Like coconut.py, which defines what a thought is, this needs torch and transformers alone, with
 layers.py.
@@ -37,13 +37,12 @@ from layers import (
     draw_kept,
     is_checkpointed,
     is_compiled,
-    linear,
     refuse_second_order,
 )
 from layers import dropout as drop
 
 ATTENTION = "coconut_passes"
-# Queries of a first pass per chunk on the CPU, where no kernel applies: each chunk skips the keys
+# Queries of a first pass per block on the CPU, where no kernel is taken: each block skips the keys
 # after it, so smaller chunks compute less that is masked, and larger ones need fewer calls.
 QUERY_CHUNK = 96
 # Attention weights of a first pass that the CPU computes at once, so that they stay in its caches.
@@ -54,8 +53,6 @@ BLOCK_WEIGHTS = 2**19
 MIN_UNNEEDED_SHARE = 0.5
 # Columns by which the buffers of keys and values grow.
 BUFFER_GROWTH = 64
-# Rows of the head's table that the CPU multiplies at once, so that they stay in its caches.
-VOCABULARY_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -191,19 +188,6 @@ def add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
     return sorted(starts + free[len(free) - missing :])
 
 
-def argmax_tokens(head: nn.Module, hidden_states: Tensor) -> Tensor:
-    """(B,) long: the token to which `head` gives the largest logit after each of (B, D) states."""
-    is_table = isinstance(head, nn.Linear) and head.bias is None
-    # Autocast would cast every block again for every token.
-    if not is_table or hidden_states.is_cuda or torch.is_autocast_enabled("cpu"):
-        # Torch's argmax takes five times as long in bf16.
-        return head(hidden_states).max(-1).indices
-    logits_of = (linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
-    values, tokens = map(torch.stack, zip(*(logits.max(-1) for logits in logits_of), strict=True))
-    best = values.argmax(0, keepdim=True)  # (1, B), a block each
-    return (tokens.gather(0, best) + best * VOCABULARY_BLOCK)[0]
-
-
 # --- Passes without padding -------------------------------------------------------------------
 
 
@@ -304,7 +288,7 @@ class PassCache(Cache):
         begin, stop = self.num_seen - self.num_columns, self.num_seen
         buffers = self.buffers.get(layer_idx)
         if buffers is None or stop > buffers[0].size(2):
-            # Zeros, because attention multiplies spare columns by weights of 0.
+            # Zeros, because attention multiplies spare columns by 0, which must not make NaN.
             spare = (0, 0, 0, stop + BUFFER_GROWTH - begin)
             buffers = tuple(F.pad(x[:, :, :begin], spare) for x in buffers or new)
             self.buffers[layer_idx] = buffers
@@ -315,7 +299,7 @@ class PassCache(Cache):
     def with_spare_columns(self, layer_idx: int) -> tuple[list[Part], Tensor]:
         """A layer's whole buffers, and what the pass may see of them: (B or 1, 1, C, columns).
 
-        Before a product in bf16 on a CPU, torch copies keys and values that are a slice.
+        On a CPU a product reads whole buffers faster than a slice, which torch copies in bf16.
         """
         buffers, visible = self.buffers[layer_idx], self.visible
         if visible is None:
@@ -345,6 +329,8 @@ class PassCache(Cache):
         """Keep only the first `num_columns` columns; must be without gradients."""
         assert not self.has_gradients
         self.num_seen = num_columns
+        for keys, values in self.buffers.values():
+            keys[:, :, num_columns:] = values[:, :, num_columns:] = 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (B',) long; must be without gradients."""
@@ -480,7 +466,7 @@ def _attend_by_kernel(
 class _AttendInBlocks(torch.autograd.Function):
     """Attention of a first pass on the CPU: (B, H, C, E).
 
-    No CPU kernel has dropout, torch's takes three times as long in bf16, and autograd would keep
+    No CPU kernel has dropout, torch's takes twice as long in bf16, and autograd would keep
     two matrices of C x C in fp32 per head. This keeps what was dropped, a byte for each weight, and
     computes the weights again, block by block, so that what is made on the way stays in a core's
     cache. A block skips the keys after it.
@@ -505,10 +491,12 @@ class _AttendInBlocks(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient):
-        refuse_second_order("attention with dropout on the CPU cannot be differentiated again")
+        refuse_second_order("attention in blocks on the CPU cannot be differentiated again")
         query, keys, values, visible, *masks = ctx.saved_tensors
         query_grad = torch.empty_like(query)
-        keys_grad, values_grad = torch.zeros_like(keys), torch.zeros_like(values)
+        # Summed in fp32, or the blocks' sums would be rounded to bf16 one by one.
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        keys_grad, values_grad = (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
         G = keys.size(1)
 
         def grouped(x):
@@ -530,7 +518,7 @@ class _AttendInBlocks(torch.autograd.Function):
             scores_grad = grouped(scores_grad.mul_(ctx.scaling)).to(keys.dtype)
             query_grad[rows, :, columns] = (scores_grad @ part.keys).view(queries.shape)
             keys_grad[before] += scores_grad.transpose(2, 3) @ grouped(queries)
-        return query_grad, keys_grad, values_grad, None, None, None
+        return query_grad, keys_grad.to(keys), values_grad.to(values), None, None, None
 
 
 def _blocks(query: Tensor, visible: Tensor | None) -> Iterator[tuple[slice, slice, Tensor | None]]:

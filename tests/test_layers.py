@@ -238,13 +238,17 @@ def test_products_by_onednn_are_products(onednn):
     columns = torch.randn(5, 8), torch.randn(5, 7)  # transposed, as for weight gradients
     assert_close(layers.linear(x, weight), x @ weight.t())
     assert_close(layers.linear(x, weight, bias), x @ weight.t() + bias)
+    strided = torch.randn(16)[::2]
+    assert_close(layers.linear(x, weight, strided), x @ weight.t() + strided)
+    wide = torch.randn(8, 10)[:, ::2]
+    assert_close(layers.linear(x[:1].expand(2, 7, 5), wide), x[:1].expand(2, 7, 5) @ wide.t())
     assert_close(layers.linear(columns[1].t(), columns[0].t()), columns[1].t() @ columns[0])
-    assert len(onednn) == 3
+    assert len(onednn) == 5
     # Small ones, and other precisions, stay with torch.
     assert_close(layers.linear(x[0, :6], weight), x[0, :6] @ weight.t())
     assert_close(layers.linear(x.double(), weight.double()), x.double() @ weight.double().t())
     assert layers.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
-    assert len(onednn) == 3
+    assert len(onednn) == 5
 
 
 @families
@@ -265,6 +269,24 @@ def test_a_model_in_fp32_is_multiplied_by_onednn_to_rounding(tiny_model, family,
         assert_close(model(**batch).loss, loss.detach())
     # A weight of a layer takes part in the product, its input's gradient and its own.
     assert 0 < len(onednn) - in_training < in_training / 2
+
+
+@pytest.mark.parametrize("V", [1, 16, 37, 64])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_vocabulary_in_blocks_has_the_same_largest_logit(monkeypatch, V, has_bias):
+    monkeypatch.setattr(layers, "VOCABULARY_BLOCK", 16)
+    torch.manual_seed(V)
+    head = torch.nn.Linear(5, V, bias=has_bias, dtype=torch.float64)
+    states = torch.randn(50, 5, dtype=torch.float64)
+    logits = states @ head.weight.T + (head.bias if has_bias else 0)
+    assert layers.argmax_tokens(head, states).tolist() == logits.argmax(1).tolist()
+
+
+def test_of_equal_logits_the_first_token_wins(monkeypatch):
+    monkeypatch.setattr(layers, "VOCABULARY_BLOCK", 3)
+    head = torch.nn.Linear(2, 8, bias=False)
+    torch.nn.init.ones_(head.weight)
+    assert layers.argmax_tokens(head, torch.tensor([[1.0, 2.0], [-1.0, 0.5]])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("block", [1, 40, 10**6])

@@ -132,12 +132,30 @@ def test_in_bf16_a_cpu_attends_in_blocks(tiny_model, family, monkeypatch):
     base = tiny_model(family).float().eval()
     rows = ragged_rows()
     batch = lay_out(rows, [make_labels(row) for row in rows])
-    wanted = wrap(base)(**batch).loss
     monkeypatch.setattr(passes, "_attend_by_kernel", refuse)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(wrap(base)(**batch).loss, wanted, rtol=0.05, atol=0)
+        wrap(base)(**batch).loss.backward()
     with pytest.raises(AssertionError, match="slow"):
         wrap(base)(**batch)
+
+
+@pytest.mark.parametrize("G", [4, 2])
+def test_attention_in_blocks_in_bf16_rounds_its_gradients_once(monkeypatch, G):
+    """Sums over many blocks lose no more than the products themselves do."""
+    monkeypatch.setattr(passes, "QUERY_CHUNK", 4)
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, 256, 8).bfloat16().requires_grad_() for heads in (4, G, G)]
+    got = passes._AttendInBlocks.apply(*inputs, None, 0.0, 0.3)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    query, *others = exact_inputs
+    keys, values = (x.repeat_interleave(4 // G, 1) for x in others)
+    wanted = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=0.3)
+    upstream = torch.randn(2, 4, 256, 8).bfloat16()
+    ours = torch.autograd.grad(got, inputs, upstream)
+    theirs = torch.autograd.grad(wanted, exact_inputs, upstream.double())
+    for one, other in zip((got, *ours), (wanted, *theirs), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).norm() < 0.005 * other.norm()
 
 
 def test_attention_in_blocks_keeps_a_byte_for_each_weight():
@@ -319,6 +337,10 @@ def test_spare_columns_of_a_buffer_change_no_result(monkeypatch, is_padded):
     mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]) if is_padded else None
     with torch.no_grad():
         cache = PassCache()
+        # An answer that overflowed is read first, and its columns are cut off again.
+        cache.begin_pass((2, 4), mask[:, :4] if is_padded else None, PassTokens())
+        cache.update(*torch.full((2, 1, 2, 8, 8), torch.inf), 0)
+        cache.truncate(0)
         for columns, stop in ((4, 4), (2, 6)):
             cache.begin_pass((2, columns), mask[:, :stop] if is_padded else None, PassTokens())
             cache.update(*torch.randn(2, 1, 2, 2 * columns, 8), 0)
@@ -326,27 +348,6 @@ def test_spare_columns_of_a_buffer_change_no_result(monkeypatch, is_padded):
             num_columns = parts[0].keys.size(2)
             assert num_columns == 7 and parts[0].keys.is_contiguous()
             assert not parts[0].keys[:, :, stop:].any() and not parts[0].values[:, :, stop:].any()
-            parts[0].keys[:, :, stop:] = 9  # as of an answer that was read before
-            parts[0].values[:, :, stop:] = 9
             query = torch.randn(2, 4, columns, 8)
             got = attend_over_parts(query, parts, visible, 0.0, 0.3)
             assert_close(got, attend_over_parts(query, cache.parts[0], cache.visible, 0.0, 0.3))
-            parts[0].keys[:, :, stop:] = parts[0].values[:, :, stop:] = 0
-
-
-@pytest.mark.parametrize("V", [1, 16, 37, 64])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_the_vocabulary_in_blocks_has_the_same_largest_logit(monkeypatch, V, has_bias):
-    monkeypatch.setattr(passes, "VOCABULARY_BLOCK", 16)
-    torch.manual_seed(V)
-    head = torch.nn.Linear(5, V, bias=has_bias, dtype=torch.float64)
-    states = torch.randn(50, 5, dtype=torch.float64)
-    logits = states @ head.weight.T + (head.bias if has_bias else 0)
-    assert passes.argmax_tokens(head, states).tolist() == logits.argmax(1).tolist()
-
-
-def test_of_equal_logits_the_first_token_wins(monkeypatch):
-    monkeypatch.setattr(passes, "VOCABULARY_BLOCK", 3)
-    head = torch.nn.Linear(2, 8, bias=False)
-    torch.nn.init.ones_(head.weight)
-    assert passes.argmax_tokens(head, torch.tensor([[1.0, 2.0], [-1.0, 0.5]])).tolist() == [0, 0]
