@@ -289,15 +289,26 @@ def _in_words(comparison: Comparison, outcome: Outcome, paired: dict[str, Paired
     if differ:
         parts.append(f"a difference at 5 % for {', '.join(differ)}")
     if same:
-        ends = (_show_detectable(x, outcome) for x in (min(detectable), max(detectable)))
-        span = " to ".join(dict.fromkeys(ends))
         parts.append(
-            f"no difference shown for {', '.join(same)}, where a difference of {span} {unit} would"
-            " be detected with 80 % power"
+            f"no difference shown for {', '.join(same)}, where {_detected(detectable, outcome)}"
+            " would be detected with 80 % power"
         )
     if untested:
         parts.append(f"not testable: {', '.join(untested)}")
     return f"difference from {comparison.baseline} in {unit}: {'; '.join(parts)}."
+
+
+def _detected(differences: list[float], outcome: Outcome) -> str:
+    """Which differences would be detected, of those that are possible."""
+    unit = "points" if outcome.unit == "%" else outcome.unit
+    largest = _possible_differences(outcome)[1]
+    ends = dict.fromkeys(f"{x:.1f}" for x in sorted(differences) if x <= largest)
+    if not ends:
+        return f"not even a difference of {largest} {unit}"
+    first, *rest = ends
+    span = f"a difference of {' to '.join([first, *rest[-1:]])} {unit}"
+    some = ", for some arms not even the largest possible," if max(differences) > largest else ""
+    return span + some
 
 
 def _describe_p(p: float) -> str:

@@ -114,7 +114,7 @@ def test_differences_end_at_100_points_and_none_is_minus_zero(tmp_path):
     row = cells(page, "m3")[0]
     assert row[5:7] == ["+0.0", "-100.0 to 100.0"]
     assert row[10] == "over 100"
-    assert "m3 +0.0 (-100.0 to +100.0), where a difference of over 100 points" in page
+    assert "where not even a difference of 100 points would be detected" in page
 
 
 @pytest.mark.parametrize(
