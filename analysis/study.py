@@ -211,6 +211,12 @@ class Study:
             )
         if not runs:
             raise UserError(f"{self.path}: no run has these arms and seeds")
+        known = sorted({seed for block in self.file.plan for seed in block.seeds})
+        if seeds and (unknown := set(seeds) - set(known)):
+            raise UserError(
+                f"--seeds: {min(unknown)} is not a seed of {self.path}; known: {known[0]} to"
+                f" {known[-1]}"
+            )
         return runs
 
     def _group(

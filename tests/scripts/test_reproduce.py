@@ -150,6 +150,11 @@ def test_an_unknown_arm_on_the_command_line_is_named(write, capsys):
     assert "--arms: 'm7' is not an arm" in capsys.readouterr().err
 
 
+def test_an_unknown_seed_on_the_command_line_is_named(write, capsys):
+    assert reproduce.main([str(write()), "--seeds", "0", "99"]) == 2
+    assert "--seeds: 99 is not a seed" in capsys.readouterr().err
+
+
 def test_a_changed_source_is_refused(write, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "provenance", lambda: ORIGIN | {"changed": True})
     assert reproduce.main([str(write())]) == 2
