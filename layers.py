@@ -204,13 +204,14 @@ class _Dropout(nn.Dropout):
         return dropout(x, self.p)
 
 
-# --- One product per weight for all passes ----------------------------------------------------
+# --- One product for the gradients of all passes ----------------------------------------------
 
 
 @contextmanager
 def deferred_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Passes of `model` within share the products for their gradients: one per weight matrix, one
-    for the keys of the first pass, and one for its values.
+    """Passes of `model` within share one product per weight matrix in their backward pass.
+
+    So do those that read the keys and values of the first pass.
 
     For models that `prepare` changed; without effect where gradients are off, under torch.compile,
     and under activation checkpointing, which would recompute the layers outside this context.
@@ -431,7 +432,7 @@ class _EmbeddingUse(torch.autograd.Function):
 class ShareGradient(torch.autograd.Function):
     """Passes keys or values (B, G, k, E) to their uses; backward adds the gradient of all uses.
 
-    uses: a list, empty, for what `SharedProduct` leaves here. Autograd calls `backward` after all
+    uses: a list, empty, for what `_SharedProduct` leaves here. Autograd calls `backward` after all
         uses that contribute, whatever their order.
     """
 
@@ -452,8 +453,18 @@ class ShareGradient(torch.autograd.Function):
         return part_grad if gradient is None else part_grad.add_(gradient), None
 
 
-class SharedProduct(torch.autograd.Function):
-    """One use of a `part`: rows (B, G, n, E) @ keys transposed, or rows (B, G, n, k) @ values.
+def shared_product(rows: Tensor, part: Tensor, uses: list | None, is_transposed: bool) -> Tensor:
+    """rows (B, G, n, E) @ keys transposed, or rows (B, G, n, k) @ values.
+
+    uses: the list that `ShareGradient` was given for this part; None where it was not used.
+    """
+    if uses is not None:
+        return _SharedProduct.apply(rows, part, uses, is_transposed)
+    return rows @ (part.transpose(2, 3) if is_transposed else part)
+
+
+class _SharedProduct(torch.autograd.Function):
+    """One use of a `part`, as `shared_product` describes it.
 
     Its backward pass leaves the part's gradient for later: the weights (B, G, n, k) and rows
     (B, G, n, E) whose product it is.

@@ -31,20 +31,20 @@ from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from layers import (
-    SharedProduct,
     ShareGradient,
     defers_gradients,
     draw_kept,
     is_checkpointed,
     is_compiled,
     refuse_second_order,
+    shared_product,
 )
 from layers import dropout as drop
 
 ATTENTION = "coconut_passes"
 # Queries of a first pass per block on the CPU, where no kernel is taken: each block skips the keys
-# after it, so smaller chunks compute less that is masked, and larger ones need fewer calls.
-QUERY_CHUNK = 96
+# after it, so smaller blocks compute less that is masked, and larger ones need fewer calls.
+BLOCK_COLUMNS = 96
 # Attention weights of a first pass that the CPU computes at once, so that they stay in its caches.
 BLOCK_WEIGHTS = 2**19
 # The last block leaves out unneeded states if more than this share of a pass's columns come before
@@ -524,8 +524,8 @@ class _AttendInBlocks(torch.autograd.Function):
 def _blocks(query: Tensor, visible: Tensor | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Rows and columns of a first pass's queries (B, H, C, E), and what they see of keys so far."""
     B, H, C, _ = query.shape
-    for begin in range(0, C, QUERY_CHUNK):
-        columns = slice(begin, min(begin + QUERY_CHUNK, C))
+    for begin in range(0, C, BLOCK_COLUMNS):
+        columns = slice(begin, min(begin + BLOCK_COLUMNS, C))
         num_rows = max(BLOCK_WEIGHTS // (H * (columns.stop - begin) * columns.stop), 1)
         for row in range(0, B, num_rows):
             rows = slice(row, row + num_rows)
@@ -554,12 +554,7 @@ def _attention_weights(
     # The H / G query heads that share a key head act as additional queries of it.
     keys = parts[0].keys
     grouped = (query * scaling).reshape(B, keys.size(1), -1, E)
-    scores = [
-        grouped @ part.keys.transpose(2, 3)
-        if part.key_uses is None
-        else SharedProduct.apply(grouped, part.keys, part.key_uses, True)
-        for part in parts
-    ]
+    scores = [shared_product(grouped, part.keys, part.key_uses, True) for part in parts]
     scores = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).view(B, H, C, -1)
     if visible is None and C > 1:
         visible = _causal_mask(C, scores.size(-1), query.device)
@@ -575,9 +570,7 @@ def _average(weights: Tensor, parts: Sequence[Part]) -> Tensor:
     grouped = weights.to(values.dtype).view(B, values.size(1), -1, L)
     grouped = grouped.split([part.values.size(2) for part in parts], -1)
     averages = [
-        w @ part.values
-        if part.value_uses is None
-        else SharedProduct.apply(w, part.values, part.value_uses, False)
+        shared_product(w, part.values, part.value_uses, False)
         for w, part in zip(grouped, parts, strict=True)
     ]
     return sum(averages).view(B, H, C, -1)

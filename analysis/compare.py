@@ -289,18 +289,18 @@ def _in_words(comparison: Comparison, outcome: Outcome, paired: dict[str, Paired
     if differ:
         parts.append(f"a difference at 5 % for {', '.join(differ)}")
     if same:
+        detected = _detected(detectable, unit, outcome)
         parts.append(
-            f"no difference shown for {', '.join(same)}, where {_detected(detectable, outcome)}"
-            " would be detected with 80 % power"
+            f"no difference shown for {', '.join(same)}, where {detected} would be detected with"
+            " 80 % power"
         )
     if untested:
         parts.append(f"not testable: {', '.join(untested)}")
     return f"difference from {comparison.baseline} in {unit}: {'; '.join(parts)}."
 
 
-def _detected(differences: list[float], outcome: Outcome) -> str:
+def _detected(differences: list[float], unit: str, outcome: Outcome) -> str:
     """Which differences would be detected, of those that are possible."""
-    unit = "points" if outcome.unit == "%" else outcome.unit
     largest = _possible_differences(outcome)[1]
     ends = dict.fromkeys(f"{x:.1f}" for x in sorted(differences) if x <= largest)
     if not ends:

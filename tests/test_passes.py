@@ -105,7 +105,7 @@ def attend_seeded_in_blocks(visible, dropout=0.4):
 def test_attention_in_blocks_has_the_gradient_of_what_it_computed(
     monkeypatch, G, is_padded, dropout
 ):
-    monkeypatch.setattr(passes, "QUERY_CHUNK", 2)
+    monkeypatch.setattr(passes, "BLOCK_COLUMNS", 2)
     monkeypatch.setattr(passes, "BLOCK_WEIGHTS", 32)  # both rows together at first, then one by one
     visible = None
     if is_padded:
@@ -142,7 +142,7 @@ def test_in_bf16_a_cpu_attends_in_blocks(tiny_model, family, monkeypatch):
 @pytest.mark.parametrize("G", [4, 2])
 def test_attention_in_blocks_in_bf16_rounds_its_gradients_once(monkeypatch, G):
     """Sums over many blocks lose no more than the products themselves do."""
-    monkeypatch.setattr(passes, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(passes, "BLOCK_COLUMNS", 4)
     torch.manual_seed(0)
     inputs = [torch.randn(2, heads, 256, 8).bfloat16().requires_grad_() for heads in (4, G, G)]
     got = passes._AttendInBlocks.apply(*inputs, None, 0.0, 0.3)
@@ -159,7 +159,7 @@ def test_attention_in_blocks_in_bf16_rounds_its_gradients_once(monkeypatch, G):
 
 
 def test_attention_in_blocks_keeps_a_byte_for_each_weight():
-    C = passes.QUERY_CHUNK
+    C = passes.BLOCK_COLUMNS
     query, keys, values = draw(1, 2, C, 4), draw(1, 2, C, 4), draw(1, 2, C, 4)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -187,7 +187,7 @@ def test_attention_in_blocks_matches_recompute(tiny_model, family, monkeypatch):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 1e-12
     monkeypatch.setattr(passes, "_blocks", spied)
-    monkeypatch.setattr(passes, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(passes, "BLOCK_COLUMNS", 4)
     monkeypatch.setattr(passes, "BLOCK_WEIGHTS", 128)
     assert_matches_oracle(base, batch)
     assert sizes[:3] == [(2, 4)] * 3 and {(1, 4), (1, 2)} <= set(sizes)
