@@ -16,6 +16,7 @@ Shapes: n tokens of a pass, D width, N labels, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -72,6 +73,29 @@ def is_checkpointed(model: PreTrainedModel) -> bool:
     return getattr(model.base_model, "gradient_checkpointing", False)
 
 
+# --- What a device computes best --------------------------------------------------------------
+
+_as_on_gpu = ContextVar("as_on_gpu", default=False)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within, tensors on the CPU are computed by the operations that a GPU takes.
+
+    For counting memory and launches where there is no GPU.
+    """
+    token = _as_on_gpu.set(True)
+    try:
+        yield
+    finally:
+        _as_on_gpu.reset(token)
+
+
+def suits_cpu(x: Tensor) -> bool:
+    """Whether to compute on `x` by what is best on a CPU, rather than on a GPU."""
+    return x.is_cpu and not _as_on_gpu.get()
+
+
 # --- Products ---------------------------------------------------------------------------------
 
 
@@ -90,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` multiplies these by oneDNN."""
-    is_fp32 = x.dtype == weight.dtype == torch.float32 and x.is_cpu
+    is_fp32 = x.dtype == weight.dtype == torch.float32 and suits_cpu(x)
     return is_fp32 and x.numel() * weight.size(0) >= MIN_ONEDNN_SIZE and prefers_onednn()
 
 
@@ -107,7 +131,7 @@ def argmax_tokens(head: nn.Module, hidden_states: Tensor) -> Tensor:
     """(B,) long: the token to which `head` gives the largest logit after each of (B, D) states."""
     is_table = isinstance(head, nn.Linear) and head.bias is None
     # Autocast would cast every block again for every token.
-    if not is_table or hidden_states.is_cuda or torch.is_autocast_enabled("cpu"):
+    if not is_table or not suits_cpu(hidden_states) or torch.is_autocast_enabled("cpu"):
         # Torch's argmax takes five times as long in bf16.
         return head(hidden_states).max(-1).indices
     logits_of = (linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
@@ -161,7 +185,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _row_blocks(logits: Tensor) -> Iterator[slice]:
     """The rows of (N, V), about LOGITS_BLOCK entries at a time."""
-    num_rows = max(LOGITS_BLOCK["cpu" if logits.is_cpu else "gpu"] // logits.size(1), 1)
+    num_rows = max(LOGITS_BLOCK["cpu" if suits_cpu(logits) else "gpu"] // logits.size(1), 1)
     for begin in range(0, len(logits), num_rows):
         yield slice(begin, begin + num_rows)
 
@@ -174,7 +198,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     On a CPU p is rounded to a multiple of 1 / DROPOUT_STEPS.
     """
-    if x.device.type != "cpu":
+    if not suits_cpu(x):
         return torch.native_dropout(x, p, True)[0]
     mask, scale = draw_kept(x, p)
     return (x * mask).mul_(scale)

@@ -6,11 +6,10 @@ have shapes and no storage, and the operations that torch dispatches are counted
 only make views or reserve memory. Each is taken for one launch, which occupies the host for
 LAUNCH_S. A few are two or three kernels on a GPU, so this is the least that a step launches.
 
-Where the CPU differs from a GPU, the count follows the GPU: a dropout is one operation, the logits
-come in a GPU's blocks, and attention in a first pass is one operation. For that its dropout is off,
-which leaves out two operations a layer in each later pass of a model that has it. One difference
-remains: where the last block reads no more of the first pass than is needed, the CPU attends by
-products and a softmax, a GPU by one kernel. It is one layer of one pass.
+Where the CPU differs from a GPU, the count follows the GPU (layers.as_on_gpu): a dropout is one
+operation, the logits come in a GPU's blocks, and attention in a first pass is one operation. For
+that its dropout is off, which leaves out two operations a layer in each later pass of a model that
+has it.
 
 The rates are the peaks of NVIDIA's data sheets of the SXM modules, half of what these give for
 sparse matrices: https://www.nvidia.com/en-us/data-center/h100/ and .../h200/. fp32 products use
@@ -21,8 +20,7 @@ GPU waits for the host even at its peak, and CUDA graphs are needed to come near
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from unittest import mock
 
 import torch
@@ -33,8 +31,6 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import layers
-import passes
 from benchmarks import arithmetic
 from benchmarks.common import (
     LLAMA,
@@ -53,6 +49,7 @@ from benchmarks.train_step import add_shape_options, chosen_shapes
 from coconut import Layout
 from engine.memory import ATTENTION_DROPOUTS, fake_layout
 from engine.trainer import Trainer
+from layers import as_on_gpu
 
 LAUNCH_S = 5e-6
 # FLOPs per second by precision, and bytes per second of memory.
@@ -95,25 +92,6 @@ def launches(func: OpOverload, given: list, returned: list) -> bool:
     return any(x.untyped_storage()._cdata not in storages for x in made)
 
 
-@contextmanager
-def dispatching_as_on_a_gpu() -> Iterator[None]:
-    """Within, layers.py and passes.py compute on the CPU by the operations that a GPU takes."""
-
-    def dropout(x: Tensor, p: float) -> Tensor:
-        return torch.native_dropout(x, p, True)[0]
-
-    by_kernel = passes._attend_by_kernel
-    with (
-        mock.patch.object(layers, "dropout", dropout),
-        mock.patch.object(passes, "drop", dropout),
-        mock.patch.object(passes._AttendInBlocks, "apply", by_kernel),
-        mock.patch.object(layers, "prefers_onednn", lambda: False),
-        mock.patch.dict(layers.LOGITS_BLOCK) as block,
-    ):
-        block["cpu"] = block["gpu"]
-        yield
-
-
 def count_launches(
     trainer: Trainer, batch: dict[str, Tensor], layout: Layout, num_labels: int
 ) -> Counter[str]:
@@ -125,7 +103,7 @@ def count_launches(
     # Torch handles all gradients by one operation only if it knows their type.
     know_type = mock.patch.object(_foreach_utils, "_foreach_supported_types", types)
     keep_layout = mock.patch.object(trainer.model, "layout", lambda *_: layout)
-    with know_type, keep_layout, dispatching_as_on_a_gpu():
+    with know_type, keep_layout, as_on_gpu():
         for _ in range(2):
             with LaunchCounter() as counter:
                 trainer.train_step([batch], num_labels, [None])

@@ -93,8 +93,7 @@ def estimate(options: argparse.Namespace, batch: dict[str, Tensor]) -> int:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
     shape = ModelShape(model_class, architecture, coconut_around)
     batch = {key: tensor.cpu() for key, tensor in batch.items()}
-    on_cpu = options.device == "cpu"
-    peaks = step_peaks(shape, batch, options.bf16, attention_dropout=on_cpu)
+    peaks = step_peaks(shape, batch, options.bf16, on_gpu=options.device == "cuda")
     return max(memory.peak for memory in peaks)
 
 

@@ -14,6 +14,7 @@ import copy
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
@@ -38,6 +39,7 @@ from dataset import (
     micro_batches,
 )
 from engine.config import Config
+from layers import as_on_gpu
 from utils import ConfigError, UserError
 
 # Shallow copies whose steps are traced; a model of no more layers is traced as it is.
@@ -160,7 +162,7 @@ class _Ledger(TorchDispatchMode):
 
 
 def trace_step(shape: ModelShape, batch: dict[str, Tensor], bf16: bool) -> list[StepMemory]:
-    """One step of `shape` as it is, over one micro-batch on one device without sharding.
+    """One step of `shape` as it is on a CPU, over one micro-batch without sharding.
 
     batch: as dataset.Collator makes it, on the CPU.
     Returns the peak of each of PHASES. Each of them grows linearly with the depth of the model; the
@@ -232,16 +234,19 @@ def _sort(
 
 
 def step_peaks(
-    shape: ModelShape, batch: dict[str, Tensor], bf16: bool, attention_dropout: bool = True
+    shape: ModelShape, batch: dict[str, Tensor], bf16: bool, on_gpu: bool = True
 ) -> list[StepMemory]:
-    """`trace_step` of the whole model, by two shallow copies of it where it is deep.
+    """The peaks of a step of the whole model, by two shallow copies of it where it is deep.
 
-    attention_dropout: false for a GPU, whose kernels keep nothing for it.
+    As `trace_step`, but of a step on a GPU unless `on_gpu` is false.
     """
     depth, (first, second) = shape.depth, TRACED_DEPTHS
 
     def trace(at: int) -> list[StepMemory]:
-        return trace_step(shape.at_depth(at, attention_dropout), batch, bf16)
+        # A GPU's kernels keep nothing for dropout of attention weights.
+        copied = shape.at_depth(at, attention_dropout=not on_gpu)
+        with as_on_gpu() if on_gpu else nullcontext():
+            return trace_step(copied, batch, bf16)
 
     if depth <= second:
         return trace(depth)
@@ -412,7 +417,7 @@ def peak_function(
 
     @cache
     def peaks() -> list[StepMemory]:
-        return step_peaks(shape, batch, config.bf16, attention_dropout=False)
+        return step_peaks(shape, batch, config.bf16)
 
     def peak(kind: str, gathered: bool) -> int:
         return share(peaks(), sizes, kind, ranks, config.bf16, accumulates, gathered).peak
@@ -442,7 +447,7 @@ def memory_lines(
         StagePeaks(
             stage,
             tuple(batch["input_ids"].shape),
-            *(step_peaks(shape, batch, bf16, attention_dropout=False) for bf16 in (False, True)),
+            *(step_peaks(shape, batch, bf16) for bf16 in (False, True)),
         )
         for stage, batch in sorted(batches.items())
     ]

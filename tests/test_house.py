@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "engine.metadata": {"coconut", "dataset", "engine.config", "utils"},
     "engine.weights": {"dataset", "engine.config", "engine.metadata", "utils"},
     "engine.architecture": {"coconut", "utils"},
-    "engine.memory": {"coconut", "dataset", "engine.config", "utils"},
+    "engine.memory": {"coconut", "dataset", "engine.config", "layers", "utils"},
     "engine.model": {
         "coconut", "dataset", "engine.architecture", "engine.config", "engine.memory",
         "engine.metadata", "engine.weights", "utils",

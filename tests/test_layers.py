@@ -8,6 +8,7 @@ import pytest
 import torch
 from batches import (
     LATENT,
+    assert_matches_oracle,
     families,
     lay_out,
     make_labels,
@@ -22,6 +23,16 @@ import layers
 from layers import prepare
 
 exact = {"rtol": 1e-9, "atol": 1e-10}
+
+
+@families
+def test_a_gpus_operations_match_the_oracle(tiny_model, family):
+    rows = ragged_rows()
+    batch = lay_out(rows, [make_labels(row) for row in rows])
+    with layers.as_on_gpu():
+        assert not layers.suits_cpu(batch["input_ids"])
+        assert_matches_oracle(tiny_model(family), batch)
+    assert layers.suits_cpu(batch["input_ids"])
 
 
 @families

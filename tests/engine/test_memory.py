@@ -115,7 +115,7 @@ def test_the_depth_of_a_model_is_extrapolated(batch):
     shape = make_shape("gpt2", depth=7)
     traced, extrapolated = (
         memory.trace_step(shape, batch, False),
-        memory.step_peaks(shape, batch, False),
+        memory.step_peaks(shape, batch, False, on_gpu=False),
     )
     whole, guessed = (max(memory.peak for memory in peaks) for peaks in (traced, extrapolated))
     assert guessed == pytest.approx(whole, rel=0.05)
@@ -125,11 +125,27 @@ def test_the_depth_of_a_model_is_extrapolated(batch):
 def test_kernels_of_a_gpu_keep_nothing_for_dropout_of_attention_weights():
     shape = make_shape("gpt2")
     batch = make_batch(question=200)
-    cpu, gpu = (memory.step_peaks(shape, batch, False, dropout) for dropout in (True, False))
+    cpu, gpu = (memory.step_peaks(shape, batch, False, on_gpu) for on_gpu in (False, True))
     lost = cpu[0].activations - gpu[0].activations
     # What is dropped: a byte for every pair of columns, in the first of two layers. Half of them
     # are kept, and a kernel keeps its output.
     assert lost > 0.3 * HEADS * 6 * 200 * 200
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_tracing_a_gpus_step_takes_no_longer_for_more_records(monkeypatch, bf16):
+    """On a CPU attention has a block for each few records; a GPU's kernel takes them all."""
+    entered = []
+    enter = memory._Ledger._enter
+    monkeypatch.setattr(
+        memory._Ledger, "_enter", lambda ledger, x: (entered.append(x.shape), enter(ledger, x))
+    )
+    counts = []
+    for rows in (6, 60):
+        memory.step_peaks(make_shape("gpt2"), make_batch(question=200, rows=rows), bf16)
+        counts.append(len(entered))
+        entered.clear()
+    assert 0 < counts[1] < 1.1 * counts[0]
 
 
 def test_ranks_that_shard_hold_a_share_each():
