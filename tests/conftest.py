@@ -5,6 +5,7 @@ unless a test asks otherwise, so that equalities can be tested to rounding.
 """
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,6 +30,10 @@ MODEL_TOKENS = VOCAB_SIZE - 3  # the three markers bring it to VOCAB_SIZE
 
 # The tensors of these models are too small for threads to help.
 torch.set_num_threads(1)
+
+# A suite that was started in the background inherits that Ctrl-C is ignored, and so would the
+# programs it starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter):
