@@ -12,8 +12,8 @@
 # Environment variables and their defaults:
 #   PYTHON=python3      needs torch with CUDA, transformers and the packages of requirements-dev.txt
 #   WHEELS=             folder of wheels for packages that PYTHON lacks (such as pydantic,
-#                       pydantic_core, annotated_types, typing_inspection, datasets and wandb with
-#                       their dependencies); installed into a temporary folder, not into PYTHON
+#                       pydantic_core, annotated_types, typing_inspection, datasets, dill and
+#                       multiprocess); installed into a temporary folder, not into PYTHON
 #   COMMIT=             the commit, if the tree is a copy without .git
 #   LIMIT_S=585         time limit of the whole script, in seconds
 #   DEVICE=cuda MODEL=gpt2 PRECISION=--bf16 RECORDS=4000 EPOCHS=4 REPEATS=5 WORKERS=8 TESTS=tests
@@ -74,17 +74,17 @@ bench() { # NAME SECONDS MODULE OPTIONS...: run benchmarks.MODULE; its JSON is N
 }
 
 benchmarks() {
+  local large="--records $((RECORDS < 128 ? 8 : 128)) --question 362 --answer 12"
   bench train_step 80 train_step --repeats "$REPEATS"
-  bench train_step_128 40 train_step --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))" \
-    --question 362 --answer 12 --contenders prototype ours
-  bench breakdown 30 breakdown --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))" \
-    --question 362 --answer 12
-  bench launches 40 launches
+  # shellcheck disable=SC2086
+  bench train_step_128 40 train_step --repeats "$REPEATS" $large --contenders prototype ours
+  bench memory 90 memory --contenders ours
   bench generate 50 generate --repeats "$REPEATS"
   bench evaluation 30 evaluation --repeats "$REPEATS" --records "$((RECORDS < 128 ? 8 : 128))"
-  bench memory 60 memory
-  bench epoch 60 epoch --repeats "$REPEATS" --records "$((RECORDS < 128 ? 300 : RECORDS))"
-  bench growth 90 growth --repeats "$REPEATS"
+  # shellcheck disable=SC2086
+  bench breakdown 60 breakdown --repeats 1 $large
+  bench epoch 60 epoch --repeats 1 --records "$((RECORDS < 128 ? 300 : RECORDS))"
+  bench growth 90 growth --repeats 1
 }
 
 train() {

@@ -4,7 +4,10 @@ Times and memory are not tested: they depend on the machine.
 """
 
 import json
+import os
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -593,3 +596,25 @@ def test_gpu_script_refuses_an_unknown_part(tmp_path):
     done = bash("benchmarks/gpu.sh", str(tmp_path / "out"), "nothing")
     assert done.returncode == 2
     assert "unknown part: nothing" in done.stdout
+
+
+@pytest.mark.timeout(900)
+def test_gpu_script_runs_all_parts_on_a_cpu(tmp_path):
+    trial = {
+        "PYTHON": sys.executable, "DEVICE": "cpu", "MODEL": "tiny", "PRECISION": "",
+        "RECORDS": "40", "EPOCHS": "2", "REPEATS": "1", "WORKERS": "1",
+        "TESTS": "tests/test_utils.py",
+    }  # fmt: skip
+    command = ["bash", "benchmarks/gpu.sh", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | trial, capture_output=True, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "failed: none" in done.stdout
+    assert (tmp_path / "log.txt").read_text().count("status 0") == 10
+    assert " passed" in (tmp_path / "tests.txt").read_text()
+    with tarfile.open(tmp_path / "benchmarks.tar.gz") as bundle:
+        assert sum(name.endswith(".json") for name in bundle.getnames()) == 8
+    with tarfile.open(tmp_path / "training.tar.gz") as bundle:
+        assert {"gpu/metrics.jsonl", "gpu/predictions_1.jsonl"} <= set(bundle.getnames())
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
