@@ -73,16 +73,16 @@ def is_checkpointed(model: PreTrainedModel) -> bool:
     return getattr(model.base_model, "gradient_checkpointing", False)
 
 
-# --- What a device computes best --------------------------------------------------------------
+# --- Choice of operations by device -----------------------------------------------------------
 
 _as_on_gpu = ContextVar("as_on_gpu", default=False)
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Within, tensors on the CPU are computed by the operations that a GPU takes.
+    """Within, CPU tensors take the code path of a GPU.
 
-    For counting memory and launches where there is no GPU.
+    Used to count memory and launches without a GPU.
     """
     token = _as_on_gpu.set(True)
     try:
@@ -91,8 +91,8 @@ def as_on_gpu() -> Iterator[None]:
         _as_on_gpu.reset(token)
 
 
-def suits_cpu(x: Tensor) -> bool:
-    """Whether to compute on `x` by what is best on a CPU, rather than on a GPU."""
+def takes_cpu_path(x: Tensor) -> bool:
+    """Whether `x` is computed by the operations chosen for a CPU."""
     return x.is_cpu and not _as_on_gpu.get()
 
 
@@ -114,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` multiplies these by oneDNN."""
-    is_fp32 = x.dtype == weight.dtype == torch.float32 and suits_cpu(x)
+    is_fp32 = x.dtype == weight.dtype == torch.float32 and takes_cpu_path(x)
     return is_fp32 and x.numel() * weight.size(0) >= MIN_ONEDNN_SIZE and prefers_onednn()
 
 
@@ -131,7 +131,7 @@ def argmax_tokens(head: nn.Module, hidden_states: Tensor) -> Tensor:
     """(B,) long: the token to which `head` gives the largest logit after each of (B, D) states."""
     is_table = isinstance(head, nn.Linear) and head.bias is None
     # Autocast would cast every block again for every token.
-    if not is_table or not suits_cpu(hidden_states) or torch.is_autocast_enabled("cpu"):
+    if not is_table or not takes_cpu_path(hidden_states) or torch.is_autocast_enabled("cpu"):
         # Torch's argmax takes five times as long in bf16.
         return head(hidden_states).max(-1).indices
     logits_of = (linear(hidden_states, block) for block in head.weight.split(VOCABULARY_BLOCK))
@@ -185,7 +185,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _row_blocks(logits: Tensor) -> Iterator[slice]:
     """The rows of (N, V), about LOGITS_BLOCK entries at a time."""
-    num_rows = max(LOGITS_BLOCK["cpu" if suits_cpu(logits) else "gpu"] // logits.size(1), 1)
+    num_rows = max(LOGITS_BLOCK["cpu" if takes_cpu_path(logits) else "gpu"] // logits.size(1), 1)
     for begin in range(0, len(logits), num_rows):
         yield slice(begin, begin + num_rows)
 
@@ -198,7 +198,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     On a CPU p is rounded to a multiple of 1 / DROPOUT_STEPS.
     """
-    if not suits_cpu(x):
+    if not takes_cpu_path(x):
         return torch.native_dropout(x, p, True)[0]
     mask, scale = draw_kept(x, p)
     return (x * mask).mul_(scale)

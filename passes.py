@@ -38,7 +38,7 @@ from layers import (
     is_compiled,
     refuse_second_order,
     shared_product,
-    suits_cpu,
+    takes_cpu_path,
 )
 from layers import dropout as drop
 
@@ -431,13 +431,13 @@ def _attend(
     query = cache.unpack(query.transpose(1, 2)).transpose(1, 2).to(dtype)  # (B, H, C, E)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     is_first = query.size(2) == cache.num_seen
-    if len(parts) > 1 or not is_first and suits_cpu(query):
+    if len(parts) > 1 or not is_first and takes_cpu_path(query):
         # No CPU kernel is faster where queries are few, and kernels need grouped keys repeated.
         visible = cache.visible
         if not cache.has_gradients:
             parts, visible = cache.with_spare_columns(module.layer_idx)
         attended = attend_over_parts(query, parts, visible, dropout, scaling)
-    elif not suits_cpu(query) or (dropout == 0 and dtype != torch.bfloat16):
+    elif not takes_cpu_path(query) or (dropout == 0 and dtype != torch.bfloat16):
         attended = _attend_by_kernel(query, *parts[0][:2], cache.visible, dropout, scaling)
     else:
         attended = _AttendInBlocks.apply(query, *parts[0][:2], cache.visible, dropout, scaling)

@@ -44,8 +44,8 @@ from utils import ConfigError, UserError
 
 # Shallow copies whose steps are traced; a model of no more layers is traced as it is.
 TRACED_DEPTHS = (2, 3)
-# GPUs attend by kernels that keep no attention weights, dropout or not; CPUs have such a kernel
-# without dropout alone.
+# In a first pass GPUs attend by kernels that keep no attention weights, dropout or not; CPUs have
+# such a kernel without dropout alone.
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 BYTES_OF_FP32 = 4
 # Forward pass; backward pass until the first gradient of a block's parameter; until those of all
@@ -162,7 +162,9 @@ class _Ledger(TorchDispatchMode):
 
 
 def trace_step(shape: ModelShape, batch: dict[str, Tensor], bf16: bool) -> list[StepMemory]:
-    """One step of `shape` as it is on a CPU, over one micro-batch without sharding.
+    """One step of `shape` at its own depth, over one micro-batch without sharding.
+
+    By a CPU's operations, or a GPU's within layers.as_on_gpu.
 
     batch: as dataset.Collator makes it, on the CPU.
     Returns the peak of each of PHASES. Each of them grows linearly with the depth of the model; the
@@ -243,7 +245,8 @@ def step_peaks(
     depth, (first, second) = shape.depth, TRACED_DEPTHS
 
     def trace(at: int) -> list[StepMemory]:
-        # A GPU's kernels keep nothing for dropout of attention weights.
+        # A GPU's kernel for the first pass keeps nothing for dropout of attention weights; what
+        # later passes keep is small, and left out.
         copied = shape.at_depth(at, attention_dropout=not on_gpu)
         with as_on_gpu() if on_gpu else nullcontext():
             return trace_step(copied, batch, bf16)

@@ -31,8 +31,8 @@ MODEL_TOKENS = VOCAB_SIZE - 3  # the three markers bring it to VOCAB_SIZE
 # The tensors of these models are too small for threads to help.
 torch.set_num_threads(1)
 
-# A suite that was started in the background inherits that Ctrl-C is ignored, and so would the
-# programs it starts and interrupts.
+# A suite started in the background inherits an ignored SIGINT, and would pass it on to the programs
+# that it starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

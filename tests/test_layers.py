@@ -1,6 +1,7 @@
 """layers.py: one gradient per weight for all passes, and layers that compute what they replace."""
 
 import copy
+import random
 from collections import defaultdict
 
 import oracle
@@ -12,6 +13,7 @@ from batches import (
     families,
     lay_out,
     make_labels,
+    make_row,
     ragged_rows,
     settings_of,
     wrap,
@@ -20,19 +22,41 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import layers
+import passes
 from layers import prepare
 
 exact = {"rtol": 1e-9, "atol": 1e-10}
 
 
 @families
-def test_a_gpus_operations_match_the_oracle(tiny_model, family):
-    rows = ragged_rows()
+def test_a_gpus_operations_match_the_oracle(tiny_model, family, monkeypatch):
+    """Also where the last block reads no more than the end of the questions."""
+    rng = random.Random(0)
+    rows = [make_row(rng, *shape) for shape in [(9, 3, 1), (12, 2, 3), (10, 1, 4)]]
     batch = lay_out(rows, [make_labels(row) for row in rows])
+    kernel, narrow = passes._attend_by_kernel, []
+
+    def spied(query, keys, *rest):
+        narrow.append(query.size(2) < keys.size(2))
+        return kernel(query, keys, *rest)
+
+    monkeypatch.setattr(passes, "_attend_by_kernel", spied)
     with layers.as_on_gpu():
-        assert not layers.suits_cpu(batch["input_ids"])
+        assert not layers.takes_cpu_path(batch["input_ids"])
         assert_matches_oracle(tiny_model(family), batch)
-    assert layers.suits_cpu(batch["input_ids"])
+    assert narrow == [False, True]
+    narrow.clear()
+    assert_matches_oracle(tiny_model(family), batch)
+    assert narrow == [False]
+
+
+def test_a_gpu_draws_dropout_by_its_own_operation(monkeypatch):
+    monkeypatch.setattr(layers, "draw_kept", None)
+    with layers.as_on_gpu():
+        kept = layers.dropout(torch.ones(10_000), 0.25)
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+    with pytest.raises(TypeError):
+        layers.dropout(torch.ones(10_000), 0.25)
 
 
 @families
