@@ -459,7 +459,7 @@ def memory_lines(
         columns[f"{kind.upper()}, {num_ranks} ranks"] = (kind, num_ranks)
     lines = [
         "memory at the peak of a training step, GiB on each GPU: estimated, without about half a"
-        " GiB of CUDA's own",
+        " GiB of CUDA's own and freed memory that torch keeps",
         f"{'stage':>5}  {'micro-batch':>12}" + "".join(f"  {name:>15}" for name in columns),
         " " * 19 + "".join(f"  {'fp32':>7} {'bf16':>7}" for _ in columns),
     ]
