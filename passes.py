@@ -20,12 +20,13 @@ H query heads, G key heads (H a multiple of it), E width of a head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
@@ -414,15 +415,9 @@ def _attention_over_pass_cache(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: PassCache,
-    value: None,
-    attention_mask: None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: PassCache, value: None, attention_mask: None,
+    dropout: float = 0.0, scaling: float | None = None, **_,
+) -> tuple[Tensor, None]:  # fmt: skip
     """An attention layer's part, by transformers' interface: (1, H, n, E) -> (1, n, H, E)."""
     cache, parts = key, key.parts[module.layer_idx]
     if cache.stops_at_keys:
@@ -431,14 +426,15 @@ def _attend(
     query = cache.unpack(query.transpose(1, 2)).transpose(1, 2).to(dtype)  # (B, H, C, E)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     is_first = query.size(2) == cache.num_seen
-    if len(parts) > 1 or not is_first and takes_cpu_path(query):
+    has_fast_kernel = is_first and dropout == 0 and dtype != torch.bfloat16
+    if has_fast_kernel or not takes_cpu_path(query):
+        attended = _attend_by_kernel(query, parts, cache.visible, dropout, scaling)
+    elif not is_first:
         # No CPU kernel is faster where queries are few, and kernels need grouped keys repeated.
         visible = cache.visible
         if not cache.has_gradients:
             parts, visible = cache.with_spare_columns(module.layer_idx)
         attended = attend_over_parts(query, parts, visible, dropout, scaling)
-    elif not takes_cpu_path(query) or (dropout == 0 and dtype != torch.bfloat16):
-        attended = _attend_by_kernel(query, *parts[0][:2], cache.visible, dropout, scaling)
     else:
         attended = _AttendInBlocks.apply(query, *parts[0][:2], cache.visible, dropout, scaling)
     return cache.pack(attended.transpose(1, 2)), None
@@ -448,20 +444,41 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 def _attend_by_kernel(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, dropout: float,
-    scaling: float,
-) -> Tensor:  # fmt: skip
-    """Attention by torch's kernels, over keys of one part: (B, H, C, E)."""
+    query: Tensor, parts: Sequence[Part], visible: Tensor | None, dropout: float, scaling: float
+) -> Tensor:
+    """`attend_over_parts` by torch's kernels, which need all keys in one tensor, H heads of them.
+
+    Autograd would keep that copy for every pass; this keeps the parts, and copies them again for
+    the backward pass.
+    """
+    group_size = query.size(1) // parts[0].keys.size(1)
+
+    def joined(states: Sequence[Tensor]) -> Tensor:
+        whole = torch.cat(states, 2) if len(states) > 1 else states[0]
+        return whole.repeat_interleave(group_size, 1) if group_size > 1 else whole
+
+    both = [part.keys for part in parts], [part.values for part in parts]
+    keys, values = map(joined, both)
+    # By address, because what the hooks refer to stays alive.
+    copied = {x.untyped_storage()._cdata: y for x, y in zip((keys, values), both, strict=True)}
+    shape = keys.shape
+
+    def pack(x: Tensor) -> Tensor | list[Tensor]:
+        is_whole = x.shape == shape and x.is_contiguous()
+        return copied.get(x.untyped_storage()._cdata, x) if is_whole else x
+
+    def unpack(packed: Tensor | list[Tensor]) -> Tensor:
+        return joined(packed) if isinstance(packed, list) else packed
+
     C, L = query.size(2), keys.size(2)
     if visible is None and 1 < C < L:
         visible = _causal_mask(C, L, query.device)
-    group_size = query.size(1) // keys.size(1)
-    if group_size > 1:
-        keys, values = (x.repeat_interleave(group_size, 1) for x in (keys, values))
-    return F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=visible, dropout_p=dropout, scale=scaling,
-        is_causal=visible is None and C == L,
-    )  # fmt: skip
+    has_copies = keys.requires_grad and (len(parts) > 1 or group_size > 1)
+    with saved_tensors_hooks(pack, unpack) if has_copies else nullcontext():
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible, dropout_p=dropout, scale=scaling,
+            is_causal=visible is None and C == L,
+        )  # fmt: skip
 
 
 class _AttendInBlocks(torch.autograd.Function):

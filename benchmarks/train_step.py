@@ -5,10 +5,13 @@ is forward, backward and AdamW over one batch without padding; dropout is on, as
 Without shape options the two shapes with a goal are measured: a short one and ProsQA's. The floor
 is the minimum FLOPs (benchmarks/arithmetic.py) divided by the rate of a matrix product that also
 takes turns. With --bf16 the published algorithm still computes in fp32, all it supports.
+
+`--as-on-gpu --model narrow` tells on a CPU how long the host would work for a GPU's step.
 """
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -28,6 +31,7 @@ from benchmarks.common import (
 )
 from benchmarks.contenders import add_options, train_step
 from benchmarks.environment import MatrixProduct
+from layers import as_on_gpu
 
 SHAPES = (Shape(8, 64, 6, 32), Shape(16, 362, 6, 12))
 WARM_UP = Shape(1, 8, 2, 4)
@@ -123,12 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = new_parser(__doc__)
     add_shape_options(parser)
     add_options(parser)
+    parser.add_argument("--as-on-gpu", action="store_true", help="ours takes a GPU's code path")
     options = parse(parser, arguments)
     for shape in chosen_shapes(options):
         check_fits(parser, shape)
     rows = []
     for shape in chosen_shapes(options):
-        rows += (measured := measure(options, shape))
+        with as_on_gpu() if options.as_on_gpu else nullcontext():
+            rows += (measured := measure(options, shape))
         print_rows(measured)
     write_report("train_step", options, rows)
     return 0

@@ -132,6 +132,16 @@ def test_kernels_of_a_gpu_keep_nothing_for_dropout_of_attention_weights():
     assert lost > 0.3 * HEADS * 6 * 200 * 200
 
 
+def test_a_gpus_passes_keep_no_copy_of_the_questions_keys_and_values():
+    shape, keys = make_shape("llama", depth=2), 6 * 200 * WIDTH * 4
+    few, many = (
+        memory.step_peaks(shape, make_batch(question=200, latents=latents), False)[0]
+        for latents in (1, 5)
+    )
+    # A copy for each of four more passes, of two layers, would be sixteen times this.
+    assert many.activations - few.activations < 3 * keys
+
+
 def test_tracing_a_gpus_step_takes_no_longer_for_more_records(monkeypatch):
     """On a CPU attention in bf16 has a block for each few records; a GPU's kernel takes all."""
     entered = []
