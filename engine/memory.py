@@ -44,8 +44,8 @@ from utils import ConfigError, UserError
 
 # Shallow copies whose steps are traced; a model of no more layers is traced as it is.
 TRACED_DEPTHS = (2, 3)
-# In a first pass GPUs attend by kernels that keep no attention weights, dropout or not; CPUs have
-# such a kernel without dropout alone.
+# GPUs attend by kernels that keep no attention weights, dropout or not; CPUs have such a kernel
+# without dropout alone.
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 BYTES_OF_FP32 = 4
 # Forward pass; backward pass until the first gradient of a block's parameter; until those of all
@@ -245,8 +245,7 @@ def step_peaks(
     depth, (first, second) = shape.depth, TRACED_DEPTHS
 
     def trace(at: int) -> list[StepMemory]:
-        # A GPU's kernel for the first pass keeps nothing for dropout of attention weights; what
-        # later passes keep is small, and left out.
+        # A GPU's kernels keep nothing for dropout of attention weights.
         copied = shape.at_depth(at, attention_dropout=not on_gpu)
         with as_on_gpu() if on_gpu else nullcontext():
             return trace_step(copied, batch, bf16)
