@@ -448,8 +448,8 @@ def _attend_by_kernel(
 ) -> Tensor:
     """`attend_over_parts` by torch's kernels, which need all keys in one tensor, H heads of them.
 
-    Autograd would keep that copy for every pass; this keeps the parts, and copies them again for
-    the backward pass.
+    Autograd would keep that copy for every pass; with torch's fused kernels this keeps the parts,
+    and copies them again for the backward pass.
     """
     group_size = query.size(1) // parts[0].keys.size(1)
 
@@ -461,16 +461,17 @@ def _attend_by_kernel(
     keys, values = map(joined, both)
     # By address, because what the hooks refer to stays alive.
     copied = {x.untyped_storage()._cdata: y for x, y in zip((keys, values), both, strict=True)}
-    shape = keys.shape
+    C, L, shape = query.size(2), keys.size(2), keys.shape
 
     def pack(x: Tensor) -> Tensor | list[Tensor]:
         is_whole = x.shape == shape and x.is_contiguous()
+        # Detached, because an output that keeps itself is never freed without a backward pass.
+        x = x.detach()
         return copied.get(x.untyped_storage()._cdata, x) if is_whole else x
 
     def unpack(packed: Tensor | list[Tensor]) -> Tensor:
         return joined(packed) if isinstance(packed, list) else packed
 
-    C, L = query.size(2), keys.size(2)
     if visible is None and 1 < C < L:
         visible = _causal_mask(C, L, query.device)
     has_copies = keys.requires_grad and (len(parts) > 1 or group_size > 1)

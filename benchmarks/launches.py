@@ -7,8 +7,8 @@ only make views or reserve memory. Each is taken for one launch, which occupies 
 LAUNCH_S. A few are two or three kernels on a GPU, so this is the least that a step launches.
 
 Where the CPU differs from a GPU, the count follows the GPU (layers.as_on_gpu): a dropout is one
-operation, the logits come in a GPU's blocks, and attention is one operation, whose dropout is off
-because the CPU's has none.
+operation, the logits come in a GPU's blocks, and attention is one operation, without dropout,
+which the CPU's kernel lacks.
 
 The rates are the peaks of NVIDIA's data sheets of the SXM modules, half of what these give for
 sparse matrices: https://www.nvidia.com/en-us/data-center/h100/ and .../h200/. fp32 products use

@@ -4,8 +4,10 @@ That Coconut as a whole equals the textbook is shown by test_coconut.py, through
 Letters: B rows, H query heads, G key heads, C columns of a pass, L columns so far, E width.
 """
 
+import gc
 import itertools
 import random
+import weakref
 
 import oracle
 import pytest
@@ -351,3 +353,16 @@ def test_spare_columns_of_a_buffer_change_no_result(monkeypatch, is_padded):
             query = torch.randn(2, 4, columns, 8)
             got = attend_over_parts(query, parts, visible, 0.0, 0.3)
             assert_close(got, attend_over_parts(query, cache.parts[0], cache.visible, 0.0, 0.3))
+
+
+@pytest.mark.parametrize(("num_parts", "num_key_heads"), [(2, 4), (1, 2), (2, 2)])
+def test_attention_without_a_backward_pass_leaves_nothing_behind(num_parts, num_key_heads):
+    query = torch.randn(2, 4, 1, 8, requires_grad=True)
+    leaf = torch.randn(2, num_key_heads, 5, 8, requires_grad=True)
+    states = leaf * 1
+    node = weakref.ref(states)
+    parts = [passes.Part(states, states)] * num_parts
+    attended = passes._attend_by_kernel(query, parts, None, 0.0, 0.5)
+    del states, parts, attended
+    gc.collect()
+    assert node() is None
