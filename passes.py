@@ -6,7 +6,7 @@ at most:
 
 - `PassCache` lets the layers see the tokens of a pass without padding: (1, n, D) in place of
   (B, C, D). Attention puts them back into rows. The keys of the first pass stay one tensor that
-  all later passes read; concatenating them again in each pass would keep K + 1 copies.
+  all later passes read. A GPU's kernels join it with later ones, but no pass keeps its copy.
 - The last block computes no more than keys and values for tokens whose states nobody needs.
 - On a CPU, attention with dropout or in bf16 is computed in blocks, and again in the backward pass.
 - Without gradients `PassCache` writes new keys into buffers with spare columns, one for every token

@@ -31,8 +31,8 @@ NUM_WORDS = 100
 EOS = "<|endoftext|>"
 SHAPES = Path(__file__).parent / "shapes"
 QUICKSTART_MODEL = Path(__file__).parent.parent / "assets/quickstart-model"
-# GPT-2's vocabulary and shape with the three markers; its depth at a width where all that is left
-# is the host's work; and a tiny model for trial runs.
+# GPT-2's vocabulary and shape with the three markers; a model of its depth, so narrow that the
+# host's work dominates; and a tiny model for trial runs.
 MODELS = {
     "gpt2": {"vocab_size": 50260},
     "narrow": {"vocab_size": 512, "n_embd": 64, "n_head": 4, "attn_pdrop": 0.0},

@@ -6,7 +6,7 @@ Without shape options the two shapes with a goal are measured: a short one and P
 is the minimum FLOPs (benchmarks/arithmetic.py) divided by the rate of a matrix product that also
 takes turns. With --bf16 the published algorithm still computes in fp32, all it supports.
 
-`--as-on-gpu --model narrow` tells on a CPU how long the host would work for a GPU's step.
+`--as-on-gpu --model narrow` estimates on a CPU the host's time for a GPU's step.
 """
 
 import argparse
