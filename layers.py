@@ -3,7 +3,8 @@
 - `deferred_weight_gradients` computes one product per weight matrix for all passes, once the
   backward pass is done with them, in place of one per pass that reads and writes the whole
   gradient. Where the head is the embedding table, its rows' gradients are added to the head's.
-  Gradients of the first pass's keys and values, which all later passes read, are computed alike.
+  On a CPU the gradients of the first pass's keys and values, which all later passes read, are
+  computed the same way.
 - `cross_entropy` keeps the logits alone for its backward pass.
 - On a CPU, dropout keeps one byte per entry, and draws its random bits in words.
 - `linear` multiplies fp32 matrices up to twice as fast as torch on AMD processors with AVX512.
@@ -235,7 +236,7 @@ class _Dropout(nn.Dropout):
 def deferred_weight_gradients(model: nn.Module) -> Iterator[None]:
     """Passes of `model` within share one product per weight matrix in their backward pass.
 
-    So do those that read the keys and values of the first pass.
+    On a CPU so do those that read the keys and values of the first pass.
 
     For models that `prepare` changed; without effect where gradients are off, under torch.compile,
     and under activation checkpointing, which would recompute the layers outside this context.

@@ -196,8 +196,8 @@ def add_starts(starts: list[int], num_passes: int, end: int) -> list[int]:
 class Part(NamedTuple):
     """Keys and values of some columns, each (B, G, columns, E).
 
-    key_uses, value_uses: where the passes that read this part share one product for its gradient,
-        what their backward passes leave for it (layers.ShareGradient); else None.
+    key_uses, value_uses: on a CPU, where the passes that read this part share one product for its
+        gradient, what their backward passes leave for it (layers.ShareGradient); else None.
     """
 
     keys: Tensor
@@ -213,7 +213,7 @@ class PassCache(Cache):
     """
 
     def __init__(self, shares_gradients: bool = False):
-        """shares_gradients: later passes share one product for the gradient of the first's keys."""
+        """shares_gradients: on a CPU, one product for the gradient of the first pass's keys."""
         super().__init__(layers=[])
         self.has_gradients = torch.is_grad_enabled()
         self.shares_gradients = shares_gradients
@@ -274,7 +274,7 @@ class PassCache(Cache):
         # Contiguous, or every pass would copy the first one's keys for its products.
         new = Part(*(states.contiguous() for states in new))
         parts = self.parts.setdefault(layer_idx, [])
-        if not parts and self.shares_gradients:
+        if not parts and self.shares_gradients and takes_cpu_path(new.keys):
             uses = [], []
             new = Part(*map(ShareGradient.apply, new[:2], uses), *uses)
         if len(parts) < 2:
@@ -575,10 +575,10 @@ def _attention_weights(
     grouped = (query * scaling).reshape(B, keys.size(1), -1, E)
     scores = [shared_product(grouped, part.keys, part.key_uses, True) for part in parts]
     scores = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).view(B, H, C, -1)
-    if visible is None and C > 1:
-        visible = _causal_mask(C, scores.size(-1), query.device)
     if visible is not None:
         scores = scores.masked_fill_(~visible, float("-inf"))
+    elif C > 1:
+        scores[..., -C:].masked_fill_(~_causal_mask(C, C, query.device), float("-inf"))
     return F.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
