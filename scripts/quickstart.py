@@ -9,7 +9,6 @@ cpu_args/quickstart_*.yaml; analysis/report.py and analysis/learning_curve.py do
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from analysis.report import measure, write_report
 from analysis.tables import markdown_table
 from dataset import read_records
 from engine.config_file import as_override, load_config
+from engine.distributed import environment_of_small_runs
 from utils import ConfigError, UserError, atomic_write_text
 
 DEFAULT_OUT = Path("exps/quickstart")
@@ -64,11 +64,12 @@ def started(arguments: list[str], log: Path | None = None) -> Iterator[subproces
     If the block fails or is interrupted, the process is asked to stop and saves before it ends.
     """
     print(f"\n$ python {' '.join(arguments)}" + (f" > {log}" if log else ""), flush=True)
-    # More threads do not help matrices this small, and two runs share two cores.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     output = open(log, "w", encoding="utf-8") if log else None  # noqa: SIM115
     process = subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=output, stderr=output
+        [sys.executable, *arguments],
+        env=environment_of_small_runs(),
+        stdout=output,
+        stderr=output,
     )
     try:
         yield process

@@ -43,6 +43,7 @@ from analysis.results import (
 from analysis.study import Run, Study
 from engine.config import Config
 from engine.config_file import dump_yaml, load_config
+from engine.distributed import environment_of_small_runs
 from engine.provenance import provenance
 from utils import (
     RunFailed,
@@ -234,12 +235,11 @@ class Runner:
 
         Raises: RunFailed when it fails, with the end of its output.
         """
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(log_path, "a", encoding="utf-8") as output:
             script, *arguments = command
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / script), *arguments],
-                env=environment,
+                env=environment_of_small_runs(),
                 stdout=output,
                 stderr=output,
             )
