@@ -53,8 +53,8 @@ BLOCK_WEIGHTS = 2**19
 # the first needed one: it computes keys twice for the needed columns, which must cost less than it
 # saves.
 MIN_UNNEEDED_SHARE = 0.5
-# Columns by which the buffers of keys and values grow.
-BUFFER_GROWTH = 64
+# By how many columns buffers of keys and values grow: products read spare columns too.
+BUFFER_GROWTH = 16
 
 
 @dataclass(frozen=True)
