@@ -119,12 +119,13 @@ def _training_facts(config: Config, curriculum: Curriculum, num_train: int) -> d
 
 
 def describe_device(num_threads: int | None = None) -> str:
-    """The processes, devices and threads of this run.
+    """The processes, devices and threads of this run, and on a CPU the allocator it preloads.
 
     num_threads: of each process; by default what this one uses now.
     """
     device, world_size = distributed.device(), distributed.world_size()
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    cpu = f"the CPU{' with tcmalloc' if distributed.preloads_allocator() else ''}"
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     threads = _count(num_threads or torch.get_num_threads(), "thread")
     return f"{_count(world_size, 'process')} on {on}, {threads}{' each' if world_size > 1 else ''}"
 

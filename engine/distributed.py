@@ -35,8 +35,8 @@ START_POLL_S = 0.02
 # such as a second run of a study, keeps one of them busy.
 PARAMETERS_PER_THREAD = 1_000_000
 THREADS_VARIABLE = "OMP_NUM_THREADS"
-# The GNU C library returns large blocks to the system as soon as they are freed, and its next step
-# must ask for them again; a small model's step takes a sixth less time with this library.
+# glibc returns large blocks to the system when they are freed, and the next step has to request
+# them again; docs/performance.md says what this library saves.
 ALLOCATOR = "tcmalloc_minimal"
 
 _Answer = TypeVar("_Answer")
@@ -198,16 +198,21 @@ def use_threads(num_parameters: int) -> None:
     torch.set_num_threads(choose_threads(num_parameters).number)
 
 
-def environment_of_small_runs() -> dict[str, str]:
-    """The environment in which scripts start processes with tiny models.
+def environment_of_script_runs() -> dict[str, str]:
+    """The environment in which scripts start runs.
 
-    One thread, because more do not help matrices this small and several runs share the cores; and
-    ALLOCATOR, where Linux has it and the user preloads nothing else.
+    One thread, because models are small and several runs share the cores; and ALLOCATOR, where
+    Linux has it and LD_PRELOAD is not set (an empty one turns this off).
     """
     environment = os.environ | {THREADS_VARIABLE: "1"}
     if sys.platform == "linux" and (allocator := find_library(ALLOCATOR)):
         environment.setdefault("LD_PRELOAD", allocator)
     return environment
+
+
+def preloads_allocator() -> bool:
+    """Whether ALLOCATOR was preloaded into this process."""
+    return sys.platform == "linux" and ALLOCATOR in os.environ.get("LD_PRELOAD", "")
 
 
 def num_cores() -> int:

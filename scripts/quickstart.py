@@ -25,7 +25,7 @@ from analysis.report import measure, write_report
 from analysis.tables import markdown_table
 from dataset import read_records
 from engine.config_file import as_override, load_config
-from engine.distributed import environment_of_small_runs
+from engine.distributed import environment_of_script_runs
 from utils import ConfigError, UserError, atomic_write_text
 
 DEFAULT_OUT = Path("exps/quickstart")
@@ -67,7 +67,7 @@ def started(arguments: list[str], log: Path | None = None) -> Iterator[subproces
     output = open(log, "w", encoding="utf-8") if log else None  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, *arguments],
-        env=environment_of_small_runs(),
+        env=environment_of_script_runs(),
         stdout=output,
         stderr=output,
     )

@@ -43,7 +43,7 @@ from analysis.results import (
 from analysis.study import Run, Study
 from engine.config import Config
 from engine.config_file import dump_yaml, load_config
-from engine.distributed import environment_of_small_runs
+from engine.distributed import environment_of_script_runs
 from engine.provenance import provenance
 from utils import (
     RunFailed,
@@ -239,7 +239,7 @@ class Runner:
             script, *arguments = command
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / script), *arguments],
-                env=environment_of_small_runs(),
+                env=environment_of_script_runs(),
                 stdout=output,
                 stderr=output,
             )

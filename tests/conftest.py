@@ -8,6 +8,8 @@ import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A run says which allocator is preloaded.
+os.environ.pop("LD_PRELOAD", None)
 
 import pytest
 import torch

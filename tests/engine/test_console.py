@@ -12,6 +12,7 @@ from engine import console, distributed
 from engine.config_file import load_config
 from engine.console import (
     closing_lines,
+    describe_device,
     describe_thought,
     duration,
     opening_lines,
@@ -98,6 +99,15 @@ def test_the_opening_block_says_how_many_threads_compute_and_why(
         config, make_curriculum(config), num_parameters=1, threads=threads, num_val=1
     )
     assert next(line for line in lines if line.startswith("device")).endswith(words)
+
+
+def test_a_run_names_the_allocator_that_it_preloads(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert describe_device(1) == "1 process on the CPU, 1 thread"
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/another.so:libtcmalloc_minimal.so.4")
+    assert describe_device(1) == "1 process on the CPU with tcmalloc, 1 thread"
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/another.so")
+    assert describe_device(1) == "1 process on the CPU, 1 thread"
 
 
 def test_the_opening_block_names_everything_that_decides_the_run(tmp_path, monkeypatch):

@@ -279,26 +279,27 @@ def test_threads_that_the_user_has_chosen_stay(eight_cores, size):
         assert distributed.choose_threads(size).reason == f"set by OMP_NUM_THREADS{advice}"
 
 
-def test_small_runs_get_one_thread_and_the_allocator_where_linux_has_it(monkeypatch):
+def test_runs_of_scripts_get_one_thread_and_the_allocator_where_linux_has_it(monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setenv("OF_THE_USER", "kept")
     monkeypatch.setattr(distributed, "find_library", lambda name: f"lib{name}.so.4")
     monkeypatch.setattr(sys, "platform", "linux")
-    environment = distributed.environment_of_small_runs()
+    environment = distributed.environment_of_script_runs()
     assert environment["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"
     assert (environment["OMP_NUM_THREADS"], environment["OF_THE_USER"]) == ("1", "kept")
 
-    monkeypatch.setenv("LD_PRELOAD", "another.so")
-    assert distributed.environment_of_small_runs()["LD_PRELOAD"] == "another.so"
+    for of_the_user in ("another.so", ""):
+        monkeypatch.setenv("LD_PRELOAD", of_the_user)
+        assert distributed.environment_of_script_runs()["LD_PRELOAD"] == of_the_user
 
     monkeypatch.delenv("LD_PRELOAD")
     monkeypatch.setattr(distributed, "find_library", lambda name: None)
-    assert "LD_PRELOAD" not in distributed.environment_of_small_runs()
+    assert "LD_PRELOAD" not in distributed.environment_of_script_runs()
 
     monkeypatch.setattr(distributed, "find_library", lambda name: f"lib{name}.dylib")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert "LD_PRELOAD" not in distributed.environment_of_small_runs()
+    assert "LD_PRELOAD" not in distributed.environment_of_script_runs()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc to read an environment from")
