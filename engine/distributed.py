@@ -5,6 +5,7 @@ and the local rank picks the device. How the ranks share a model is left to para
 print when one of them fails to failures.py.
 """
 
+import ctypes
 import hashlib
 import os
 import random
@@ -211,8 +212,10 @@ def environment_of_script_runs() -> dict[str, str]:
 
 
 def preloads_allocator() -> bool:
-    """Whether ALLOCATOR was preloaded into this process."""
-    return sys.platform == "linux" and ALLOCATOR in os.environ.get("LD_PRELOAD", "")
+    """Whether ALLOCATOR was to be preloaded into this process, and was found."""
+    # The loader goes on without a library that it does not find.
+    is_requested = ALLOCATOR in os.environ.get("LD_PRELOAD", "")
+    return is_requested and hasattr(ctypes.CDLL(None), "tc_malloc")
 
 
 def num_cores() -> int:

@@ -302,6 +302,19 @@ def test_runs_of_scripts_get_one_thread_and_the_allocator_where_linux_has_it(mon
     assert "LD_PRELOAD" not in distributed.environment_of_script_runs()
 
 
+def test_an_allocator_counts_as_preloaded_only_where_it_was_found():
+    code = "from engine import distributed; print(distributed.preloads_allocator())"
+
+    def answer(environment):
+        command = [sys.executable, "-c", code]
+        return subprocess.check_output(command, cwd=ROOT, env=environment, text=True).strip()
+
+    preloaded = distributed.environment_of_script_runs()
+    assert answer(preloaded) == str("LD_PRELOAD" in preloaded)
+    assert answer(preloaded | {"LD_PRELOAD": ""}) == "False"
+    assert answer(preloaded | {"LD_PRELOAD": "libtcmalloc_minimal.so.missing"}) == "False"
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc to read an environment from")
 @pytest.mark.parametrize("of_the_user", [True, False])
 def test_one_thread_set_by_torchrun_does_not_count_as_chosen(eight_cores, of_the_user):
